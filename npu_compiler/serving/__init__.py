@@ -1,0 +1,1 @@
+"""vLLM platform plugin for the device `npu`."""

@@ -1,0 +1,1 @@
+"""The pass pipeline: one pass, one file."""

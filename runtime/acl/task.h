@@ -1,0 +1,65 @@
+// The internal door between the libraries of the host runtime: libopapi and libhccl hand work to streams
+// through `submit`, and nothing else of libascendcl is known to them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "acl/acl.h"
+
+#define HOST_RUNTIME_API __attribute__((visibility("default")))
+
+namespace host_runtime {
+
+/// A range of device or host memory that a task reads or writes; the checking mode looks for races between them.
+struct MemoryAccess {
+  enum class Mode : uint8_t { kRead, kWrite, kReadWrite };
+  const void* address;
+  size_t bytes;
+  Mode mode;
+};
+
+/// One asynchronous unit of work. A stream runs its tasks one at a time, in order of submission; a captured graph
+/// keeps the task and runs it again at each replay, so run() must leave the task as it found it, and the task must
+/// own everything it uses except device memory.
+class HOST_RUNTIME_API Task {
+ public:
+  virtual ~Task() = default;
+
+  /// Does the work. Throws TaskError (or any std::exception) when it cannot; the stream then fails as CANN's does.
+  virtual void run() = 0;
+
+  /// The name users know: "aclnnAdd", "HcclAllReduce", "aclrtMemcpyAsync".
+  virtual std::string name() const = 0;
+
+  /// What run() touches. Empty means "unknown", which the checking mode reports as not checked.
+  virtual std::vector<MemoryAccess> accesses() const { return {}; }
+
+  /// Arguments as one JSON object (shapes, dtypes, scalars), for the graph's debug print and introspection.
+  virtual std::string arguments_json() const { return "{}"; }
+};
+using TaskPtr = std::shared_ptr<Task>;
+
+/// Why a task failed: `code` is what synchronising the stream returns (CANN's error code).
+class HOST_RUNTIME_API TaskError : public std::runtime_error {
+ public:
+  TaskError(aclError code, const std::string& what) : std::runtime_error(what), code(code) {}
+  aclError code;
+};
+
+/// Hands `task` to `stream` (nullptr: the current device's default stream): queues it, records it when the stream is
+/// capturing, or collects it when a task group of a graph is being updated. Never waits for the task to run.
+/// Errors: 107xxx as aclrtLaunch*; the message is set for aclGetRecentErrMsg.
+HOST_RUNTIME_API aclError submit(aclrtStream stream, TaskPtr task);
+
+/// Sets what aclGetRecentErrMsg returns next on this thread, and returns `code` so that callers can `return fail(...)`.
+HOST_RUNTIME_API aclError fail(aclError code, const std::string& message);
+
+/// Whether the checking mode is on (see docs/host_runtime.md).
+HOST_RUNTIME_API bool checking();
+
+}  // namespace host_runtime

@@ -1,0 +1,125 @@
+"""Decides which CANN a process uses, and loads the host runtime when it is ours.
+
+The rule, in order (`npu-compiler doctor` prints it with its outcome):
+
+1. `NPU_COMPILER_RUNTIME=cann` or `=host` decides.
+2. Otherwise a CANN installation is used when there is one: `libascendcl.so` under `$ASCEND_HOME_PATH`,
+   `$ASCEND_TOOLKIT_HOME` or a folder of `$LD_LIBRARY_PATH`.
+3. Otherwise the host runtime.
+
+The host runtime's libraries carry CANN's names. They are loaded before torch_npu's extension, so the dynamic linker
+finds them by soname: neither `LD_LIBRARY_PATH` nor `torch_npu.libs/` (which torch_npu's DT_RPATH would search before
+a card's CANN) is involved.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+LIBRARY_FOLDER = Path(__file__).parent / "lib"
+# In the order in which they depend on each other. libopapi needs libtorch, so torch is imported first.
+LIBRARIES = (
+    "libascendcl.so",
+    "libacl_op_compiler.so",
+    "libge_runner.so",
+    "libgraph.so",
+    "libacl_tdt_channel.so",
+    "libhccl.so",
+    "libopapi.so",
+    "libnnopbase.so",
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which CANN, and why. `folder` is where libascendcl.so was found."""
+
+    runtime: str  # "host" or "cann"
+    reason: str
+    folder: Path | None
+
+
+def find_cann() -> tuple[Path, str] | None:
+    """The folder of an installed CANN's libascendcl.so and the variable that named it, or None."""
+    candidates = [
+        (Path(os.environ[variable]) / sub, f"${variable}")
+        for variable in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
+        if os.environ.get(variable)
+        for sub in ("lib64", "runtime/lib64")
+    ]
+    candidates += [
+        (Path(entry), "$LD_LIBRARY_PATH") for entry in os.environ.get("LD_LIBRARY_PATH", "").split(":") if entry
+    ]
+    for folder, source in candidates:
+        if folder.resolve() != LIBRARY_FOLDER.resolve() and (folder / "libascendcl.so").exists():
+            return folder, source
+    return None
+
+
+def choose() -> Choice:
+    """Applies the rule above without loading anything.
+
+    Raises:
+        RuntimeError: NPU_COMPILER_RUNTIME has an unknown value, or asks for a CANN that is not installed.
+    """
+    wanted = os.environ.get("NPU_COMPILER_RUNTIME", "auto")
+    if wanted not in ("auto", "host", "cann"):
+        raise RuntimeError(f"NPU_COMPILER_RUNTIME={wanted!r}: expected auto, host or cann")
+    if wanted == "host":
+        return Choice("host", "NPU_COMPILER_RUNTIME=host", LIBRARY_FOLDER)
+    found = find_cann()
+    if found is not None:
+        folder, source = found
+        return Choice("cann", f"libascendcl.so found through {source}", folder)
+    if wanted == "cann":
+        raise RuntimeError(
+            "NPU_COMPILER_RUNTIME=cann, but no libascendcl.so lies under $ASCEND_HOME_PATH, $ASCEND_TOOLKIT_HOME or "
+            "$LD_LIBRARY_PATH. Source CANN's set_env.sh, or unset NPU_COMPILER_RUNTIME to use the host runtime."
+        )
+    return Choice("host", "no CANN installation found", LIBRARY_FOLDER)
+
+
+def missing_libraries() -> list[str]:
+    """Names of host runtime libraries that were not built."""
+    return [name for name in LIBRARIES if not (LIBRARY_FOLDER / name).exists()]
+
+
+def load() -> Choice:
+    """Chooses, and loads the host runtime if chosen. Called once, before torch_npu's extension is loaded.
+
+    Raises:
+        RuntimeError: the host runtime is chosen but was not, or only partly, built.
+    """
+    choice = choose()
+    if choice.runtime == "host":
+        missing = missing_libraries()
+        if missing:
+            raise RuntimeError(
+                f"npu-compiler's host runtime is not complete: {', '.join(missing)} missing in {LIBRARY_FOLDER}. "
+                "Build it with `make setup` (or reinstall the wheel)."
+            )
+        _import_torch_without_backends()
+        for name in LIBRARIES:
+            ctypes.CDLL(str(LIBRARY_FOLDER / name), mode=ctypes.RTLD_GLOBAL)
+    return choice
+
+
+
+def _import_torch_without_backends() -> None:
+    """Brings libtorch into the process. Does nothing while torch is being imported and calls us through torch_npu."""
+    if "torch" in sys.modules:
+        return
+    before = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    try:
+        importlib.import_module("torch")
+    finally:
+        if before is None:
+            del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
+        else:
+            os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = before

@@ -1,0 +1,75 @@
+"""Builds the host runtime with CMake and installs the start-up hook; everything else is in pyproject.toml."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+# The four code folders of the repository are one Python package.
+PACKAGE_ROOTS = {
+    "npu_compiler": "npu_compiler",
+    "npu_compiler.passes": "passes",
+    "npu_compiler.fusion_kernels": "fusion_kernels",
+    "npu_compiler.runtime": "runtime",
+}
+
+
+def all_packages() -> list[str]:
+    found = []
+    for package, folder in PACKAGE_ROOTS.items():
+        found.append(package)
+        found += [f"{package}.{child}" for child in find_packages(folder)]
+    return found
+
+
+def package_folder(name: str) -> Path:
+    """Where a package is installed, found without importing it: `import torch` would load torch_npu, which needs what we build."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"npu-compiler: building the host runtime needs {name}; install it first (see README.md, Setup)")
+    return Path(spec.origin).parent
+
+
+class BuildHostRuntime(build_ext):
+    """Runs CMake; the libraries go beside the loader, as `npu_compiler/runtime/lib/*.so`."""
+
+    def build_extension(self, ext: Extension) -> None:
+        output = ROOT / "runtime" / "lib" if self.inplace else Path(self.build_lib) / "npu_compiler" / "runtime" / "lib"
+        build_dir = Path(os.environ.get("NPU_COMPILER_BUILD_DIR", ROOT / "build" / "runtime"))
+        build_dir.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+            f"-DCMAKE_BUILD_TYPE={os.environ.get('NPU_COMPILER_BUILD_TYPE', 'Release')}",
+            f"-DTORCH_DIR={package_folder('torch')}",
+            f"-DTORCH_NPU_DIR={package_folder('torch_npu')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DHOST_RUNTIME_OUTPUT_DIR={output.resolve()}",
+        ]  # fmt: skip
+        if shutil.which("ccache"):
+            configure.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build_dir)], check=True)
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+
+site_packages = Path(os.path.relpath(sysconfig.get_path("purelib"), sys.prefix))
+setup(
+    packages=all_packages(),
+    package_dir=PACKAGE_ROOTS,
+    package_data={"npu_compiler.runtime": ["lib/*.so"]},
+    ext_modules=[Extension("npu_compiler.runtime.lib", [])],
+    cmdclass={"build_ext": BuildHostRuntime},
+    # Start-up hook: lets the loader choose the CANN libraries before torch_npu is loaded (runtime/loader.py).
+    data_files=[(str(site_packages), ["runtime/npu_compiler_runtime.pth"])],
+)
