@@ -43,7 +43,7 @@ class BuildHostRuntime(build_ext):
     """Runs CMake; the libraries go beside the loader, as `npu_compiler/runtime/lib/*.so`."""
 
     def build_extension(self, ext: Extension) -> None:
-        output = ROOT / "runtime" / "lib" if self.inplace else Path(self.build_lib) / "npu_compiler" / "runtime" / "lib"
+        output = ROOT / "runtime" / "lib" if self.inplace or self.editable_mode else Path(self.build_lib) / "npu_compiler" / "runtime" / "lib"
         build_dir = Path(os.environ.get("NPU_COMPILER_BUILD_DIR", ROOT / "build" / "runtime"))
         build_dir.mkdir(parents=True, exist_ok=True)
         configure = [
