@@ -59,8 +59,14 @@ class BuildHostRuntime(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build_dir)], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """An editable build already wrote into the source tree."""
+
     def get_outputs(self) -> list[str]:
         return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
 
 
 site_packages = Path(os.path.relpath(sysconfig.get_path("purelib"), sys.prefix))
