@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Distribution, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -69,11 +69,19 @@ class BuildHostRuntime(build_ext):
         return {}
 
 
+class DistributionWithStartupHook(Distribution):
+    """Lets an editable install place data_files too; setuptools asks for `has_data`, which its own class lacks."""
+
+    def has_data(self) -> bool:
+        return bool(self.data_files)
+
+
 site_packages = Path(os.path.relpath(sysconfig.get_path("purelib"), sys.prefix))
 setup(
     packages=all_packages(),
     package_dir=PACKAGE_ROOTS,
-    package_data={"npu_compiler.runtime": ["lib/*.so"]},
+    include_package_data=False,
+    distclass=DistributionWithStartupHook,
     ext_modules=[Extension("npu_compiler.runtime.lib", [])],
     cmdclass={"build_ext": BuildHostRuntime},
     # Start-up hook: lets the loader choose the CANN libraries before torch_npu is loaded (runtime/loader.py).
