@@ -32,10 +32,12 @@ def all_packages() -> list[str]:
 
 
 def package_folder(name: str) -> Path:
-    """Where a package is installed, found without importing it: `import torch` would load torch_npu, which needs what we build."""
+    """Where a package is installed. Importing torch to find out would load torch_npu, which needs what we build."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"npu-compiler: building the host runtime needs {name}; install it first (see README.md, Setup)")
+        raise SystemExit(
+            f"npu-compiler: building the host runtime needs {name}; install it first (see README.md, Setup)"
+        )
     return Path(spec.origin).parent
 
 
@@ -43,7 +45,11 @@ class BuildHostRuntime(build_ext):
     """Runs CMake; the libraries go beside the loader, as `npu_compiler/runtime/lib/*.so`."""
 
     def build_extension(self, ext: Extension) -> None:
-        output = ROOT / "runtime" / "lib" if self.inplace or self.editable_mode else Path(self.build_lib) / "npu_compiler" / "runtime" / "lib"
+        output = (
+            ROOT / "runtime" / "lib"
+            if self.inplace or self.editable_mode
+            else Path(self.build_lib) / "npu_compiler" / "runtime" / "lib"
+        )
         build_dir = Path(os.environ.get("NPU_COMPILER_BUILD_DIR", ROOT / "build" / "runtime"))
         build_dir.mkdir(parents=True, exist_ok=True)
         configure = [

@@ -1,11 +1,6 @@
 """Decides which CANN a process uses, and loads the host runtime when it is ours.
 
-The rule, in order (`npu-compiler doctor` prints it with its outcome):
-
-1. `NPU_COMPILER_RUNTIME=cann` or `=host` decides.
-2. Otherwise a CANN installation is used when there is one: `libascendcl.so` under `$ASCEND_HOME_PATH`,
-   `$ASCEND_TOOLKIT_HOME` or a folder of `$LD_LIBRARY_PATH`.
-3. Otherwise the host runtime.
+RULE below is the rule; `npu-compiler doctor` prints it with its outcome.
 
 The host runtime's libraries carry CANN's names. They are loaded before torch_npu's extension, so the dynamic linker
 finds them by soname: neither `LD_LIBRARY_PATH` nor `torch_npu.libs/` (which torch_npu's DT_RPATH would search before
@@ -21,6 +16,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+RULE = (
+    "NPU_COMPILER_RUNTIME=host or =cann decides; otherwise an installed CANN is used (libascendcl.so under "
+    "$ASCEND_HOME_PATH, $ASCEND_TOOLKIT_HOME or a folder of $LD_LIBRARY_PATH); otherwise the host runtime"
+)
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
 # In the order in which they depend on each other. libopapi needs libtorch, so torch is imported first.
 LIBRARIES = (
@@ -62,7 +61,7 @@ def find_cann() -> tuple[Path, str] | None:
 
 
 def choose() -> Choice:
-    """Applies the rule above without loading anything.
+    """Applies RULE without loading anything.
 
     Raises:
         RuntimeError: NPU_COMPILER_RUNTIME has an unknown value, or asks for a CANN that is not installed.
@@ -107,7 +106,6 @@ def load() -> Choice:
         for name in LIBRARIES:
             ctypes.CDLL(str(LIBRARY_FOLDER / name), mode=ctypes.RTLD_GLOBAL)
     return choice
-
 
 
 def _import_torch_without_backends() -> None:

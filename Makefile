@@ -1,0 +1,57 @@
+# `make help` lists the targets. Everything runs in .venv, which `make setup` prepares and keeps current.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    := OMP_NUM_THREADS=1 $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build test test-full demo serve bench lint format sanitize wheel clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+setup:  ## prepare .venv: torch, torch_npu, vLLM, this project (editable); quick when nothing changed
+	@$(PYTHON) tools/setup_environment.py --venv $(VENV)
+
+build: setup  ## rebuild the host runtime after a change in C++ code
+	@cmake --build build/runtime
+
+test: setup  ## the default test run (under 25 minutes on 2 cores)
+	$(RUN) -m pytest -m "not full"
+
+test-full: setup  ## the default tests and the long matrix
+	$(RUN) -m pytest
+
+demo: setup  ## start vllm serve with the trained model, chat with it, print a report, stop it
+	$(RUN) examples/demo.py
+
+serve: setup  ## the same, left running
+	$(RUN) examples/demo.py --serve
+
+bench: setup  ## all peers in one interleaved run; rows go to benchmarks/results/
+	$(RUN) -m benchmarks
+
+lint: setup  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'runtime/*.cpp' 'runtime/*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: setup  ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'runtime/*.cpp' 'runtime/*.h' | xargs $(BIN)/clang-format -i
+
+sanitize: setup  ## the C interface's tests under the thread and the address sanitizer
+	for kind in thread address; do \
+	  cmake -S . -B build/$$kind -G Ninja -DHOST_RUNTIME_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	    -DTORCH_DIR=$$($(BIN)/python tools/setup_environment.py --where torch) \
+	    -DTORCH_NPU_DIR=$$($(BIN)/python tools/setup_environment.py --where torch_npu) && \
+	  cmake --build build/$$kind --target runtime_tests && ctest --test-dir build/$$kind --output-on-failure || exit 1; \
+	done
+
+wheel: setup  ## a wheel in dist/
+	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build dist runtime/lib *.egg-info

@@ -1,0 +1,109 @@
+"""The rule that chooses a CANN, and what a user is told when it cannot be followed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from npu_compiler import doctor
+from npu_compiler.runtime import loader
+
+
+@pytest.fixture
+def no_cann(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("NPU_COMPILER_RUNTIME", "ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "LD_LIBRARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def make_cann(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "libascendcl.so").touch()
+    return folder
+
+
+def test_host_runtime_without_cann(no_cann: pytest.MonkeyPatch) -> None:
+    assert loader.choose() == loader.Choice("host", "no CANN installation found", loader.LIBRARY_FOLDER)
+
+
+@pytest.mark.parametrize("variable", ["ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"])
+def test_installed_cann_is_preferred(no_cann: pytest.MonkeyPatch, tmp_path: Path, variable: str) -> None:
+    folder = make_cann(tmp_path / "lib64")
+    no_cann.setenv(variable, str(tmp_path))
+    assert loader.choose() == loader.Choice("cann", f"libascendcl.so found through ${variable}", folder)
+
+
+def test_cann_on_the_library_path_is_preferred(no_cann: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = make_cann(tmp_path / "cann")
+    no_cann.setenv("LD_LIBRARY_PATH", f"/nonexistent:{folder}")
+    assert loader.choose().folder == folder
+
+
+def test_our_own_folder_on_the_library_path_is_not_a_cann(no_cann: pytest.MonkeyPatch) -> None:
+    no_cann.setenv("LD_LIBRARY_PATH", str(loader.LIBRARY_FOLDER))
+    assert loader.choose().runtime == "host"
+
+
+def test_user_can_ask_for_the_host_runtime_beside_a_cann(no_cann: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make_cann(tmp_path / "lib64")
+    no_cann.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    no_cann.setenv("NPU_COMPILER_RUNTIME", "host")
+    assert loader.choose().runtime == "host"
+
+
+def test_asking_for_an_absent_cann_is_refused(no_cann: pytest.MonkeyPatch) -> None:
+    no_cann.setenv("NPU_COMPILER_RUNTIME", "cann")
+    with pytest.raises(RuntimeError, match=r"no libascendcl\.so lies under.*set_env\.sh"):
+        loader.choose()
+
+
+def test_unknown_runtime_is_refused(no_cann: pytest.MonkeyPatch) -> None:
+    no_cann.setenv("NPU_COMPILER_RUNTIME", "gpu")
+    with pytest.raises(RuntimeError, match="expected auto, host or cann"):
+        loader.choose()
+
+
+def test_half_built_runtime_is_named(no_cann: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "libascendcl.so").touch()
+    no_cann.setattr(loader, "LIBRARY_FOLDER", tmp_path)
+    with pytest.raises(RuntimeError, match=r"not complete: .*libhccl\.so.* missing.*make setup"):
+        loader.load()
+
+
+def in_fresh_interpreter(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+def test_import_torch_brings_up_npu_with_nothing_set_by_hand() -> None:
+    code = "import torch; print(torch.npu.is_available(), (torch.ones(2, device='npu') + 1).tolist())"
+    result = in_fresh_interpreter(code, LD_LIBRARY_PATH="", ASCEND_HOME_PATH="")
+    assert result.stdout.split("\n")[0] == "True [2.0, 2.0]", result.stderr
+
+
+def test_import_torch_npu_first_works_too() -> None:
+    result = in_fresh_interpreter("import torch_npu, torch; print(torch.npu.device_count() > 0)")
+    assert result.stdout.strip() == "True", result.stderr
+
+
+def test_interpreters_without_torch_do_not_pay_for_the_hook() -> None:
+    result = in_fresh_interpreter("import sys; print('torch' in sys.modules, 'ctypes' in sys.modules)")
+    assert result.stdout.strip() == "False False", result.stderr
+
+
+def test_doctor_finds_nothing_wrong_here() -> None:
+    findings = doctor.examine()
+    assert [f for f in findings if f.state == "error"] == []
+    assert "torch.npu" in doctor.as_text(findings)
+
+
+def test_doctor_reports_another_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PINNED", {"torch_npu": "2.12.0"})
+    findings = list(doctor._packages())
+    assert findings[0].state == "error"
+    assert "install torch_npu==2.12.0" in findings[0].advice

@@ -1,0 +1,139 @@
+"""Prepares the project's virtual environment. `make setup` calls it; it is quick when nothing changed.
+
+Steps, each remembered by a hash of what it depends on (in `<venv>/.npu_compiler_setup.json`):
+  torch        the CPU build of the pinned release, and what building vLLM needs
+  vllm         from its source distribution, without device code (VLLM_TARGET_DEVICE=empty); needs no Rust
+  torch_npu    the unmodified wheel (after vLLM, whose build imports torch and would load it)
+  tools        test and lint tools
+  project      this project, editable; builds the host runtime with CMake
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "runtime"
+TORCH, TORCH_NPU, VLLM = "2.13.0", "2.13.0", "0.32.0"
+BUILD_TOOLS = [
+    "setuptools>=77,<81", "setuptools-scm", "setuptools-rust", "wheel", "packaging", "cmake", "ninja", "jinja2", "numpy"
+]  # fmt: skip
+TEST_TOOLS = [
+    "pytest",
+    "pytest-timeout",
+    "hypothesis",
+    "openai",
+    "ruff",
+    "mypy",
+    "clang-format==23.1.5",
+    "types-PyYAML",
+]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One `pip install`. It runs again when its arguments or one of `inputs` change."""
+
+    name: str
+    arguments: list[str]
+    environment: dict[str, str]
+    inputs: list[Path]
+    outputs: list[Path]
+    duration: str
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps([self.arguments, self.environment]).encode())
+        for path in self.inputs:
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+
+def steps() -> list[Step]:
+    # pip must not replace the CPU build of torch when another package asks for torch.
+    pin = ["--constraint", str(ROOT / "tools" / "constraints.txt")]
+    vllm_environment = {"VLLM_TARGET_DEVICE": "empty", "VLLM_VERSION_OVERRIDE": VLLM}
+    return [
+        Step("torch", [f"torch=={TORCH}", *BUILD_TOOLS, *pin], {}, [], [], "1 min"),
+        Step(
+            "vllm",
+            ["--no-build-isolation", "--no-binary", "vllm", f"vllm=={VLLM}", *pin],
+            vllm_environment,
+            [],
+            [],
+            "2 min",
+        ),
+        Step("torch_npu", [f"torch_npu=={TORCH_NPU}", *pin], {}, [], [], "10 s"),
+        Step("tools", [*TEST_TOOLS, *pin], {}, [], [], "20 s"),
+        Step(
+            "project",
+            ["--no-build-isolation", "--editable", ".", *pin],
+            {},
+            [ROOT / "setup.py", ROOT / "pyproject.toml"],
+            [BUILD / "build.ninja", ROOT / "runtime" / "lib" / "libopapi.so"],
+            "several min: compiles the host runtime",
+        ),
+    ]
+
+
+def prepare(venv: Path) -> None:
+    python = venv / "bin" / "python"
+    record_file = venv / ".npu_compiler_setup.json"
+    if not python.exists():
+        say(f"creating {venv}")
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    record: dict[str, str] = json.loads(record_file.read_text()) if record_file.exists() else {}
+    done_before = True
+    for step in steps():
+        # A step that ran again may have changed what later ones build on.
+        if done_before and record.get(step.name) == step.fingerprint() and all(p.exists() for p in step.outputs):
+            continue
+        done_before = False
+        say(f"{step.name} ({step.duration})")
+        started = time.monotonic()
+        environment = {**os.environ, **step.environment, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+        environment["PATH"] = f"{venv / 'bin'}{os.pathsep}{environment['PATH']}"
+        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *step.arguments]
+        if subprocess.run(command, cwd=ROOT, env=environment).returncode:
+            raise SystemExit(f"setup: the step {step.name!r} failed; its command was:\n  {' '.join(command)}")
+        record[step.name] = step.fingerprint()
+        record_file.write_text(json.dumps(record, indent=1))
+        say(f"{step.name} done in {time.monotonic() - started:.0f} s")
+    # Ninja knows what changed since; it says nothing and returns at once when that is nothing.
+    subprocess.run([str(venv / "bin" / "cmake"), "--build", str(BUILD), "--", "--quiet"], check=True)
+
+
+def say(message: str) -> None:
+    print(f"setup: {message}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--venv", type=Path, default=ROOT / ".venv", help="virtual environment to prepare (default: .venv)"
+    )
+    parser.add_argument("--where", metavar="PACKAGE", help="print where PACKAGE is installed, without importing it")
+    arguments = parser.parse_args()
+    if arguments.where:
+        spec = importlib.util.find_spec(arguments.where)
+        if spec is None or spec.origin is None:
+            raise SystemExit(f"{arguments.where} is not installed in {sys.executable}")
+        print(Path(spec.origin).parent)
+        return
+    if sys.version_info[:2] != (3, 11):
+        raise SystemExit(
+            f"setup: Python 3.11 is needed (this is {sys.version.split()[0]}); set PYTHON=/path/to/python3.11"
+        )
+    prepare(arguments.venv.absolute())
+
+
+if __name__ == "__main__":
+    main()
