@@ -18,7 +18,7 @@ from pathlib import Path
 
 from npu_compiler.runtime import loader
 
-PINNED = {"torch": "2.13.0", "torch_npu": "2.13.0", "vllm": "0.32.0"}
+PINNED = {"torch": "2.13.0", "torch_npu": loader.TORCH_NPU, "vllm": "0.32.0"}
 OPTIONAL = {"vllm"}
 # Runs in a process of its own: a broken torch_npu must not end the doctor.
 DEVICE_PROBE = """

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.metadata
 import os
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ RULE = (
     "NPU_COMPILER_RUNTIME=host or =cann decides; otherwise an installed CANN is used (libascendcl.so under "
     "$ASCEND_HOME_PATH, $ASCEND_TOOLKIT_HOME or a folder of $LD_LIBRARY_PATH); otherwise the host runtime"
 )
+TORCH_NPU = "2.13.0"  # the release whose calls into CANN the host runtime answers
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
 # In the order in which they depend on each other. libopapi needs libtorch, so torch is imported first.
 LIBRARIES = (
@@ -92,10 +94,11 @@ def load() -> Choice:
     """Chooses, and loads the host runtime if chosen. Called once, before torch_npu's extension is loaded.
 
     Raises:
-        RuntimeError: the host runtime is chosen but was not, or only partly, built.
+        RuntimeError: the host runtime is chosen but was not, or only partly, built, or does not fit this torch_npu.
     """
     choice = choose()
     if choice.runtime == "host":
+        _require_torch_npu()
         missing = missing_libraries()
         if missing:
             raise RuntimeError(
@@ -106,6 +109,15 @@ def load() -> Choice:
         for name in LIBRARIES:
             ctypes.CDLL(str(LIBRARY_FOLDER / name), mode=ctypes.RTLD_GLOBAL)
     return choice
+
+
+def _require_torch_npu() -> None:
+    version = importlib.metadata.version("torch_npu")
+    if version.split("+")[0] != TORCH_NPU:
+        raise RuntimeError(
+            f"npu-compiler's host runtime answers torch_npu {TORCH_NPU}, and torch_npu {version} is installed; their "
+            f"calls into CANN differ. Install the release that fits: pip install torch_npu=={TORCH_NPU}"
+        )
 
 
 def _import_torch_without_backends() -> None:

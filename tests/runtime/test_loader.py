@@ -74,6 +74,12 @@ def test_half_built_runtime_is_named(no_cann: pytest.MonkeyPatch, tmp_path: Path
         loader.load()
 
 
+def test_another_torch_npu_is_refused(no_cann: pytest.MonkeyPatch) -> None:
+    no_cann.setattr(loader, "TORCH_NPU", "2.14.0")
+    with pytest.raises(RuntimeError, match=r"torch_npu 2\.13\.0 is installed.*pip install torch_npu==2\.14\.0"):
+        loader.load()
+
+
 def in_fresh_interpreter(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
