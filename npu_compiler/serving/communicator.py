@@ -1,0 +1,40 @@
+"""Collectives of vLLM's parallel groups over HCCL."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+
+
+class NPUCommunicator(DeviceCommunicatorBase):
+    """HCCL behind vLLM's communicator interface. Every call runs on the current stream and can be captured."""
+
+    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+        """Sum over the group, as a new tensor: vLLM's operator promises not to change its argument."""
+        output = input_.clone()
+        dist.all_reduce(output, group=self.device_group)
+        return output
+
+    def all_gatherv(
+        self, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Gathers rows of every rank in rank order; `sizes` are the rows of each rank, None for equal ones."""
+        if dim != 0:
+            raise NotImplementedError(f"all_gatherv gathers rows (dim 0), dim {dim} was asked for")
+        if isinstance(input_, list):
+            return [self._gather_rows(one, sizes) for one in input_]
+        return self._gather_rows(input_, sizes)
+
+    def _gather_rows(self, rows: torch.Tensor, sizes: list[int] | None) -> torch.Tensor:
+        if sizes is None or len(set(sizes)) == 1:
+            output = rows.new_empty((rows.shape[0] * self.world_size, *rows.shape[1:]))
+            dist.all_gather_into_tensor(output, rows.contiguous(), group=self.device_group)
+            return output
+        # HCCL gathers equal parts: pad to the largest rank, then drop the padding.
+        largest = max(sizes)
+        padded = rows.new_zeros((largest, *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+        gathered = rows.new_empty((self.world_size, largest, *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, padded, group=self.device_group)
+        return torch.cat([gathered[rank, :size] for rank, size in enumerate(sizes)])

@@ -1,0 +1,154 @@
+"""Host-side lengths of attention inside full graphs, replaced in device order.
+
+`npu_fused_infer_attention_score` takes its lengths as host integers, so a capture freezes them. Each such operator is
+captured as a task group behind an external event, and a replay goes
+
+    compute stream:  ... | replay: ... wait(event) reset(event) attention(lengths) ...
+    update stream:   wait for the compute stream's work so far | update the group | record(event) | next group ...
+
+The update stream waits for everything the compute stream was given before the replay, so an update never overtakes the
+previous replay of the same graph; the events hold the replay back until its lengths are there. The host only enqueues.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch_npu
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Lengths(Protocol):
+    """The host integers that change from step to step."""
+
+    query_ends: list[int]
+    kv_lengths: list[int]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the operator, all but its lengths.
+
+    query, output [tokens, heads, head size]; key, value [blocks, block size, kv heads * head size];
+    block_table [rows, blocks a request] int32; mask [2048, 2048] bool.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    block_table: Tensor
+    mask: Tensor
+    output: Tensor
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    block_size: int
+    workspace: Tensor | None = None
+    softmax_lse: Tensor | None = None
+
+    def _arguments(self, query_ends: list[int], kv_lengths: list[int]) -> dict[str, object]:
+        return {
+            "query": self.query,
+            "key": self.key,
+            "value": self.value,
+            "atten_mask": self.mask,
+            "actual_seq_lengths": query_ends,
+            "actual_seq_lengths_kv": kv_lengths,
+            "block_table": self.block_table,
+            "num_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "scale": self.scale,
+            "input_layout": "TND",
+            "sparse_mode": 3,
+            "block_size": self.block_size,
+        }
+
+    def run(self, query_ends: list[int], kv_lengths: list[int]) -> None:
+        """Attends and writes `output`. Lengths as in NPUAttentionMetadata."""
+        lse = self.softmax_lse if self.softmax_lse is not None else self.query.new_empty(1)
+        torch_npu.npu_fused_infer_attention_score.out(
+            **self._arguments(query_ends, kv_lengths), workspace=self.workspace, out=[self.output, lse]
+        )
+
+    def max_workspace(self, query_ends: list[int], kv_lengths: list[int]) -> Tensor:
+        """Memory that suffices for every length the operator may later be updated to."""
+        return torch_npu._npu_fused_infer_attention_score_get_max_workspace(**self._arguments(query_ends, kv_lengths))
+
+    def weak(self) -> AttentionCall:
+        """The same call with tensors that do not keep the graph pool's memory from being used again."""
+        return replace(
+            self,
+            query=torch_npu._C._weak_ref_tensor(self.query),
+            output=torch_npu._C._weak_ref_tensor(self.output),
+        )
+
+
+@dataclass
+class _Group:
+    layer_name: str
+    handle: object
+    event: torch.npu.ExternalEvent
+    call: AttentionCall
+
+
+@dataclass
+class UpdateResources:
+    """What the full graphs of one model share. They never run at the same time, so one of each is enough."""
+
+    stream: torch.npu.Stream = field(default_factory=torch.npu.Stream)
+    events: list[torch.npu.ExternalEvent] = field(default_factory=list)
+    workspace: Tensor | None = None
+    ready: torch.npu.Event = field(default_factory=torch.npu.Event)
+
+    def event(self, index: int) -> torch.npu.ExternalEvent:
+        while len(self.events) <= index:
+            self.events.append(torch.npu.ExternalEvent())
+        return self.events[index]
+
+
+class GraphUpdates:
+    """The updatable attention operators of one full graph, in the order in which they run."""
+
+    def __init__(self, resources: UpdateResources) -> None:
+        self._resources = resources
+        self._groups: list[_Group] = []
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def capture(self, layer_name: str, call: AttentionCall, lengths: Lengths) -> None:
+        """Captures `call` on the current stream as a group that `enqueue` can give other lengths."""
+        shared = self._resources
+        needed = call.max_workspace(lengths.query_ends, lengths.kv_lengths)
+        if shared.workspace is None or shared.workspace.numel() < needed.numel():
+            shared.workspace = needed
+        call = replace(call, workspace=shared.workspace, softmax_lse=call.query.new_empty(1))
+        stream = torch.npu.current_stream()
+        event = shared.event(len(self._groups))
+        event.wait(stream)
+        event.reset(stream)
+        torch.npu.graph_task_group_begin(stream)
+        call.run(lengths.query_ends, lengths.kv_lengths)
+        handle = torch.npu.graph_task_group_end(stream)
+        self._groups.append(_Group(layer_name, handle, event, call.weak()))
+
+    def before_replay(self) -> None:
+        """Holds the update stream until all work given to the current stream so far is done."""
+        self._resources.ready.record()
+        self._resources.stream.wait_event(self._resources.ready)
+
+    def after_replay(self, metadata: Mapping[str, Lengths]) -> None:
+        """Enqueues the update of every group with its layer's lengths. Never waits on the host."""
+        stream = self._resources.stream
+        with torch.npu.stream(stream):
+            for group in self._groups:
+                lengths = metadata[group.layer_name]
+                torch.npu.graph_task_update_begin(stream, group.handle)
+                group.call.run(lengths.query_ends, lengths.kv_lengths)
+                torch.npu.graph_task_update_end(stream)
+                group.event.record(stream)

@@ -1,0 +1,82 @@
+"""The plugin's own options: the keys of vLLM's `additional_config`.
+
+vllm serve MODEL --additional-config '{"report_path": "run.json"}'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingOptions:
+    """What `additional_config` may hold."""
+
+    report_path: str | None = None
+    """File that rank 0 keeps writing the run report to, as JSON. None: the report is only logged at shutdown."""
+
+    report_interval: float = 10.0
+    """Seconds between two writes of the report while requests run; 0 writes it at shutdown only."""
+
+    compile: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of the `ascend` compile backend (npu_compiler.config)."""
+
+    @classmethod
+    def parse(cls, given: object) -> ServingOptions:
+        """Checks `additional_config` and returns it typed.
+
+        Raises:
+            ValueError: an option is unknown (the nearest valid one is named) or has a value of the wrong kind.
+        """
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, dict):
+            raise ValueError(f"additional_config: expected a JSON object, got {type(given).__name__} {given!r}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ValueError(f"additional_config: unknown option {name!r}; {_nearest(str(name), known)}")
+        options = cls(**given)
+        options._check_values()
+        return options
+
+    @classmethod
+    def of(cls, config: VllmConfig) -> ServingOptions:
+        """The options of `config`, with what contradicts the rest of it refused.
+
+        Raises:
+            ValueError: as `parse`, or compile options together with a mode that compiles nothing.
+        """
+        from vllm.config import CompilationMode
+
+        options = cls.parse(config.additional_config)
+        eager = config.model_config is not None and config.model_config.enforce_eager
+        if options.compile and (eager or config.compilation_config.mode == CompilationMode.NONE):
+            cause = "--enforce-eager" if eager else "compilation mode NONE"
+            raise ValueError(
+                f"additional_config: compile options {sorted(options.compile)} contradict {cause}, which compiles "
+                "nothing; drop one of the two"
+            )
+        return options
+
+    def _check_values(self) -> None:
+        if self.report_path is not None and not isinstance(self.report_path, str):
+            raise ValueError(f"additional_config: report_path must be a file name, got {self.report_path!r}")
+        number = isinstance(self.report_interval, (int, float)) and not isinstance(self.report_interval, bool)
+        if not number or self.report_interval < 0:
+            raise ValueError(
+                f"additional_config: report_interval must be seconds >= 0, got {self.report_interval!r}; "
+                "0 writes the report at shutdown only"
+            )
+        if not isinstance(self.compile, dict):
+            raise ValueError(f"additional_config: compile must be a JSON object of options, got {self.compile!r}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"did you mean {close[0]!r}? Valid options: {', '.join(known)}"

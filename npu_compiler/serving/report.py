@@ -1,0 +1,168 @@
+"""What a run did: graphs captured, steps replayed or run eagerly and why, padding, tokens a second."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+IDLE_SECONDS = 1.0
+"""A longer gap between two steps means that there was nothing to do; it does not count as serving time."""
+
+
+@dataclasses.dataclass
+class GraphRecord:
+    """One captured graph. `mebibytes` is what the device allocator reserved for it beyond what it had."""
+
+    mode: str
+    tokens: int
+    requests: int | None
+    milliseconds: float
+    mebibytes: float
+    updated_operators: int = 0
+    replays: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of the engine. `mode` is FULL, PIECEWISE or NONE (eager); `padded_tokens` includes the padding."""
+
+    decode: bool
+    mode: str
+    tokens: int
+    padded_tokens: int
+    generated: int
+    reason: str | None = None
+
+
+@dataclasses.dataclass
+class RunReport:
+    """Counters of one worker since its start or the last `clear`."""
+
+    device: str = ""
+    model: str = ""
+    graphs: list[GraphRecord] = dataclasses.field(default_factory=list)
+    decode_steps: Counter[str] = dataclasses.field(default_factory=Counter)
+    other_steps: Counter[str] = dataclasses.field(default_factory=Counter)
+    eager_reasons: Counter[str] = dataclasses.field(default_factory=Counter)
+    replayed_tokens: int = 0
+    replayed_padding: int = 0
+    generated_tokens: int = 0
+    serving_seconds: float = 0.0
+    input_waits: int = 0
+    """Steps whose host buffers were still being read by the step before, so that the host had to wait for it."""
+    _last_step: float | None = None
+
+    def add(self, step: Step) -> None:
+        """Counts one step that has just been given to the device."""
+        now = time.perf_counter()
+        if self._last_step is not None and now - self._last_step < IDLE_SECONDS:
+            self.serving_seconds += now - self._last_step
+        self._last_step = now
+        (self.decode_steps if step.decode else self.other_steps)[step.mode] += 1
+        if step.mode != "NONE":
+            self.replayed_tokens += step.padded_tokens
+            self.replayed_padding += step.padded_tokens - step.tokens
+        if step.reason is not None:
+            self.eager_reasons[step.reason] += 1
+        self.generated_tokens += step.generated
+
+    def clear(self) -> None:
+        """Starts counting again; graphs stay, with their replays at 0."""
+        for graph in self.graphs:
+            graph.replays = 0
+        for counter in (self.decode_steps, self.other_steps, self.eager_reasons):
+            counter.clear()
+        self.replayed_tokens = self.replayed_padding = self.generated_tokens = self.input_waits = 0
+        self.serving_seconds, self._last_step = 0.0, None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON types; docs/serving.md describes the fields."""
+        eager = self.decode_steps["NONE"]
+        return {
+            "model": self.model,
+            "device": self.device,
+            "graphs": [dataclasses.asdict(graph) for graph in self._summed_graphs()],
+            "capture_milliseconds": round(sum(graph.milliseconds for graph in self.graphs), 3),
+            "capture_mebibytes": round(sum(graph.mebibytes for graph in self.graphs), 3),
+            "decode_steps": {
+                "total": sum(self.decode_steps.values()),
+                "replayed": self.decode_steps["FULL"],
+                "piecewise": self.decode_steps["PIECEWISE"],
+                "eager": eager,
+            },
+            "other_steps": {
+                "total": sum(self.other_steps.values()),
+                "replayed": self.other_steps["FULL"],
+                "piecewise": self.other_steps["PIECEWISE"],
+                "eager": self.other_steps["NONE"],
+            },
+            "eager_reasons": dict(self.eager_reasons),
+            "padding_waste": self.replayed_padding / self.replayed_tokens if self.replayed_tokens else 0.0,
+            "generated_tokens": self.generated_tokens,
+            "serving_seconds": round(self.serving_seconds, 6),
+            "tokens_per_second": self.generated_tokens / self.serving_seconds if self.serving_seconds else 0.0,
+            "input_waits": self.input_waits,
+        }
+
+    def text(self) -> str:
+        """The report as the lines a person reads."""
+        data = self.as_dict()
+        decode, other = data["decode_steps"], data["other_steps"]
+        lines = [
+            f"graphs captured: {len(data['graphs'])} in {data['capture_milliseconds']:.0f} ms, "
+            f"{data['capture_mebibytes']:.1f} MiB",
+            *(
+                f"  {g['mode']} {g['tokens']} tokens: {g['milliseconds']:.1f} ms, {g['mebibytes']:.2f} MiB, "
+                f"{g['replays']} replays"
+                for g in data["graphs"]
+            ),
+            f"decode steps: {decode['replayed']} replayed, {decode['piecewise']} piecewise, {decode['eager']} eager",
+            f"other steps: {other['replayed']} replayed, {other['piecewise']} piecewise, {other['eager']} eager",
+            *(f"  eager because {reason}: {count}" for reason, count in data["eager_reasons"].items()),
+            f"padding waste: {data['padding_waste']:.1%} of the replayed tokens",
+            f"generated: {data['generated_tokens']} tokens in {data['serving_seconds']:.2f} s, "
+            f"{data['tokens_per_second']:.1f} tokens/s",
+        ]
+        return "\n".join(lines)
+
+    def _summed_graphs(self) -> list[GraphRecord]:
+        """One row a mode and size: a piecewise model has a graph a piece, replayed together."""
+        rows: dict[tuple[str, int, int | None], GraphRecord] = {}
+        for graph in self.graphs:
+            key = (graph.mode, graph.tokens, graph.requests)
+            if key not in rows:
+                rows[key] = dataclasses.replace(graph)
+                continue
+            row = rows[key]
+            row.milliseconds += graph.milliseconds
+            row.mebibytes += graph.mebibytes
+            row.updated_operators += graph.updated_operators
+        return list(rows.values())
+
+
+class ReportFile:
+    """Keeps a JSON file up to date. A reader never sees half a report: the file is replaced, not rewritten."""
+
+    def __init__(self, path: str, interval: float) -> None:
+        self._path = Path(path)
+        self._interval = interval
+        self._next = time.monotonic() + interval if interval else float("inf")
+
+    def update(self, report: RunReport) -> None:
+        """Writes the report if the interval has passed."""
+        if time.monotonic() >= self._next:
+            self.write(report)
+
+    def write(self, report: RunReport) -> None:
+        """Writes the report now."""
+        if self._interval:
+            self._next = time.monotonic() + self._interval
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+        temporary.replace(self._path)

@@ -1,0 +1,182 @@
+"""vLLM's V1 model runner on npu."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from vllm.compilation.counter import compilation_counter
+from vllm.compilation.cuda_graph import CUDAGraphWrapper
+from vllm.compilation.monitor import set_cudagraph_capturing_enabled
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import BatchDescriptor
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.workspace import lock_workspace
+
+from npu_compiler.serving.graph_updates import UpdateResources
+from npu_compiler.serving.graph_wrapper import ACLGraphWrapper
+from npu_compiler.serving.options import ServingOptions
+from npu_compiler.serving.report import ReportFile, RunReport, Step
+from npu_compiler.serving.seams import cuda_names_mean_npu
+
+logger = init_logger(__name__)
+
+
+class NPUModelRunner(GPUModelRunner):
+    """Adds to vLLM's runner: ACL graphs, npu streams, the run report. Steps themselves are vLLM's."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        with cuda_names_mean_npu():
+            super().__init__(vllm_config, device)
+        options = ServingOptions.of(vllm_config)
+        self.report = RunReport(device=str(torch.npu.get_device_name(device)), model=vllm_config.model_config.model)
+        writes = options.report_path is not None and vllm_config.parallel_config.rank == 0
+        self.report_file = ReportFile(str(options.report_path), options.report_interval) if writes else None
+        self._dispatch: dict[str, Any] = {}
+
+    # -- model and cache ----------------------------------------------------------------------------------------------
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the model, and wraps it in our graph wrapper where vLLM wraps it in its own."""
+        super().load_model(*args, **kwargs)
+        if isinstance(self.model, CUDAGraphWrapper) and not isinstance(self.model, ACLGraphWrapper):
+            self.model = ACLGraphWrapper(
+                self.model.unwrap(), self.vllm_config, CUDAGraphMode.FULL, update_resources=UpdateResources()
+            )
+
+    def initialize_kv_cache_tensors(
+        self,
+        kv_cache_config: KVCacheConfig,
+        kernel_block_sizes: list[int],
+        kv_cache_allocation_context: AbstractContextManager[Any] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Allocates as vLLM does. What copies whole blocks (`self.kv_caches`) sees keys and values apart.
+
+        Raises:
+            NotImplementedError: the model needs several KV cache groups, whose blocks would share memory.
+        """
+        groups = len(kv_cache_config.kv_cache_groups)
+        if groups > 1:
+            raise NotImplementedError(
+                f"the model has {groups} KV cache groups (attention of several kinds); npu serves one kind a model"
+            )
+        caches = super().initialize_kv_cache_tensors(kv_cache_config, kernel_block_sizes, kv_cache_allocation_context)
+        self.kv_caches[:] = [half for cache in self.kv_caches for half in _halves(cache)]
+        return caches
+
+    # -- graphs -------------------------------------------------------------------------------------------------------
+
+    def capture_model(self) -> int:
+        """Captures every graph of the configured mode, the largest first, and returns the bytes they took.
+
+        vLLM's own method captures on a stream that `parallel_state.graph_capture` makes, which knows CUDA's and XPU's
+        communicators only. The worker's stream is not the default stream, so captures need no other.
+        """
+        if self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
+            return 0
+        compilation_counter.num_gpu_runner_capture_triggers += 1
+        start = time.perf_counter()
+        torch.npu.synchronize()
+        torch.npu.empty_cache()
+        free = torch.npu.mem_get_info()[0]
+        set_cudagraph_capturing_enabled(True)
+        try:
+            with self._freeze_gc():
+                for mode, descriptors in self.cudagraph_dispatcher.get_capture_descs():
+                    self._capture_cudagraphs(batch_descriptors=descriptors, cudagraph_runtime_mode=mode)
+                    torch.npu.synchronize()
+        finally:
+            set_cudagraph_capturing_enabled(False)
+        used = free - torch.npu.mem_get_info()[0]
+        torch.npu.empty_cache()
+        lock_workspace()
+        wrappers = [w for w in CUDAGraphWrapper._all_instances if isinstance(w, ACLGraphWrapper)]
+        own = [w for w in wrappers if w.vllm_config is self.vllm_config]
+        records = [record for wrapper in own for record in wrapper.records]
+        self.report.graphs = sorted(records, key=lambda record: (record.mode, record.tokens))
+        logger.info(
+            "Captured %d ACL graphs (%s) in %.1f s, %.1f MiB",
+            len(records),
+            self.compilation_config.cudagraph_mode.name,
+            time.perf_counter() - start,
+            used / 2**20,
+        )
+        return used
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def synchronize_input_prep(self) -> Iterator[None]:
+        """Before host buffers are filled again, the copies out of them must be done; they nearly always are."""
+        event = self.prepare_inputs_event
+        if event is None:
+            yield
+            return
+        if not event.query():
+            self.report.input_waits += 1
+            event.synchronize()
+        try:
+            yield
+        finally:
+            event.record()
+
+    def _get_or_create_async_output_copy_stream(self) -> torch.npu.Stream:
+        if self.async_output_copy_stream is None:
+            self.async_output_copy_stream = torch.npu.Stream()
+        return self.async_output_copy_stream
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        with cuda_names_mean_npu():
+            return super().sample_tokens(grammar_output)
+
+    def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
+        """Keeps what was decided, for the report of the step."""
+        result = super()._determine_batch_execution_and_padding(*args, **kwargs)
+        self._dispatch = {**kwargs, "mode": result[0], "descriptor": result[1]}
+        return result
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._model_forward(*args, **kwargs)
+        self._count_step()
+        return output
+
+    def _count_step(self) -> None:
+        tokens, requests = self._dispatch["num_tokens"], self._dispatch["num_reqs"]
+        mode: CUDAGraphMode = self._dispatch["mode"]
+        descriptor: BatchDescriptor = self._dispatch["descriptor"]
+        decode = self._dispatch["max_num_scheduled_tokens"] == 1 and tokens == requests
+        discarded = int(self.discard_request_mask.np[:requests].sum())
+        self.report.add(
+            Step(
+                decode=decode,
+                mode=mode.name,
+                tokens=tokens,
+                padded_tokens=descriptor.num_tokens,
+                generated=requests - discarded,
+                reason=self._why_eager(tokens, decode) if mode == CUDAGraphMode.NONE else None,
+            )
+        )
+        if self.report_file is not None:
+            self.report_file.update(self.report)
+
+    def _why_eager(self, tokens: int, decode: bool) -> str:
+        mode = self.cudagraph_dispatcher.cudagraph_mode
+        if mode == CUDAGraphMode.NONE:
+            return "cudagraph_mode is NONE"
+        largest = self.compilation_config.max_cudagraph_capture_size or 0
+        if tokens > largest:
+            return f"more tokens than the largest graph ({largest})" if decode else "prefill larger than any graph"
+        if not decode and mode.mixed_mode() == CUDAGraphMode.NONE:
+            return f"the batch holds prefill, which {mode.name} has no graphs for"
+        return "no graph for this batch"
+
+
+def _halves(cache: torch.Tensor) -> list[torch.Tensor]:
+    """Keys and values of one layer, each [blocks, elements a block]; `cache` as vLLM views it, blocks first."""
+    flat = cache.permute(0, 2, 1, 3).view(-1)
+    return list(flat.view(2, cache.shape[0], -1))

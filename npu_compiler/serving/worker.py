@@ -1,0 +1,128 @@
+"""vLLM's worker process on npu."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.utils.gc_utils import freeze_gc_heap, maybe_attach_gc_debug_callback
+from vllm.utils.mem_utils import MemorySnapshot
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
+from vllm.v1.worker.utils import request_memory
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from npu_compiler.serving.runner import NPUModelRunner
+
+logger = init_logger(__name__)
+
+
+class NPUWorker(Worker):
+    """One rank: one npu, its HCCL groups and its model runner."""
+
+    model_runner: NPUModelRunner
+
+    def init_device(self) -> None:
+        """Takes the device of this rank, joins the groups and makes the model runner.
+
+        Raises:
+            ValueError: there are fewer devices than ranks, or less free memory than gpu_memory_utilization asks for.
+        """
+        index = current_platform.logical_device_id_to_visible_device_id(self.local_rank)
+        available = torch.npu.device_count()
+        if index >= available:
+            raise ValueError(
+                f"rank {self.rank} needs device npu:{index}, but {available} devices are visible; lower "
+                f"--tensor-parallel-size or extend {current_platform.device_control_env_var}"
+            )
+        self.device = torch.device(f"npu:{index}")
+        torch.npu.set_device(self.device)
+        # The default stream can't be captured. Everything this worker runs goes to a stream of its own.
+        torch.npu.set_stream(torch.npu.Stream())
+        if self.model_config is not None:
+            current_platform.check_if_supports_dtype(self.model_config.dtype)
+        init_worker_distributed_environment(
+            self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, current_platform.dist_backend
+        )
+        set_random_seed(self.model_config.seed)
+        gc.collect()
+        torch.npu.empty_cache()
+        self.init_snapshot = MemorySnapshot(device=self.device)
+        self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
+        self._init_workspace_and_model_runner()
+
+    def _make_model_runner(self) -> NPUModelRunner:
+        return NPUModelRunner(self.vllm_config, self.device)
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
+        return nullcontext()  # pools of their own serve sleep mode only, which the platform refuses
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Runs each compiled range once, captures the graphs, and runs the sampler at its largest size.
+
+        vLLM's own method also warms up CUDA kernels, and imports them to do so.
+        """
+        for size in self._sizes_to_warm_up():
+            self.model_runner._dummy_run(size, skip_eplb=True, remove_lora=False)
+        if not self.model_config.enforce_eager:
+            self.model_runner.capture_model()
+        self._warm_up_sampler()
+        # Warm-up must not show in the random numbers of the first request.
+        set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)
+        freeze_gc_heap()
+        maybe_attach_gc_debug_callback()
+        compilation = self.compilation_config
+        return CompilationTimes(
+            language_model=compilation.compilation_time, encoder=compilation.encoder_compilation_time
+        )
+
+    def _sizes_to_warm_up(self) -> list[int]:
+        """Sizes in tokens, largest first: those asked for and one of every compiled range that no graph covers."""
+        compilation = self.compilation_config
+        if compilation.mode != CompilationMode.VLLM_COMPILE:
+            return []
+        captured: set[int] = set()
+        if compilation.cudagraph_mode != CUDAGraphMode.NONE:
+            captured = set(compilation.cudagraph_capture_sizes or [])
+        sizes = {int(size) for size in compilation.compile_sizes or []} - captured
+        for compile_range in compilation.get_compile_ranges():
+            if not any(size in compile_range for size in captured | sizes):
+                sizes.add(compile_range.end)
+        return sorted(sizes, reverse=True)
+
+    def _warm_up_sampler(self) -> None:
+        if not get_pp_group().is_last_rank:
+            return
+        runner, scheduler = self.model_runner, self.scheduler_config
+        requests = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+        hidden, last_hidden = runner._dummy_run(
+            num_tokens=requests, skip_eplb=True, cudagraph_runtime_mode=CUDAGraphMode.NONE
+        )
+        if runner.is_pooling_model:
+            runner._dummy_pooler_run(hidden)
+        else:
+            runner._dummy_sampler_run(hidden_states=last_hidden)
+
+    # -- the run report -----------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """What this rank did so far (docs/serving.md). `LLM.collective_rpc("report")` returns one a rank."""
+        return self.model_runner.report.as_dict()
+
+    def clear_report(self) -> None:
+        """Starts the report's counters again."""
+        self.model_runner.report.clear()
+
+    def shutdown(self) -> None:
+        runner = getattr(self, "model_runner", None)
+        if runner is not None and self.rank == 0:
+            logger.info("Run report\n%s", runner.report.text())
+            if runner.report_file is not None:
+                runner.report_file.write(runner.report)
+        super().shutdown()

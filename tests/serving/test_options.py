@@ -1,0 +1,28 @@
+"""Unknown, malformed and contradictory options are refused with what to write instead."""
+
+import pytest
+
+from npu_compiler.serving.options import ServingOptions
+
+
+def test_defaults() -> None:
+    options = ServingOptions.parse({})
+    assert (options.report_path, options.report_interval, options.compile) == (None, 10.0, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"report_pth": "x"}, "unknown option 'report_pth'; did you mean 'report_path'"),
+        ({"interval": 3}, "unknown option 'interval'; did you mean 'report_interval'"),
+        ({"report_path": 3}, "report_path must be a file name, got 3"),
+        ({"report_interval": -1}, "report_interval must be seconds >= 0, got -1"),
+        ({"report_interval": "often"}, "report_interval must be seconds >= 0, got 'often'"),
+        ({"report_interval": True}, "report_interval must be seconds"),
+        ({"compile": ["fast"]}, "compile must be a JSON object"),
+        (["report_path"], "expected a JSON object, got list"),
+    ],
+)
+def test_refused(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServingOptions.parse(given)

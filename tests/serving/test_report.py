@@ -1,0 +1,78 @@
+"""The run report counts what it was told, and its file is always whole."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from npu_compiler.serving.report import GraphRecord, ReportFile, RunReport, Step
+
+
+def step(**changes: object) -> Step:
+    values = {"decode": True, "mode": "FULL", "tokens": 3, "padded_tokens": 4, "generated": 3} | changes
+    return Step(**values)  # type: ignore[arg-type]
+
+
+def test_counts() -> None:
+    report = RunReport()
+    report.add(step())
+    report.add(step(tokens=4, generated=4))
+    report.add(step(mode="NONE", tokens=9, padded_tokens=9, generated=9, reason="too large"))
+    report.add(step(decode=False, mode="PIECEWISE", tokens=7, padded_tokens=8, generated=1))
+    data = report.as_dict()
+    assert data["decode_steps"] == {"total": 3, "replayed": 2, "piecewise": 0, "eager": 1}
+    assert data["other_steps"] == {"total": 1, "replayed": 0, "piecewise": 1, "eager": 0}
+    assert data["eager_reasons"] == {"too large": 1}
+    assert data["padding_waste"] == pytest.approx(2 / 16)
+    assert data["generated_tokens"] == 17
+
+
+def test_serving_time_leaves_out_idle_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 10.5, 30.0, 30.25])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    report = RunReport()
+    for _ in range(4):
+        report.add(step())
+    assert report.as_dict()["serving_seconds"] == pytest.approx(0.75)
+    assert report.as_dict()["tokens_per_second"] == pytest.approx(12 / 0.75)
+
+
+def test_pieces_of_one_size_are_one_row() -> None:
+    pieces = [
+        GraphRecord("PIECEWISE", 4, None, 2.0, 1.0, replays=5),
+        GraphRecord("PIECEWISE", 4, None, 3.0, 0.5, replays=5),
+    ]
+    report = RunReport(graphs=[*pieces, GraphRecord("FULL", 4, 4, 1.0, 0.0)])
+    rows = report.as_dict()["graphs"]
+    assert [(row["mode"], row["milliseconds"], row["mebibytes"], row["replays"]) for row in rows] == [
+        ("PIECEWISE", 5.0, 1.5, 5),
+        ("FULL", 1.0, 0.0, 0),
+    ]
+    assert pieces[0].milliseconds == 2.0  # the records themselves are left alone
+
+
+def test_clear_keeps_the_graphs() -> None:
+    report = RunReport(graphs=[GraphRecord("FULL", 1, 1, 1.0, 0.0, replays=3)])
+    report.add(step())
+    report.clear()
+    data = report.as_dict()
+    assert (data["decode_steps"]["total"], data["generated_tokens"], data["graphs"][0]["replays"]) == (0, 0, 0)
+    assert len(data["graphs"]) == 1
+
+
+def test_text_names_the_reason() -> None:
+    report = RunReport()
+    report.add(step(mode="NONE", reason="the batch holds prefill"))
+    assert "eager because the batch holds prefill: 1" in report.text()
+
+
+def test_file_is_written_at_once_and_at_the_interval(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run.json"
+    file = ReportFile(str(path), interval=3600)
+    report = RunReport(model="m")
+    file.update(report)
+    assert not path.exists()
+    file.write(report)
+    assert json.loads(path.read_text())["model"] == "m"
+    assert list(path.parent.iterdir()) == [path]
