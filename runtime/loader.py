@@ -31,6 +31,7 @@ LIBRARIES = (
     "libgraph.so",
     "libacl_tdt_channel.so",
     "libhccl.so",
+    "libhcomm.so",
     "libopapi.so",
     "libnnopbase.so",
 )
