@@ -1,1 +1,208 @@
-#include "runtime/acl/task.h"
+#include "runtime/acl/stream.h"
+
+#include <pthread.h>
+
+#include "runtime/acl/capture.h"
+#include "runtime/acl/check.h"
+#include "runtime/acl/counters.h"
+#include "runtime/acl/handles.h"
+
+namespace host_runtime {
+namespace {
+
+HandleTable<Stream>& explicit_streams() {
+  static auto* const table = new HandleTable<Stream>;
+  return *table;
+}
+
+// Default streams are reached through their context, yet callers may hold their handle too.
+HandleTable<Stream>& default_streams() {
+  static auto* const table = new HandleTable<Stream>;
+  return *table;
+}
+
+thread_local Stream* stream_of_thread = nullptr;
+
+}  // namespace
+
+std::shared_ptr<Stream> Stream::create(Device& device, Kind kind, uint32_t priority, uint32_t flags) {
+  const int32_t id = device.streams.take();
+  if (id < 0) {
+    fail(ACL_ERROR_RT_NO_STREAM_RESOURCE,
+         "device " + std::to_string(device.id) + " has no stream left: all " +
+             std::to_string(settings().streams) +
+             " are held by streams and captured graphs; destroy some, or capture fewer sizes");
+    return nullptr;
+  }
+  std::shared_ptr<Stream> stream(new Stream(device, kind, id, priority, flags));
+  (kind == Kind::kDefault ? default_streams() : explicit_streams()).add(stream);
+  return stream;
+}
+
+Stream::Stream(Device& device, Kind kind, int32_t id, uint32_t priority, uint32_t flags)
+    : device(device), kind(kind), id(id), flags(flags), priority(priority) {}
+
+Stream::~Stream() {
+  close();
+  device.streams.give_back(id);
+}
+
+std::string Stream::description() const {
+  return (kind == Kind::kDefault ? "the default stream of device "
+                                 : "stream " + std::to_string(id) + " of device ") +
+         std::to_string(device.id);
+}
+
+aclError Stream::enqueue(TaskPtr task) {
+  if (failed_.load() && stop_on_failure.load()) {
+    const auto failure = this->failure();
+    if (auto* control = dynamic_cast<ControlTask*>(task.get())) control->skip(*failure);
+    return fail(failure->code, failure->message);
+  }
+  checking_submitted(*this, *task);
+  {
+    std::lock_guard lock(queue_mutex_);
+    if (closing_) {
+      return fail(ACL_ERROR_RT_INVALID_HANDLE, task->name() + ": " + description() + " was destroyed");
+    }
+    if (!worker_.joinable()) start_worker();
+    queue_.push_back(std::move(task));
+    submitted_.fetch_add(1);
+  }
+  work_arrived_.notify();
+  count(Counter::kTasks);
+  return ACL_SUCCESS;
+}
+
+void Stream::start_worker() {
+  worker_ = std::thread([this] { work(); });
+  const std::string name = "npu" + std::to_string(device.id) + "-s" + std::to_string(id);
+  pthread_setname_np(worker_.native_handle(), name.c_str());
+}
+
+void Stream::work() {
+  stream_of_thread = this;
+  std::vector<TaskPtr> batch;
+  for (;;) {
+    work_arrived_.wait([this] { return completed_.load() < submitted_.load() || stop_.load(); });
+    {
+      std::lock_guard lock(queue_mutex_);
+      batch.swap(queue_);
+    }
+    if (batch.empty() && stop_.load()) return;
+    for (TaskPtr& task : batch) {
+      run_one(*task);
+      task.reset();
+      completed_.fetch_add(1);
+      work_done_.notify();
+    }
+    batch.clear();
+  }
+}
+
+void Stream::run_one(Task& task) {
+  if (failed_.load() && stop_on_failure.load()) {
+    count(Counter::kSkippedTasks);
+    if (auto* control = dynamic_cast<ControlTask*>(&task)) control->skip(*failure());
+    return;
+  }
+  try {
+    checking_before(*this, task);
+    task.run();
+    checking_after(*this, task);
+  } catch (const TaskError& error) {
+    record_failure(error.code, task.name() + " on " + description() + " failed: " + error.what());
+  } catch (const std::exception& error) {
+    record_failure(ACL_ERROR_RT_AICORE_EXCEPTION,
+                   task.name() + " on " + description() + " failed: " + error.what());
+  }
+}
+
+void Stream::record_failure(aclError code, const std::string& message) {
+  count(Counter::kFailedTasks);
+  std::lock_guard lock(failure_mutex_);
+  if (failure_) return;
+  failure_ =
+      StreamFailure{code, message + (stop_on_failure.load() ? "; the tasks after it were not run" : "")};
+  failed_.store(true);
+}
+
+std::optional<StreamFailure> Stream::failure() const {
+  if (!failed_.load()) return std::nullopt;
+  std::lock_guard lock(failure_mutex_);
+  return failure_;
+}
+
+aclError Stream::synchronize(const Deadline& deadline, const char* function) {
+  count(Counter::kHostSynchronizations);
+  const uint64_t target = submitted_.load();
+  if (!work_done_.wait([&] { return completed_.load() >= target; }, deadline)) {
+    return fail(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
+                std::string(function) + ": " + description() + " still has " +
+                    std::to_string(target - completed_.load()) + " tasks to run when the timeout passed");
+  }
+  checking_synchronized(*this, target);
+  if (const auto failure = this->failure())
+    return fail(failure->code, std::string(function) + ": " + failure->message);
+  return ACL_SUCCESS;
+}
+
+void Stream::close() {
+  {
+    std::lock_guard lock(queue_mutex_);
+    closing_ = true;
+  }
+  stop_.store(true);
+  work_arrived_.notify();
+  if (!worker_.joinable()) return;
+  // The last reference may go away on the worker itself, with the task that held it.
+  if (worker_.get_id() == std::this_thread::get_id()) {
+    worker_.detach();
+  } else {
+    worker_.join();
+  }
+}
+
+void Stream::abort(aclError code, const std::string& why) {
+  stop_on_failure.store(true);
+  record_failure(code, description() + " was aborted: " + why);
+}
+
+std::shared_ptr<Stream> find_stream(aclrtStream handle, const char* function) {
+  if (handle == nullptr) {
+    Context* context = require_context(function);
+    return context == nullptr ? nullptr : context->default_stream();
+  }
+  if (auto stream = explicit_streams().find(handle)) return stream;
+  if (auto stream = default_streams().find(handle)) return stream;
+  fail(ACL_ERROR_RT_INVALID_HANDLE,
+       std::string(function) + ": this stream does not exist (destroyed, or not a stream)");
+  return nullptr;
+}
+
+std::vector<std::shared_ptr<Stream>> streams_of(const Device& device) {
+  std::vector<std::shared_ptr<Stream>> result;
+  for (auto* table : {&explicit_streams(), &default_streams()}) {
+    for (auto& stream : table->all()) {
+      if (&stream->device == &device) result.push_back(std::move(stream));
+    }
+  }
+  return result;
+}
+
+Stream* running_stream() { return stream_of_thread; }
+
+void forget_stream(const Stream* stream) {
+  explicit_streams().remove(stream);
+  default_streams().remove(stream);
+}
+
+aclError submit(aclrtStream handle, TaskPtr task) {
+  return guarded("submit", [&] {
+    const auto stream = find_stream(handle, "launch of a task");
+    if (!stream) return aclrtPeekAtLastError(ACL_RT_THREAD_LEVEL);
+    return submit_to(*stream, std::move(task));
+  });
+}
+
+}  // namespace host_runtime

@@ -15,7 +15,8 @@
 
 namespace host_runtime {
 
-/// A range of device or host memory that a task reads or writes; the checking mode looks for races between them.
+/// A range of device or host memory that a task reads or writes; the checking mode looks for races between
+/// them.
 struct MemoryAccess {
   enum class Mode : uint8_t { kRead, kWrite, kReadWrite };
   const void* address;
@@ -23,14 +24,15 @@ struct MemoryAccess {
   Mode mode;
 };
 
-/// One asynchronous unit of work. A stream runs its tasks one at a time, in order of submission; a captured graph
-/// keeps the task and runs it again at each replay, so run() must leave the task as it found it, and the task must
-/// own everything it uses except device memory.
+/// One asynchronous unit of work. A stream runs its tasks one at a time, in order of submission; a captured
+/// graph keeps the task and runs it again at each replay, so run() must leave the task as it found it, and
+/// the task must own everything it uses except device memory.
 class HOST_RUNTIME_API Task {
  public:
   virtual ~Task() = default;
 
-  /// Does the work. Throws TaskError (or any std::exception) when it cannot; the stream then fails as CANN's does.
+  /// Does the work. Throws TaskError (or any std::exception) when it cannot; the stream then fails as CANN's
+  /// does.
   virtual void run() = 0;
 
   /// The name users know: "aclnnAdd", "HcclAllReduce", "aclrtMemcpyAsync".
@@ -51,13 +53,18 @@ class HOST_RUNTIME_API TaskError : public std::runtime_error {
   aclError code;
 };
 
-/// Hands `task` to `stream` (nullptr: the current device's default stream): queues it, records it when the stream is
-/// capturing, or collects it when a task group of a graph is being updated. Never waits for the task to run.
-/// Errors: 107xxx as aclrtLaunch*; the message is set for aclGetRecentErrMsg.
+/// Hands `task` to `stream` (nullptr: the current device's default stream): queues it, records it when the
+/// stream is capturing, or collects it when a task group of a graph is being updated. Never waits for the
+/// task to run. Errors: 107xxx as aclrtLaunch*; the message is set for aclGetRecentErrMsg.
 HOST_RUNTIME_API aclError submit(aclrtStream stream, TaskPtr task);
 
-/// Sets what aclGetRecentErrMsg returns next on this thread, and returns `code` so that callers can `return fail(...)`.
+/// Sets what aclGetRecentErrMsg returns next on this thread, and returns `code` so that callers can `return
+/// fail(...)`.
 HOST_RUNTIME_API aclError fail(aclError code, const std::string& message);
+
+/// Zeroes memory. Of whole pages of device memory the pages are dropped instead of written (from 2 MiB on),
+/// so that zeroing memory that nobody touched yet costs nothing.
+HOST_RUNTIME_API void zero_fill(void* pointer, size_t bytes);
 
 /// Whether the checking mode is on (see docs/host_runtime.md).
 HOST_RUNTIME_API bool checking();

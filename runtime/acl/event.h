@@ -1,0 +1,93 @@
+// Events: points in a stream that other streams and the host can wait for.
+#pragma once
+
+#include <memory>
+#include <optional>
+
+#include "runtime/acl/stream.h"
+
+namespace host_runtime {
+
+/// What an event's tasks share, in memory that other processes can map when the event is made for IPC.
+struct EventState {
+  std::atomic<uint64_t> recorded{0};     ///< records submitted so far
+  std::atomic<uint64_t> completed{0};    ///< the latest record that has been reached
+  std::atomic<int64_t> time_ns{0};       ///< when it was reached, on the steady clock
+  std::atomic<int32_t> failure_code{0};  ///< of the stream that should have reached it
+};
+
+class Event {
+ public:
+  /// kCounting: a wait is for the latest record submitted before it. kExternal: a flag that waits block on
+  /// until a record sets it and that a reset clears (ACL_EVENT_EXTERNAL).
+  enum class Kind { kCounting, kExternal };
+
+  Event(uint32_t flags, Kind kind, std::shared_ptr<EventState> state, bool between_processes = false)
+      : flags(flags), kind(kind), between_processes(between_processes), state(std::move(state)) {}
+
+  /// The number that the next record completes.
+  uint64_t announce_record() { return state->recorded.fetch_add(1) + 1; }
+  void reach(uint64_t record);
+  void fail_record(uint64_t record, const StreamFailure& failure);
+  bool reached(uint64_t record) const { return state->completed.load() >= record; }
+  bool wait(uint64_t record, const Deadline& deadline);
+  std::optional<StreamFailure> failure() const;
+
+  void set_flag();
+  void clear_flag();
+  bool flag() const { return flag_.load() != 0; }
+  void wait_flag();
+
+  const uint32_t flags;
+  const Kind kind;
+  const bool between_processes;
+  const std::shared_ptr<EventState> state;
+
+  // While the event was last recorded by a capture in progress: which, and where. Guarded by capture_mutex().
+  std::weak_ptr<Capture> capture;
+  std::vector<uint64_t> capture_clock;
+  int64_t capture_node = -1;
+
+ private:
+  std::atomic<uint32_t> flag_{0};
+  mutable std::mutex failure_mutex_;
+  std::optional<StreamFailure> failure_;  // guarded by failure_mutex_
+  WaitPoint changed_;
+};
+
+/// Null, with the error set, when the handle names no event.
+std::shared_ptr<Event> find_event(aclrtEvent handle, const char* function);
+/// The new handle.
+aclrtEvent register_event(std::shared_ptr<Event> event);
+/// Null when the handle names no event.
+std::shared_ptr<Event> unregister_event(aclrtEvent handle);
+/// An event whose state other processes can open (ipc.cpp).
+aclError create_ipc_event(aclrtEvent* event, uint32_t flags);
+
+/// A task that records, waits for or resets an event, alone or as a node of a graph.
+class EventTask : public ControlTask {
+ public:
+  enum class Action { kRecord, kWait, kReset };
+  EventTask(std::shared_ptr<Event> event, Action action, uint64_t record)
+      : event(std::move(event)), action(action), record(record) {}
+
+  void run() override;
+  void skip(const StreamFailure& failure) override;
+  std::string name() const override;
+  std::string arguments_json() const override;
+  /// Whether run() would not block.
+  bool ready() const;
+
+  const std::shared_ptr<Event> event;
+  const Action action;
+  const uint64_t record;
+};
+
+/// Queues the task on the stream, or records it in the stream's capture.
+aclError submit_event_task(Stream& stream, const std::shared_ptr<Event>& event, EventTask::Action action,
+                           const char* function);
+/// Error (set) when a capture in progress recorded the event: the host may neither wait for it nor ask about
+/// it.
+aclError refuse_captured_event(const Event& event, const char* function);
+
+}  // namespace host_runtime

@@ -1,0 +1,26 @@
+// The descriptors of CANN's older way of calling operators by name (aclop*).
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "acl/acl.h"
+
+struct aclDataBuffer {
+  void* data;
+  size_t size;
+};
+
+struct aclTensorDesc {
+  aclDataType dtype;
+  aclFormat format;
+  aclFormat storage_format;
+  std::vector<int64_t> dims;
+  std::vector<int64_t> storage_dims;
+  std::string name;
+  aclMemType placement = ACL_MEMTYPE_DEVICE;
+};
+
+struct aclopAttr {
+  std::vector<std::string> names;  // what was set, for messages
+};

@@ -1,0 +1,109 @@
+// A stream: a thread that runs tasks one at a time, in order of submission.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "runtime/acl/device.h"
+#include "runtime/acl/task.h"
+#include "runtime/acl/wait.h"
+
+namespace host_runtime {
+
+class Capture;
+struct GroupUpdate;
+
+/// The first error of a stream; it stays until the stream is destroyed or its device is reset.
+struct StreamFailure {
+  aclError code;
+  std::string message;
+};
+
+/// A task that other streams or the host wait for: it must come to an end even when its stream has failed.
+class ControlTask : public Task {
+ public:
+  /// Called instead of run() on a failed stream.
+  virtual void skip(const StreamFailure& failure) = 0;
+};
+
+class Stream {
+ public:
+  enum class Kind { kDefault, kExplicit };
+
+  /// Null when the device's stream budget is spent (error 207008 is then set).
+  static std::shared_ptr<Stream> create(Device& device, Kind kind, uint32_t priority, uint32_t flags);
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  /// Queues a task. Returns the stream's own error once it has failed.
+  aclError enqueue(TaskPtr task);
+
+  /// Waits until everything queued so far has run. Counts as a host synchronisation.
+  aclError synchronize(const Deadline& deadline, const char* function);
+  bool idle() const { return completed_.load() >= submitted_.load(); }
+  std::optional<StreamFailure> failure() const;
+
+  /// Lets queued tasks finish and ends the worker thread. Later tasks are refused.
+  void close();
+  /// Drops queued tasks (aclrtStreamAbort, aclrtDestroyStreamForce): the stream fails with `code`.
+  void abort(aclError code, const std::string& why);
+
+  std::string description() const;
+
+  Device& device;
+  const Kind kind;
+  const int32_t id;
+  const uint32_t flags;
+  std::atomic<uint32_t> priority;
+  std::atomic<bool> stop_on_failure{false};
+  std::atomic<uint32_t> overflow_switch{0};
+  std::atomic<uint32_t> custom_tag{0};
+  std::atomic<uint32_t> cache_operator_info{0};
+  std::mutex limits_mutex;
+  std::map<int, uint32_t> core_limits;
+
+  // Set while tasks go to a graph under construction or to an update of a task group, not to the queue.
+  // `diverted` is the quick look; the pointers are guarded by capture_mutex().
+  std::atomic<bool> diverted{false};
+  std::shared_ptr<Capture> capture;
+  std::shared_ptr<GroupUpdate> update;
+
+ private:
+  Stream(Device& device, Kind kind, int32_t id, uint32_t priority, uint32_t flags);
+  void start_worker();
+  void work();
+  void run_one(Task& task);
+  void record_failure(aclError code, const std::string& message);
+
+  std::mutex queue_mutex_;
+  std::vector<TaskPtr> queue_;  // guarded by queue_mutex_
+  bool closing_ = false;        // guarded by queue_mutex_
+  std::thread worker_;
+  std::atomic<uint64_t> submitted_{0};
+  std::atomic<uint64_t> completed_{0};
+  std::atomic<bool> stop_{false};
+  std::atomic<bool> failed_{false};
+  mutable std::mutex failure_mutex_;
+  std::optional<StreamFailure> failure_;  // guarded by failure_mutex_
+  WaitPoint work_arrived_;
+  WaitPoint work_done_;
+};
+
+/// The stream of a handle (null handle: the current context's default stream); null with the error set
+/// otherwise.
+std::shared_ptr<Stream> find_stream(aclrtStream handle, const char* function);
+/// Every live stream of a device, its contexts' default streams included.
+std::vector<std::shared_ptr<Stream>> streams_of(const Device& device);
+
+/// Makes a handle invalid; the stream itself goes when its last task does.
+void forget_stream(const Stream* stream);
+
+/// The stream whose task the calling thread is running; null outside tasks.
+Stream* running_stream();
+
+}  // namespace host_runtime
