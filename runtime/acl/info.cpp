@@ -38,10 +38,7 @@ aclError get_system_option(aclSysParamOpt opt, int64_t* value, const char* funct
   if (value == nullptr) return fail_null(function, "value");
   std::lock_guard lock(options_mutex);
   const auto found = system_options().find(opt);
-  if (found == system_options().end()) {
-    return fail(ACL_ERROR_RT_SYSPARAMOPT_NOT_SET, std::string(function) + ": this option was not set");
-  }
-  *value = found->second;
+  *value = found == system_options().end() ? 0 : found->second;  // every option is off until it is set
   return ACL_SUCCESS;
 }
 
