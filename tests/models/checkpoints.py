@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -81,20 +81,20 @@ class Shape:
 
 def configuration(shape: Shape) -> PreTrainedConfig:
     """The transformers configuration of `shape`."""
-    settings = dict(
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.hidden,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.intermediate,
-        vocab_size=shape.vocab,
-        max_position_embeddings=shape.max_positions,
-        tie_word_embeddings=shape.tied,
-        bos_token_id=None,
-        eos_token_id=tokenizer.TURN_END_ID,
-        pad_token_id=tokenizer.END_OF_TEXT_ID,
-        dtype=shape.dtype,
-    )
+    settings: dict[str, Any] = {
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.intermediate,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.max_positions,
+        "tie_word_embeddings": shape.tied,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.TURN_END_ID,
+        "pad_token_id": tokenizer.END_OF_TEXT_ID,
+        "dtype": shape.dtype,
+    }
     if shape.family != "qwen2":
         settings["head_dim"] = shape.head_dim
     return FAMILIES[shape.family][0](**settings)
