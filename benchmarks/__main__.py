@@ -1,0 +1,149 @@
+"""`python -m benchmarks`: runs the rows, prints the table, and writes one JSON file per row to benchmarks/results/."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import row_decode_step, row_graph_launch
+from benchmarks.harness import Row, Settings, run
+
+RESULTS = Path(__file__).parent / "results"
+ROW_TIMEOUT_S = 600
+
+
+def all_rows() -> dict[str, Row]:
+    """Every row by name, in the order of the table."""
+    return {row.name: row for row in (*row_graph_launch.rows(), *row_decode_step.rows())}
+
+
+def machine() -> dict[str, str]:
+    """The kind of machine, for the JSON: processor model, cores, kernel, Python."""
+    model = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        if names:
+            model = f"{names[0]} ({len(names)} logical cores)"
+    return {"processor": model, "system": platform.platform(), "python": platform.python_version()}
+
+
+def measure_here(name: str, quick: bool) -> dict[str, Any]:
+    """One row in this process, as the JSON object that is stored."""
+    import torch
+
+    row = all_rows()[name]
+    found = run(row, Settings.quick() if quick else Settings())
+    versions = {"torch": torch.__version__}
+    if "torch_npu" in sys.modules:
+        versions["torch_npu"] = sys.modules["torch_npu"].__version__
+    about = {"title": row.title, "quick": quick, "machine": machine(), "versions": versions}
+    return {"about": {**about, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, "records": found}
+
+
+def measure_apart(name: str, quick: bool, results: Path) -> dict[str, Any]:
+    """One row in a process of its own, so that no peer's compiler or signal handlers disturb the next row.
+
+    Raises:
+        RuntimeError: the process failed; its error output is in the message.
+    """
+    target = results / f"{name}.json"
+    target.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks", "--measure", name, "--results", str(results)]
+    done = subprocess.run(
+        command + ["--quick"] * quick,
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=ROW_TIMEOUT_S,
+    )
+    if done.returncode != 0 or not target.exists():
+        raise RuntimeError(f"row {name}: exit code {done.returncode}\n{done.stdout[-3000:]}")
+    return dict(json.loads(target.read_text()))
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def table(title: str, found: Sequence[dict[str, Any]]) -> str:
+    """The row as text: a line per peer, its time, and the ratio to the subject (median, range)."""
+    unit, subject = found[0]["unit"], found[0]["subject"]
+    lines = [title, f"  {'':14s} {'median':>9s} {'min':>9s} {'max':>9s} {unit:>3s}   time / time of {subject}"]
+    for record in found:
+        if record["missing"]:
+            lines.append(f"  {record['peer']:14s} missing: {record['missing']}")
+            continue
+        ratio = "-"
+        if record["ratio"] is not None:
+            ratio = f"{number(record['ratio'])}  ({number(record['ratio_min'])} .. {number(record['ratio_max'])})"
+        line = f"  {record['peer']:14s} {number(record['median']):>9s} {number(record['min']):>9s} "
+        line += f"{number(record['max']):>9s}       {ratio}"
+        if record["goal"]:
+            line += f"   goal {record['goal']}: {'met' if record['met'] else 'NOT met'}"
+        lines.append(line)
+    first = found[0]
+    notes = [f"{max(record['rounds'] for record in found)} rounds, {first['rejected']} disturbed"]
+    notes += ["TOO FEW UNDISTURBED ROUNDS, disturbed ones counted"] * bool(first["noisy"])
+    if first["floor"] is not None:
+        notes.append(f"floor {first['floor']:g} {unit}")
+    return "\n".join([*lines, f"  [{'; '.join(notes)}]"])
+
+
+def chosen(names: str | None) -> list[str]:
+    """The rows asked for, in the order of the table.
+
+    Raises:
+        SystemExit: an unknown row; the nearest one is named.
+    """
+    known = list(all_rows())
+    if names is None:
+        return known
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise SystemExit(f"benchmarks: no row {name!r}, did you mean {nearest!r}? Rows: {', '.join(known)}")
+    return [name for name in known if name in wanted]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when every chosen row was measured (missing peers and missed goals are reported, not failures), else 1."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--rows", help=f"comma-separated rows; default all: {', '.join(all_rows())}")
+    parser.add_argument(
+        "--quick", action="store_true", help="few short rounds: shows that it runs, the figures are rough"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
+    parser.add_argument("--measure", metavar="ROW", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.results.mkdir(parents=True, exist_ok=True)
+    if options.measure:
+        measured = measure_here(options.measure, options.quick)
+        (options.results / f"{options.measure}.json").write_text(json.dumps(measured, indent=1) + "\n")
+        return 0
+    failed = False
+    for name in chosen(options.rows):
+        try:
+            measured = measure_apart(name, options.quick, options.results)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            print(f"benchmarks: {error}\n", file=sys.stderr)
+            failed = True
+            continue
+        print(table(measured["about"]["title"], measured["records"]) + "\n", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

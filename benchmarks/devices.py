@@ -1,0 +1,37 @@
+"""What the rows share about `npu` and compiled contestants."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.harness import Missing
+
+SETUP_ERRORS = (RuntimeError, ImportError, NotImplementedError, AttributeError, TypeError, ValueError, AssertionError)
+
+
+@contextlib.contextmanager
+def needed(what: str) -> Iterator[None]:
+    """Turns a failure to set a contestant up into Missing with the first line of the reason."""
+    try:
+        yield
+    except Missing:
+        raise
+    except SETUP_ERRORS as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise Missing(f"{what}: {type(error).__name__}: {lines[0].strip() if lines else 'no message'}") from error
+
+
+def npu() -> torch.device:
+    """The first device of torch_npu.
+
+    Raises:
+        Missing: torch_npu is not loaded, or sees no device.
+    """
+    with needed("torch_npu"):
+        if not hasattr(torch, "npu") or torch.npu.device_count() == 0:
+            raise Missing("torch_npu: no device `npu`; run `npu-compiler doctor`")
+        torch.npu.set_device(0)
+        return torch.device("npu", 0)

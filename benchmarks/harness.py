@@ -1,0 +1,274 @@
+"""How a row is measured: contestants take turns, disturbed rounds are dropped, ratios stay inside a round.
+
+A row compares one *subject* with its *peers*. Every round times each contestant once, in turn, for about
+`round_seconds`; a figure is the seconds of one unit of work. Ratios divide two figures of the same round, so that a
+slow minute of the machine cancels out. A fixed probe kernel runs before and after every contestant: a round in which
+it took more than `PROBE_TOLERANCE` times its best is rejected and repeated, up to `attempts` rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+PROBE_TOLERANCE = 1.3
+
+
+class Missing(RuntimeError):
+    """A peer that can't run here; the message says why. It is reported in the table, never left out."""
+
+
+@dataclasses.dataclass
+class Contestant:
+    """One way of doing a row's work.
+
+    Attributes:
+        name: as printed, for example "npugraph_ex".
+        batch: does the work `n` times and returns when it is done, device included.
+        output: the result to check against the reference, as a CPU tensor; None for work without a result.
+        close: gives back what the contestant holds.
+    """
+
+    name: str
+    batch: Callable[[int], None]
+    output: Callable[[], torch.Tensor] | None = None
+    close: Callable[[], None] = lambda: None
+
+
+Factory = Callable[[], Contestant]
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A first target. `limit` is in the row's unit for the subject itself; `faster_than` is a ratio against a peer."""
+
+    peer: str
+    limit: float | None = None
+    faster_than: float | None = None
+
+    def text(self, unit: str) -> str:
+        return f"<= {self.limit:g} {unit}" if self.limit is not None else f">= {self.faster_than:g}x"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row: its contestants by name (the first is the subject) and what is asked of them.
+
+    Attributes:
+        name: also the name of the JSON file.
+        unit: "ns", "us" or "ms", for the printed and stored figures.
+        divisor: units of work in one call of `batch(1)`; figures are per unit.
+        floor: what physics or a published figure allows at best, in `unit`, or None.
+        tolerance: allowed absolute difference from the reference's output.
+        reference: the contestant whose output is right by definition (plain PyTorch on the CPU).
+    """
+
+    name: str
+    title: str
+    unit: str
+    contestants: dict[str, Factory]
+    reference: str
+    goals: tuple[Goal, ...] = ()
+    divisor: int = 1
+    floor: float | None = None
+    floor_source: str = ""
+    tolerance: float = 0.0
+
+    @property
+    def subject(self) -> str:
+        return next(iter(self.contestants))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How long to measure: `rounds` accepted rounds of `round_seconds` a contestant, at most `attempts` rounds."""
+
+    rounds: int = 9
+    round_seconds: float = 0.08
+    attempts: int = 27
+
+    @staticmethod
+    def quick() -> Settings:
+        return Settings(rounds=3, round_seconds=0.02, attempts=6)
+
+
+SCALE = {"ns": 1e9, "us": 1e6, "ms": 1e3}
+
+
+class Probe:
+    """A fixed piece of work (a matrix product that fits the first-level cache), timed to notice other programs.
+
+    One reading is the median of a few repetitions: one preempted repetition says nothing, a stolen core shows in most.
+    """
+
+    def __init__(self) -> None:
+        self.left, self.right = torch.rand(96, 96), torch.rand(96, 96)
+        self.best = min(self.read() for _ in range(20))
+
+    def read(self) -> float:
+        seconds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            for _ in range(10):
+                torch.mm(self.left, self.right)
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds)
+
+    def disturbed(self) -> bool:
+        """Whether the machine is busy now; a new best reading becomes the standard."""
+        now = self.read()
+        self.best = min(self.best, now)
+        return now > PROBE_TOLERANCE * self.best
+
+
+@dataclasses.dataclass
+class Measured:
+    """Seconds per unit of work of each contestant, one entry per accepted round, in step with each other."""
+
+    seconds: dict[str, list[float]]
+    rejected: int
+    noisy: bool
+    """True when too few rounds passed the probe, so that disturbed rounds had to be kept."""
+
+
+def timed(contestant: Contestant, loops: int) -> float:
+    began = time.perf_counter()
+    contestant.batch(loops)
+    return time.perf_counter() - began
+
+
+def calibrate(contestant: Contestant, round_seconds: float) -> int:
+    """The number of loops that fills a round, after a warm-up."""
+    contestant.batch(3)
+    loops = 1
+    while True:
+        seconds = timed(contestant, loops)
+        if seconds >= round_seconds / 4:
+            return max(1, round(loops * round_seconds / seconds))
+        loops *= 4
+
+
+def one_round(contestants: Sequence[Contestant], loops: dict[str, int], probe: Probe) -> tuple[dict[str, float], bool]:
+    """Times every contestant once; returns the seconds per loop, and whether the probe noticed another program."""
+    seconds, disturbed = {}, probe.disturbed()
+    for contestant in contestants:
+        seconds[contestant.name] = timed(contestant, loops[contestant.name]) / loops[contestant.name]
+        disturbed = probe.disturbed() or disturbed
+    return seconds, disturbed
+
+
+def measure(contestants: Sequence[Contestant], divisor: int, settings: Settings) -> Measured:
+    """Runs interleaved rounds until enough are undisturbed, or `settings.attempts` have been run."""
+    loops = {contestant.name: calibrate(contestant, settings.round_seconds) for contestant in contestants}
+    probe = Probe()
+    accepted: list[dict[str, float]] = []
+    disturbed_rounds: list[dict[str, float]] = []
+    for attempt in range(settings.attempts):
+        # Turn the order, so that nobody always runs behind the same neighbour.
+        shift = attempt % len(contestants)
+        order = [*contestants[shift:], *contestants[:shift]]
+        seconds, disturbed = one_round(order, loops, probe)
+        (disturbed_rounds if disturbed else accepted).append(seconds)
+        if len(accepted) >= settings.rounds:
+            break
+    noisy = len(accepted) < settings.rounds
+    kept = accepted + disturbed_rounds[: settings.rounds - len(accepted)] if noisy else accepted
+    columns = {c.name: [round_[c.name] / divisor for round_ in kept] for c in contestants}
+    return Measured(columns, len(disturbed_rounds), noisy)
+
+
+def check_outputs(contestants: Sequence[Contestant], reference: str, tolerance: float) -> dict[str, float | None]:
+    """The largest absolute difference of each contestant from the reference.
+
+    Raises:
+        AssertionError: a difference above `tolerance`, or another shape.
+    """
+    by_name = {contestant.name: contestant for contestant in contestants}
+    if reference not in by_name or by_name[reference].output is None:
+        return dict.fromkeys(by_name)
+    right = by_name[reference].output().double()  # type: ignore[misc]
+    errors: dict[str, float | None] = {}
+    for name, contestant in by_name.items():
+        if contestant.output is None:
+            errors[name] = None
+            continue
+        given = contestant.output().double()
+        assert given.shape == right.shape, (
+            f"{name}: output of shape {tuple(given.shape)}, expected {tuple(right.shape)}"
+        )
+        error = float((given - right).abs().max())
+        assert error <= tolerance, f"{name}: differs from {reference} by {error:g}, allowed is {tolerance:g}"
+        errors[name] = error
+    return errors
+
+
+def build(row: Row) -> tuple[list[Contestant], dict[str, str]]:
+    """Sets up every contestant; those that can't run here are returned with their reason."""
+    ready, missing = [], {}
+    for name, factory in row.contestants.items():
+        try:
+            ready.append(factory())
+        except Missing as reason:
+            missing[name] = str(reason)
+    return ready, missing
+
+
+def records(
+    row: Row, measured: Measured, errors: dict[str, float | None], missing: dict[str, str]
+) -> list[dict[str, Any]]:
+    """The row as JSON objects, one per peer (the subject is its own peer, with ratio 1).
+
+    `ratio` is peer / subject, the median over rounds of the ratio within a round: above 1 the subject is faster.
+    """
+    scale, subject = SCALE[row.unit], measured.seconds.get(row.subject)
+    out: list[dict[str, Any]] = []
+    for name in row.contestants:
+        goals = [goal for goal in row.goals if goal.peer == name]
+        record: dict[str, Any] = {"row": row.name, "subject": row.subject, "peer": name, "unit": row.unit}
+        keys = ("median", "min", "max", "ratio", "ratio_min", "ratio_max", "max_abs_error")
+        record.update(dict.fromkeys(keys))
+        record.update(floor=row.floor, goal=goals[0].text(row.unit) if goals else None, met=None)
+        record.update(missing=missing.get(name), rounds=0, rejected=measured.rejected, noisy=measured.noisy)
+        if name in measured.seconds:
+            seconds = measured.seconds[name]
+            figures = [value * scale for value in seconds]
+            record.update(median=statistics.median(figures), min=min(figures), max=max(figures), rounds=len(figures))
+            record["max_abs_error"] = errors.get(name)
+            if subject is not None:
+                ratios = [peer / own for peer, own in zip(seconds, subject, strict=True)]
+                record.update(ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios))
+            record["met"] = all(_met(goal, record) for goal in goals) if goals else None
+        out.append(record)
+    return out
+
+
+def _met(goal: Goal, record: dict[str, Any]) -> bool:
+    if goal.limit is not None:
+        return bool(record["median"] <= goal.limit)
+    return record["ratio"] is not None and bool(record["ratio"] >= (goal.faster_than or 0.0))
+
+
+def run(row: Row, settings: Settings) -> list[dict[str, Any]]:
+    """Builds, checks and measures the contestants of `row`.
+
+    Raises:
+        AssertionError: a contestant computes something else than the reference.
+    """
+    torch.set_num_threads(1)
+    contestants, missing = build(row)
+    try:
+        if not contestants:
+            return records(row, Measured({}, 0, False), {}, missing)
+        check_outputs(contestants, row.reference, row.tolerance)
+        measured = measure(contestants, row.divisor, settings)
+        # Once more: a replay that drifts or reads memory given back since shows only now.
+        errors = check_outputs(contestants, row.reference, row.tolerance)
+        return records(row, measured, errors, missing)
+    finally:
+        for contestant in contestants:
+            contestant.close()

@@ -1,0 +1,106 @@
+"""What a captured graph costs: time of each of 1,000 tiny nodes, and launch-and-wait of a graph with one node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks import devices
+from benchmarks.harness import Contestant, Factory, Goal, Row
+
+NODES = 1000
+ELEMENTS = 16
+# Measured on a 2-core x86 machine: a function-pointer record table costs 1.8 ns a node, a spinning hand-off 178 ns.
+FLOOR_NODE_NS = 1.8
+FLOOR_LAUNCH_US = 0.18
+
+
+def repeated(name: str, once: Callable[[], None], tensor: torch.Tensor, nodes: int) -> Contestant:
+    """`once` adds 1 to `tensor` `nodes` times; the output is the sum after one run from zero."""
+
+    def batch(count: int) -> None:
+        for _ in range(count):
+            once()
+
+    def output() -> torch.Tensor:
+        tensor.zero_()
+        once()
+        return tensor.cpu()
+
+    return Contestant(name, batch, output)
+
+
+def replayed(name: str, nodes: int) -> Factory:
+    """A graph of `nodes` additions, launched and waited for."""
+
+    def factory() -> Contestant:
+        device = devices.npu()
+        with devices.needed(name):
+            tensor, one = torch.zeros(ELEMENTS, device=device), torch.ones(ELEMENTS, device=device)
+            graph = torch.npu.NPUGraph()
+            torch.add(tensor, one, out=tensor)
+            torch.npu.synchronize()
+            with torch.npu.graph(graph):
+                for _ in range(nodes):
+                    torch.add(tensor, one, out=tensor)
+
+        def once() -> None:
+            graph.replay()
+            torch.npu.synchronize()
+
+        return repeated(name, once, tensor, nodes)
+
+    return factory
+
+
+def eager(name: str, nodes: int, on_device: bool) -> Factory:
+    """The same additions called one by one from Python, on `npu` or on the CPU."""
+
+    def factory() -> Contestant:
+        device = devices.npu() if on_device else torch.device("cpu")
+        with devices.needed(name):
+            tensor, one = torch.zeros(ELEMENTS, device=device), torch.ones(ELEMENTS, device=device)
+
+        def once() -> None:
+            with torch.inference_mode():
+                for _ in range(nodes):
+                    torch.add(tensor, one, out=tensor)
+            if on_device:
+                torch.npu.synchronize()
+
+        return repeated(name, once, tensor, nodes)
+
+    return factory
+
+
+def rows() -> list[Row]:
+    return [
+        Row(
+            name="replay_per_node",
+            title=f"time per node of a graph of {NODES} additions of {ELEMENTS} floats, launched and waited for",
+            unit="ns",
+            contestants={
+                "graph replay": replayed("graph replay", NODES),
+                "npu eager": eager("npu eager", NODES, True),
+                "cpu eager": eager("cpu eager", NODES, False),
+            },
+            reference="cpu eager",
+            goals=(Goal(peer="graph replay", limit=200.0),),
+            divisor=NODES,
+            floor=FLOOR_NODE_NS,
+        ),
+        Row(
+            name="graph_launch",
+            title="launch and wait of a graph with one node",
+            unit="us",
+            contestants={
+                "graph replay": replayed("graph replay", 1),
+                "npu eager": eager("npu eager", 1, True),
+                "cpu eager": eager("cpu eager", 1, False),
+            },
+            reference="cpu eager",
+            goals=(Goal(peer="graph replay", limit=10.0),),
+            floor=FLOOR_LAUNCH_US,
+        ),
+    ]

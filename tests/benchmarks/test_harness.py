@@ -1,0 +1,142 @@
+"""The benchmark harness: interleaving, ratios, rejection of disturbed rounds, missing peers, wrong results."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import harness
+from benchmarks.harness import Contestant, Goal, Missing, Row, Settings
+
+SHORT = Settings(rounds=3, round_seconds=0.01, attempts=12)
+
+
+def spinning(name: str, seconds: float, value: float = 1.0, journal: list[str] | None = None) -> harness.Factory:
+    """A contestant whose unit of work takes `seconds` of this core."""
+
+    def batch(count: int) -> None:
+        if journal is not None:
+            journal.append(name)
+        end = time.perf_counter() + count * seconds
+        while time.perf_counter() < end:
+            pass
+
+    return lambda: Contestant(name, batch, lambda: torch.tensor([value]))
+
+
+def unable() -> Contestant:
+    raise Missing("no such library")
+
+
+def two(fast: harness.Factory, slow: harness.Factory, **settings: object) -> Row:
+    return Row("demo", "a title", "us", {"fast": fast, "slow": slow}, reference="slow", **settings)  # type: ignore[arg-type]
+
+
+def test_times_and_ratio_of_known_work() -> None:
+    row = two(spinning("fast", 2e-4), spinning("slow", 8e-4), goals=(Goal("slow", faster_than=3.0),))
+    fast, slow = harness.run(row, SHORT)
+    assert fast["median"] == pytest.approx(200, rel=0.3)
+    assert slow["ratio"] == pytest.approx(4.0, rel=0.3)
+    assert slow["min"] <= slow["median"] <= slow["max"] and slow["ratio_min"] <= slow["ratio"] <= slow["ratio_max"]
+    assert slow["goal"] == ">= 3x" and slow["met"] is True
+    assert (fast["ratio"], fast["peer"], fast["subject"]) == (1.0, "fast", "fast")
+
+
+def test_missed_goal_is_said() -> None:
+    row = two(
+        spinning("fast", 4e-4), spinning("slow", 4e-4), goals=(Goal("slow", faster_than=3.0), Goal("fast", limit=1.0))
+    )
+    fast, slow = harness.run(row, SHORT)
+    assert slow["met"] is False and fast["met"] is False and fast["goal"] == "<= 1 us"
+
+
+def test_divisor_gives_the_time_of_one_unit() -> None:
+    row = two(spinning("fast", 1e-3), spinning("slow", 1e-3), divisor=100)
+    assert harness.run(row, SHORT)[0]["median"] == pytest.approx(10, rel=0.3)
+
+
+def test_contestants_take_turns_and_the_order_turns() -> None:
+    journal: list[str] = []
+    contestants = [spinning(name, 1e-4, journal=journal)() for name in "abc"]
+    loops = dict.fromkeys("abc", 1)
+    probe = harness.Probe()
+    harness.one_round(contestants, loops, probe)
+    assert journal == ["a", "b", "c"]
+    journal.clear()
+    harness.measure(contestants, 1, Settings(rounds=3, round_seconds=1e-3, attempts=3))
+    assert journal[-9:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+
+
+def test_a_disturbed_round_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([True, False, False] + [False] * 100)  # the first round is disturbed before its first contestant
+    monkeypatch.setattr(harness.Probe, "disturbed", lambda self: next(readings))
+    measured = harness.measure([spinning("a", 1e-4)(), spinning("b", 1e-4)()], 1, SHORT)
+    assert (measured.rejected, measured.noisy, len(measured.seconds["a"])) == (1, False, 3)
+
+
+def test_when_all_rounds_are_disturbed_the_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.Probe, "disturbed", lambda self: True)
+    found = harness.run(two(spinning("fast", 1e-4), spinning("slow", 1e-4)), SHORT)
+    assert found[0]["noisy"] and found[0]["rejected"] == SHORT.attempts and found[0]["rounds"] == SHORT.rounds
+    assert "TOO FEW UNDISTURBED ROUNDS" in command.table("t", found)
+
+
+def test_probe_notices_a_slower_machine() -> None:
+    probe = harness.Probe()
+    probe.best /= 2
+    assert probe.disturbed()
+    probe.best *= 1e3
+    assert not probe.disturbed()
+
+
+def test_a_missing_peer_is_reported() -> None:
+    row = Row("demo", "t", "us", {"a": spinning("a", 1e-4), "b": unable}, reference="a")
+    found = harness.run(row, SHORT)
+    assert found[1]["missing"] == "no such library" and found[1]["median"] is None
+    assert "b              missing: no such library" in command.table("t", found)
+
+
+def test_a_missing_subject_leaves_the_peers_figures() -> None:
+    found = harness.run(Row("demo", "t", "us", {"a": unable, "b": spinning("b", 1e-4)}, reference="b"), SHORT)
+    assert found[0]["missing"] and found[1]["median"] is not None and found[1]["ratio"] is None
+
+
+def test_a_wrong_result_stops_the_row() -> None:
+    row = two(spinning("fast", 1e-4, value=1.5), spinning("slow", 1e-4), tolerance=0.1)
+    with pytest.raises(AssertionError, match=r"fast: differs from slow by 0.5, allowed is 0.1"):
+        harness.run(row, SHORT)
+
+
+def test_a_result_that_spoils_while_running_is_found() -> None:
+    state = {"value": 1.0}
+
+    def batch(count: int) -> None:
+        state["value"] += count
+        time.sleep(count * 1e-4)
+
+    drifting = lambda: Contestant("fast", batch, lambda: torch.tensor([state["value"]]))  # noqa: E731
+    with pytest.raises(AssertionError, match="differs from slow"):
+        harness.run(two(drifting, spinning("slow", 1e-4)), Settings(rounds=1, round_seconds=1e-3, attempts=1))
+
+
+def test_unknown_row_names_the_nearest() -> None:
+    with pytest.raises(SystemExit, match="did you mean 'graph_launch'"):
+        command.main(["--rows", "graph_lunch"])
+
+
+@pytest.mark.timeout(300)
+def test_command_runs_a_row_in_its_own_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--quick", "--rows", "graph_launch", "--results", str(tmp_path)]) == 0
+    stored = json.loads((tmp_path / "graph_launch.json").read_text())
+    keys = {"row", "subject", "peer", "unit", "median", "min", "max", "ratio", "floor", "goal"}
+    assert all(keys <= set(record) for record in stored["records"])
+    assert [record["peer"] for record in stored["records"]] == ["graph replay", "npu eager", "cpu eager"]
+    printed = capsys.readouterr().out
+    assert "launch and wait of a graph" in printed and "floor 0.18 us" in printed
+    cpu = stored["records"][-1]
+    assert cpu["max_abs_error"] == 0.0 and 0.3 < cpu["min"] < 1e3
