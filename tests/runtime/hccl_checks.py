@@ -287,9 +287,7 @@ def check_many_small_operations_without_waiting(me: Rank) -> None:
     """500 dependent all_reduces queued at once."""
     buffer = np.ones(16, np.int64)
     for _ in range(500):
-        me.call(
-            "HcclAllReduce", buffer, buffer, ctypes.c_uint64(16), TYPES["int64"], OPS["max"], me.comm, me.stream
-        )
+        me.call("HcclAllReduce", buffer, buffer, ctypes.c_uint64(16), TYPES["int64"], OPS["max"], me.comm, me.stream)
         buffer_sum = np.zeros(16, np.int64)
     me.synchronize()
     me.run("HcclAllReduce", buffer, buffer_sum, ctypes.c_uint64(16), TYPES["int64"], OPS["sum"])
