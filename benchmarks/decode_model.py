@@ -108,7 +108,7 @@ class Decoder(nn.Module):
 
     cos: torch.Tensor
     sin: torch.Tensor
-    steps: torch.Tensor
+    masks: torch.Tensor
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -120,13 +120,14 @@ class Decoder(nn.Module):
         angles = torch.outer(torch.arange(size.positions), torch.cat((frequencies, frequencies)))
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
-        self.register_buffer("steps", torch.arange(size.positions))
+        # Row p is added to the scores of a token at position p: the past and itself are open, the future is not.
+        self.register_buffer("masks", torch.full((size.positions, size.positions), -1e30).triu(1))
 
     def forward(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         x = self.embedding(tokens)
         cos = self.cos.index_select(0, position).unsqueeze(0)
         sin = self.sin.index_select(0, position).unsqueeze(0)
-        mask = torch.where(self.steps <= position, 0.0, -1e30)
+        mask = self.masks.index_select(0, position)
         for layer in self.layers:
             x = layer(x, position, cos, sin, mask)
         return self.head(self.norm(x))

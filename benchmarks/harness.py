@@ -76,7 +76,6 @@ class Row:
     goals: tuple[Goal, ...] = ()
     divisor: int = 1
     floor: float | None = None
-    floor_source: str = ""
     tolerance: float = 0.0
 
     @property
