@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 import torch_npu
 from torch import Tensor
+from torch_npu import npu
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,7 +92,7 @@ class AttentionCall:
 class _Group:
     layer_name: str
     handle: object
-    event: torch.npu.ExternalEvent
+    event: npu.ExternalEvent
     call: AttentionCall
 
 
@@ -100,14 +100,14 @@ class _Group:
 class UpdateResources:
     """What the full graphs of one model share. They never run at the same time, so one of each is enough."""
 
-    stream: torch.npu.Stream = field(default_factory=torch.npu.Stream)
-    events: list[torch.npu.ExternalEvent] = field(default_factory=list)
+    stream: npu.Stream = field(default_factory=npu.Stream)
+    events: list[npu.ExternalEvent] = field(default_factory=list)
     workspace: Tensor | None = None
-    ready: torch.npu.Event = field(default_factory=torch.npu.Event)
+    ready: npu.Event = field(default_factory=npu.Event)
 
-    def event(self, index: int) -> torch.npu.ExternalEvent:
+    def event(self, index: int) -> npu.ExternalEvent:
         while len(self.events) <= index:
-            self.events.append(torch.npu.ExternalEvent())
+            self.events.append(npu.ExternalEvent())
         return self.events[index]
 
 
@@ -128,13 +128,13 @@ class GraphUpdates:
         if shared.workspace is None or shared.workspace.numel() < needed.numel():
             shared.workspace = needed
         call = replace(call, workspace=shared.workspace, softmax_lse=call.query.new_empty(1))
-        stream = torch.npu.current_stream()
+        stream = npu.current_stream()
         event = shared.event(len(self._groups))
         event.wait(stream)
         event.reset(stream)
-        torch.npu.graph_task_group_begin(stream)
+        npu.graph_task_group_begin(stream)
         call.run(lengths.query_ends, lengths.kv_lengths)
-        handle = torch.npu.graph_task_group_end(stream)
+        handle = npu.graph_task_group_end(stream)
         self._groups.append(_Group(layer_name, handle, event, call.weak()))
 
     def before_replay(self) -> None:
@@ -145,10 +145,10 @@ class GraphUpdates:
     def after_replay(self, metadata: Mapping[str, Lengths]) -> None:
         """Enqueues the update of every group with its layer's lengths. Never waits on the host."""
         stream = self._resources.stream
-        with torch.npu.stream(stream):
+        with npu.stream(stream):
             for group in self._groups:
                 lengths = metadata[group.layer_name]
-                torch.npu.graph_task_update_begin(stream, group.handle)
+                npu.graph_task_update_begin(stream, group.handle)
                 group.call.run(lengths.query_ends, lengths.kv_lengths)
-                torch.npu.graph_task_update_end(stream)
+                npu.graph_task_update_end(stream)
                 group.event.record(stream)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch_npu
 from torch import Tensor
+from torch_npu import npu
 from vllm.compilation.counter import compilation_counter
 from vllm.compilation.cuda_graph import CUDAGraphOptions, CUDAGraphWrapper
 from vllm.compilation.monitor import validate_cudagraph_capturing_enabled
@@ -26,7 +26,7 @@ CAPTURE_MODE = "thread_local"
 
 @dataclasses.dataclass
 class _Entry:
-    graph: torch.npu.NPUGraph
+    graph: npu.NPUGraph
     output: Any
     updates: GraphUpdates
     record: GraphRecord
@@ -82,8 +82,8 @@ class ACLGraphWrapper(CUDAGraphWrapper):
         descriptor = context.batch_descriptor
         assert descriptor is not None
         updates = GraphUpdates(self._update_resources or UpdateResources())
-        graph = torch.npu.NPUGraph()
-        reserved, start = torch.npu.memory_reserved(), time.perf_counter()
+        graph = npu.NPUGraph()
+        reserved, start = npu.memory_reserved(), time.perf_counter()
         if self.runtime_mode == CUDAGraphMode.FULL:
             context.additional_kwargs[UPDATES_KEY] = updates
         try:
@@ -107,7 +107,7 @@ class ACLGraphWrapper(CUDAGraphWrapper):
             tokens=descriptor.num_tokens,
             requests=descriptor.num_reqs,
             milliseconds=(time.perf_counter() - start) * 1e3,
-            mebibytes=(torch.npu.memory_reserved() - reserved) / 2**20,
+            mebibytes=(npu.memory_reserved() - reserved) / 2**20,
             updated_operators=len(updates),
         )
         self._entries[descriptor] = _Entry(graph, _weak(output), updates, record, _addresses(args))

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch_npu import npu
 from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
@@ -49,7 +50,7 @@ class NPUPlatform(Platform):
 
     @classmethod
     def get_device_name(cls, device_id: int = 0) -> str:
-        return torch.npu.get_device_name(device_id)
+        return npu.get_device_name(device_id)
 
     @classmethod
     def get_device_uuid(cls, device_id: int = 0) -> str:
@@ -57,24 +58,24 @@ class NPUPlatform(Platform):
 
     @classmethod
     def get_device_total_memory(cls, device_id: int = 0) -> int:
-        return torch.npu.get_device_properties(device_id).total_memory
+        return npu.get_device_properties(device_id).total_memory
 
     @classmethod
     def get_current_memory_usage(cls, device: torch.types.Device | None = None) -> float:
-        torch.npu.reset_peak_memory_stats(device)
-        return float(torch.npu.max_memory_allocated(device))
+        npu.reset_peak_memory_stats(device)
+        return float(npu.max_memory_allocated(device))
 
     @classmethod
     def num_compute_units(cls, device_id: int = 0) -> int:
-        return torch.npu.get_device_properties(device_id).cube_core_num
+        return npu.get_device_properties(device_id).cube_core_num
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:
-        torch.npu.set_device(device)
+        npu.set_device(device)
 
     @classmethod
     def manual_seed_all(cls, seed: int) -> None:
-        torch.npu.manual_seed_all(seed)
+        npu.manual_seed_all(seed)
 
     @classmethod
     def check_if_supports_dtype(cls, dtype: torch.dtype) -> None:
@@ -192,7 +193,8 @@ class NPUPlatform(Platform):
 
 def _choose_graphs(vllm_config: VllmConfig) -> None:
     """FULL_DECODE_ONLY unless the user says otherwise, and a graph for every decode batch that can occur."""
-    from vllm.config import CUDAGraphMode, OptimizationLevel
+    from vllm.config import CUDAGraphMode
+    from vllm.config.vllm import OptimizationLevel
 
     from npu_compiler.serving.capture_sizes import check_capture_sizes, default_capture_sizes
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch_npu import npu
 from vllm.compilation.counter import compilation_counter
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.compilation.monitor import set_cudagraph_capturing_enabled
@@ -34,7 +35,7 @@ class NPUModelRunner(GPUModelRunner):
         with cuda_names_mean_npu():
             super().__init__(vllm_config, device)
         options = ServingOptions.of(vllm_config)
-        self.report = RunReport(device=str(torch.npu.get_device_name(device)), model=vllm_config.model_config.model)
+        self.report = RunReport(device=str(npu.get_device_name(device)), model=vllm_config.model_config.model)
         writes = options.report_path is not None and vllm_config.parallel_config.rank == 0
         self.report_file = ReportFile(str(options.report_path), options.report_interval) if writes else None
         self._dispatch: dict[str, Any] = {}
@@ -81,19 +82,19 @@ class NPUModelRunner(GPUModelRunner):
             return 0
         compilation_counter.num_gpu_runner_capture_triggers += 1
         start = time.perf_counter()
-        torch.npu.synchronize()
-        torch.npu.empty_cache()
-        free = torch.npu.mem_get_info()[0]
+        npu.synchronize()
+        npu.empty_cache()
+        free = npu.mem_get_info()[0]
         set_cudagraph_capturing_enabled(True)
         try:
             with self._freeze_gc():
                 for mode, descriptors in self.cudagraph_dispatcher.get_capture_descs():
                     self._capture_cudagraphs(batch_descriptors=descriptors, cudagraph_runtime_mode=mode)
-                    torch.npu.synchronize()
+                    npu.synchronize()
         finally:
             set_cudagraph_capturing_enabled(False)
-        used = free - torch.npu.mem_get_info()[0]
-        torch.npu.empty_cache()
+        used = free - npu.mem_get_info()[0]
+        npu.empty_cache()
         lock_workspace()
         wrappers = [w for w in CUDAGraphWrapper._all_instances if isinstance(w, ACLGraphWrapper)]
         own = [w for w in wrappers if w.vllm_config is self.vllm_config]
@@ -125,11 +126,12 @@ class NPUModelRunner(GPUModelRunner):
         finally:
             event.record()
 
-    def _get_or_create_async_output_copy_stream(self) -> torch.npu.Stream:
+    def _get_or_create_async_output_copy_stream(self) -> npu.Stream:
         if self.async_output_copy_stream is None:
-            self.async_output_copy_stream = torch.npu.Stream()
+            self.async_output_copy_stream = npu.Stream()
         return self.async_output_copy_stream
 
+    @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         with cuda_names_mean_npu():
             return super().sample_tokens(grammar_output)

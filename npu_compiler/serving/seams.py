@@ -22,21 +22,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch_npu import npu
 
 
-def _event(*args: Any, blocking: bool | None = None, **kwargs: Any) -> torch.npu.Event:
+def _event(*args: Any, blocking: bool | None = None, **kwargs: Any) -> npu.Event:
     """An npu event. `blocking` asks CUDA to sleep instead of spinning; waiting for an npu event sleeps anyway."""
-    return torch.npu.Event(*args, **kwargs)
+    return npu.Event(*args, **kwargs)
 
 
 @contextmanager
 def cuda_names_mean_npu() -> Iterator[None]:
     """While it is entered, the stream and event names of `torch.cuda` that vLLM's V1 runner uses are `torch.npu`'s."""
     replacements = {
-        "Stream": torch.npu.Stream,
+        "Stream": npu.Stream,
         "Event": _event,
-        "current_stream": torch.npu.current_stream,
-        "stream": torch.npu.stream,
+        "current_stream": npu.current_stream,
+        "stream": npu.stream,
     }
     saved = {name: getattr(torch.cuda, name) for name in replacements}
     for name, value in replacements.items():

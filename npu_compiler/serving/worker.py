@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch_npu import npu
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
@@ -35,16 +36,16 @@ class NPUWorker(Worker):
             ValueError: there are fewer devices than ranks, or less free memory than gpu_memory_utilization asks for.
         """
         index = current_platform.logical_device_id_to_visible_device_id(self.local_rank)
-        available = torch.npu.device_count()
+        available = npu.device_count()
         if index >= available:
             raise ValueError(
                 f"rank {self.rank} needs device npu:{index}, but {available} devices are visible; lower "
                 f"--tensor-parallel-size or extend {current_platform.device_control_env_var}"
             )
         self.device = torch.device(f"npu:{index}")
-        torch.npu.set_device(self.device)
+        npu.set_device(self.device)
         # The default stream can't be captured. Everything this worker runs goes to a stream of its own.
-        torch.npu.set_stream(torch.npu.Stream())
+        npu.set_stream(npu.Stream())
         if self.model_config is not None:
             current_platform.check_if_supports_dtype(self.model_config.dtype)
         init_worker_distributed_environment(
@@ -52,7 +53,7 @@ class NPUWorker(Worker):
         )
         set_random_seed(self.model_config.seed)
         gc.collect()
-        torch.npu.empty_cache()
+        npu.empty_cache()
         self.init_snapshot = MemorySnapshot(device=self.device)
         self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
         self._init_workspace_and_model_runner()

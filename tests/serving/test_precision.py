@@ -1,0 +1,29 @@
+"""bfloat16 and float16 serving stays close to float32 transformers on the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm import SamplingParams, TokensPrompt
+
+from tests.models import checkpoints
+from tests.serving import oracle
+from tests.serving.engine import engine, graphs
+
+# Largest and mean distance of log-probabilities over all prompt positions and the whole vocabulary.
+TOLERANCE = {"bfloat16": (1.0, 0.12), "float16": (0.15, 0.02)}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_log_probabilities(dtype: str) -> None:
+    shape = checkpoints.Shape(family="qwen3", dtype=dtype)
+    folder = checkpoints.cached(shape)
+    prompt = oracle.prompts()[3]
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=shape.vocab)
+    with engine(folder, dtype=dtype, max_logprobs=shape.vocab, **graphs("FULL_DECODE_ONLY")) as llm:
+        out = llm.generate(TokensPrompt(prompt_token_ids=prompt), sampling, use_tqdm=False)[0]
+    served = torch.tensor([[row[token].logprob for token in range(shape.vocab)] for row in out.prompt_logprobs[1:]])
+    distance = (served.double() - oracle.log_probabilities(folder, prompt)[:-1]).abs()
+    largest, mean = TOLERANCE[dtype]
+    assert float(distance.max()) < largest
+    assert float(distance.mean()) < mean
