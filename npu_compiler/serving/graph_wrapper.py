@@ -127,7 +127,7 @@ class ACLGraphWrapper(CUDAGraphWrapper):
         if len(entry.updates):
             if not isinstance(context.attn_metadata, dict):
                 raise RuntimeError("a full graph was replayed without attention metadata")
-            entry.updates.after_replay(context.attn_metadata)
+            entry.updates.after_replay(context.attn_metadata)  # type: ignore[arg-type]  # this backend's metadata
         entry.record.replays += 1
         return entry.output
 

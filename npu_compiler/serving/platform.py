@@ -209,6 +209,8 @@ def _choose_graphs(vllm_config: VllmConfig) -> None:
     mode = compilation.cudagraph_mode
     if mode == CUDAGraphMode.NONE:
         return
+    if mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY) and compilation.splitting_ops is None:
+        compilation.splitting_ops = []  # nothing runs in pieces, so the compiler gets the model as one graph
     scheduler = vllm_config.scheduler_config
     query_length = 1 + vllm_config.num_speculative_tokens
     decode_only = mode == CUDAGraphMode.FULL_DECODE_ONLY

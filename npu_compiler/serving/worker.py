@@ -47,7 +47,7 @@ class NPUWorker(Worker):
         # The default stream can't be captured. Everything this worker runs goes to a stream of its own.
         npu.set_stream(npu.Stream())
         if self.model_config is not None:
-            current_platform.check_if_supports_dtype(self.model_config.dtype)
+            current_platform.check_if_supports_dtype(self.model_config.dtype)  # type: ignore[arg-type]  # resolved
         init_worker_distributed_environment(
             self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, current_platform.dist_backend
         )
@@ -59,6 +59,7 @@ class NPUWorker(Worker):
         self._init_workspace_and_model_runner()
 
     def _make_model_runner(self) -> NPUModelRunner:
+        assert self.device is not None
         return NPUModelRunner(self.vllm_config, self.device)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:

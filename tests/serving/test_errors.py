@@ -1,0 +1,79 @@
+"""What cannot work is refused before a device is touched, with a sentence that says what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.models import checkpoints
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return checkpoints.cached(checkpoints.Shape(family="qwen3"))
+
+
+def configure(folder: Path, **changes: Any) -> Any:
+    return EngineArgs(model=str(folder), max_num_seqs=8, max_model_len=256, **changes).create_engine_config()
+
+
+def graphs(mode: str, sizes: list[int]) -> dict[str, Any]:
+    return {"compilation_config": {"cudagraph_mode": mode, "cudagraph_capture_sizes": sizes}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"additional_config": {"report_pth": "x"}}, "unknown option 'report_pth'; did you mean 'report_path'"),
+        ({"additional_config": {"compile": {"a": 1}}, "enforce_eager": True}, "contradict --enforce-eager"),
+        (graphs("FULL_DECODE_ONLY", [1, 16]), "graph of size 16 would never run; .*--max-num-seqs"),
+        (graphs("PIECEWISE", [0, 4]), "0 can't be captured; remove it"),
+        (graphs("FULL", [4, 2]), r"ascending .*; use \[2, 4\]"),
+        (graphs("PIECEWISE", [1 << 20]), "no batch has 1048576 tokens.*--max-num-batched-tokens"),
+        ({"enable_lora": True}, r"LoRA \(--enable-lora\) is not served on npu yet"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 is not served on npu yet"),
+        ({"pipeline_parallel_size": 2}, r"pipeline parallelism \(--pipeline-parallel-size\) is not served"),
+    ],
+)
+def test_option_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure(folder, **changes)
+
+
+@pytest.mark.parametrize(("name", "value"), [("TASK_QUEUE_ENABLE", "2"), ("ASCEND_LAUNCH_BLOCKING", "1")])
+def test_settings_that_exclude_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}={value} and ACL graphs exclude each other.*unset {name}"):
+        configure(folder)
+    configure(folder, compilation_config={"cudagraph_mode": "NONE"})
+
+
+def test_defaults(folder: Path) -> None:
+    config = configure(folder)
+    compilation = config.compilation_config
+    assert compilation.cudagraph_mode.name == "FULL_DECODE_ONLY"
+    assert compilation.cudagraph_capture_sizes == [1, 2, 4, 8]
+    assert compilation.ir_enable_torch_wrap is True
+    assert config.parallel_config.worker_cls == "npu_compiler.serving.worker.NPUWorker"
+    assert config.scheduler_config.async_scheduling is True
+
+
+def test_no_model_at_the_path(tmp_path: Path) -> None:
+    missing = tmp_path / "nothing"
+    with pytest.raises(ValueError, match=f"(?s){missing}"):
+        configure(missing)
+
+
+def test_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"(?s)config\.json"):
+        configure(tmp_path)
+
+
+def test_unknown_model_type(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen99", "architectures": ["Qwen99ForCausalLM"]}))
+    with pytest.raises(ValueError, match=r"(?s)qwen99"):
+        configure(tmp_path)
