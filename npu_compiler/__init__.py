@@ -1,3 +1,30 @@
-"""The `ascend` backend of torch.compile, the vLLM plugin built on it, and CANN's C interface for the host CPU."""
+"""The `ascend` backend of torch.compile, the vLLM plugin built on it, and CANN's C interface for the host CPU.
+
+Importing this package imports neither torch nor anything else of size: the start-up hook does so in every process.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from npu_compiler.backend import report
+    from npu_compiler.config import Options
+    from npu_compiler.errors import NpuCompilerError
+
+_HOMES = {
+    "Options": "npu_compiler.config",
+    "NpuCompilerError": "npu_compiler.errors",
+    "report": "npu_compiler.backend",
+}
+__all__ = ["NpuCompilerError", "Options", "__version__", "report"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

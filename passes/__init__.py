@@ -1,1 +1,1 @@
-"""The pass pipeline: one pass, one file."""
+"""Graph passes: pipeline.py is the ordered list; one pass is one file with one test file."""

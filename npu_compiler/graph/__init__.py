@@ -1,0 +1,1 @@
+"""Views on an FX graph: where a node comes from, what it may do, how to add one, and its digest."""

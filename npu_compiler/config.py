@@ -1,0 +1,132 @@
+"""Every option of the `ascend` backend, typed, in one place.
+
+Options arrive as `torch.compile(model, backend="ascend", options={...})`. Unknown, ill-typed and contradictory ones are
+refused; the nearest valid name is part of the message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from npu_compiler.errors import OptionError
+
+CAPTURE_ERROR_MODES = ("global", "thread_local", "relaxed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose. The field comments are the documentation of record."""
+
+    capture: bool = True
+    """Record the compiled graph into ACL graphs and replay them. False: call it operator by operator."""
+    capture_limit: int = 64
+    """How many captured graphs (one a shape) a compiled graph keeps; the least recently used one goes first."""
+    capture_sizes: tuple[int, ...] = ()
+    """Capture only calls whose dynamic sizes are all in this list; others are called uncaptured. Empty: all."""
+    capture_error_mode: str = "global"
+    """What other threads may do during a capture: "global", "thread_local" or "relaxed" (aclmdlRICaptureMode)."""
+    clone_outputs: bool = True
+    """Hand out copies of a captured graph's outputs. False: hand out the graph's own tensors, and refuse the next
+    replay with StaleOutputError while one of them is still in use."""
+    disabled_passes: tuple[str, ...] = ()
+    """Names of passes to leave out (npu_compiler.passes.pipeline lists them), to find out which one is to blame."""
+    dump_dir: str = ""
+    """Folder for the program before the first and after every pass, as text. Empty: no dump."""
+
+    def __post_init__(self) -> None:
+        if self.capture_limit < 1:
+            raise OptionError(
+                f"capture_limit={self.capture_limit} keeps no captured graph",
+                rule="capture_limit is at least 1",
+                fix='use options={"capture": False} to call the compiled graph without capture',
+            )
+        if any(size < 1 for size in self.capture_sizes) or len(set(self.capture_sizes)) != len(self.capture_sizes):
+            raise OptionError(
+                f"capture_sizes={self.capture_sizes} can't work",
+                rule="sizes are positive and named once",
+                fix="list each dynamic size to capture once, for example capture_sizes=(1, 2, 4, 8)",
+            )
+        if self.capture_error_mode not in CAPTURE_ERROR_MODES:
+            raise OptionError(
+                f"capture_error_mode={self.capture_error_mode!r} is unknown",
+                rule=f"it is one of {', '.join(CAPTURE_ERROR_MODES)}",
+                fix=_nearest(self.capture_error_mode, CAPTURE_ERROR_MODES),
+            )
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | Options | None) -> Options:
+        """Reads the `options` of torch.compile.
+
+        Raises:
+            OptionError: a name, type or value is not valid, or two options contradict each other.
+        """
+        if isinstance(given, Options):
+            return given
+        given = dict(given or {})
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in given:
+            if name not in fields:
+                raise OptionError(
+                    f"unknown option {name!r}", rule=f"options are {', '.join(fields)}", fix=_nearest(name, fields)
+                )
+        values = {name: _typed(name, fields[name].default, value) for name, value in given.items()}
+        if values.get("capture") is False:
+            needless = [name for name in ("capture_limit", "capture_sizes", "capture_error_mode", "clone_outputs")]
+            needless = [name for name in needless if name in values]
+            if needless:
+                raise OptionError(
+                    f"capture=False contradicts {', '.join(needless)}",
+                    rule="these options describe captured graphs, and capture=False makes none",
+                    fix="drop one side",
+                )
+        return cls(**values)
+
+
+def refuse_mode(mode: str | None) -> None:
+    """Refuses torch.compile's `mode`: its presets name Inductor's settings, and one would be ignored in silence."""
+    if mode in (None, "default"):
+        return
+    hints = {
+        "reduce-overhead": "leave mode out: captured graphs are this backend's default",
+        "max-autotune": "leave mode out: the backend has no autotuning",
+        "max-autotune-no-cudagraphs": 'leave mode out and use options={"capture": False}',
+    }
+    raise OptionError(
+        f"mode={mode!r} has no meaning for backend='ascend'",
+        rule="torch.compile's modes are presets of the inductor backend",
+        fix=hints.get(mode or "", "leave mode out, use options={...}"),
+    )
+
+
+def check_names(option: str, given: Iterable[str], valid: Iterable[str]) -> None:
+    """Raises OptionError for the first given name that is not valid, with the nearest one that is."""
+    valid = list(valid)
+    for name in given:
+        if name not in valid:
+            raise OptionError(
+                f"{option} names {name!r}, which does not exist",
+                rule=f"known: {', '.join(valid)}",
+                fix=_nearest(name, valid),
+            )
+
+
+def _typed(name: str, default: Any, value: Any) -> Any:
+    if isinstance(default, tuple):
+        inner = int if name == "capture_sizes" else str
+        if isinstance(value, (list, tuple)) and all(type(item) is inner for item in value):
+            return tuple(value)
+        expected = f"a list of {inner.__name__}"
+    elif type(value) is type(default):
+        return value
+    else:
+        expected = type(default).__name__
+    raise OptionError(f"option {name}={value!r} has a wrong type", rule=f"{name} is {expected}", fix="correct the type")
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else "see docs/compiler.md for the list"

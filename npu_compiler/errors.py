@@ -1,0 +1,51 @@
+"""What the compiler refuses: what went wrong, where in the user's model, which rule, what to do next.
+
+This module imports nothing, so that every layer (and the start-up hook) can use it.
+"""
+
+from __future__ import annotations
+
+
+class NpuCompilerError(RuntimeError):
+    """An error a user can act on.
+
+    Attributes:
+        what: what went wrong, one sentence.
+        where: module path or source line in the user's model; empty where no place applies (an option, say).
+        rule: the rule that was broken.
+        fix: what to do next.
+    """
+
+    def __init__(self, what: str, *, where: str = "", rule: str = "", fix: str = "") -> None:
+        self.what, self.where, self.rule, self.fix = what, where, rule, fix
+        lines = [what]
+        lines += [f"  {title}: {text}" for title, text in (("where", where), ("rule", rule), ("fix", fix)) if text]
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickles through the keyword arguments, so that the error crosses process boundaries whole."""
+        return (_rebuild, (type(self), self.what, self.where, self.rule, self.fix))
+
+
+def _rebuild(kind: type[NpuCompilerError], what: str, where: str, rule: str, fix: str) -> NpuCompilerError:
+    return kind(what, where=where, rule=rule, fix=fix)
+
+
+class OptionError(NpuCompilerError):
+    """An option is unknown, has a wrong type or value, or contradicts another."""
+
+
+class TrainingError(NpuCompilerError):
+    """The graph needs gradients; the backend compiles inference only."""
+
+
+class DeviceError(NpuCompilerError):
+    """Tensors of the graph lie on devices that one captured graph can't serve together."""
+
+
+class CaptureError(NpuCompilerError):
+    """A graph holds something that can't be captured, or the capture itself failed."""
+
+
+class StaleOutputError(NpuCompilerError):
+    """With clone_outputs=False: a replay would overwrite an output that is still in use."""

@@ -1,0 +1,67 @@
+"""What a node may do besides computing its result: write, draw random numbers, read tensor data on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+FUNCTIONALIZED = ("auto_functionalized", "auto_functionalized_v2")
+
+
+def value(node: object) -> object:
+    """The fake value of a node, or the constant itself."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def tensors(node: object) -> Iterator[torch.Tensor]:
+    """The fake tensors a node stands for (several for a node with several outputs)."""
+    for leaf in tree_leaves(value(node)):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+
+
+def is_functionalized(node: fx.Node) -> bool:
+    """Whether node is AOTAutograd's functional wrapper round a custom operator that mutates its arguments."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in FUNCTIONALIZED
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether two equal calls of `node` may be merged: no write, no random number, no hidden effect."""
+    if node.op != "call_function":
+        return False
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        # operator.getitem and the arithmetic on sizes; higher-order operators may hide anything
+        return getattr(target, "__module__", "") in ("_operator", "math", "torch")
+    if node.is_impure() or target._schema.is_mutable or not target._schema.returns:
+        return False
+    unsafe = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    # a fresh, uninitialised tensor is made to be written to: two of them are two
+    return not unsafe & set(target.tags) and "empty" not in target._schema.name
+
+
+def storage(tensor: torch.Tensor) -> int:
+    """Identity of a fake tensor's storage: equal for views of one another."""
+    return tensor.untyped_storage()._cdata
+
+
+def host_dependence(node: fx.Node) -> str:
+    """Why `node` can't be captured: it brings tensor data to the host or takes it from there. Empty if it doesn't."""
+    if node.op != "call_function":
+        return ""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        tags = set(target.tags)
+        if torch.Tag.data_dependent_output in tags:
+            return "it reads a tensor's value on the host"
+        if torch.Tag.dynamic_output_shape in tags:
+            return "the shape of its result depends on tensor data"
+    inputs = {tensor.device.type for arg in node.all_input_nodes for tensor in tensors(arg) if tensor.dim()}
+    outputs = {tensor.device.type for tensor in tensors(node)}
+    if outputs and inputs and ("cpu" in inputs) != ("cpu" in outputs):
+        source, target_device = sorted(inputs)[0], sorted(outputs)[0]
+        return f"it copies between {source} and {target_device}, which the host has to take part in"
+    return ""

@@ -1,0 +1,55 @@
+"""Where a node comes from: the module path and the source line in the user's model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import fx
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<text>.*)')
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost user module that made `node`, such as `model.layers.0.mlp`; empty if unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = [entry[0] for entry in stack.values() if isinstance(entry, tuple) and entry and entry[0]]
+    path = entries[-1] if entries else ""
+    for prefix in ("L['self'].", "L['fn'].", "L['self']", "L['fn']"):
+        path = path.removeprefix(prefix)
+    return path.replace("_modules['", "").replace("']", "")
+
+
+def source_line(node: fx.Node) -> str:
+    """The line of the user's code that made `node`, as `file:line: text`; empty if unknown."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    file, line, _, text = frames[-1]
+    return f"{file}:{line}: {text.strip()}"
+
+
+def where(node: fx.Node) -> str:
+    """Module path and source line of `node` in one string, or the node's name where neither is known."""
+    parts = [part for part in (module_path(node), source_line(node)) if part]
+    return " at ".join(parts) or f"node {node.name}"
+
+
+def origin_of(nodes: Iterable[fx.Node], made_by: str) -> dict[str, object]:
+    """The metadata of a node that replaces `nodes`: the source of the last one, and the names of all of them.
+
+    Keys that a later pass, the ledger or an inspector reads: `stack_trace`, `nn_module_stack`, and `npu_origin` with the
+    pass and the original nodes' names (flattened where a replaced node was itself a replacement).
+    """
+    nodes = list(nodes)
+    names: list[str] = []
+    for node in nodes:
+        earlier = node.meta.get("npu_origin")
+        names += earlier["nodes"] if earlier else [node.name]
+    meta: dict[str, object] = {"npu_origin": {"pass": made_by, "nodes": names}}
+    for key in ("stack_trace", "nn_module_stack"):
+        for node in reversed(nodes):
+            if node.meta.get(key):
+                meta[key] = node.meta[key]
+                break
+    return meta

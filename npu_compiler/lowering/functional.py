@@ -1,0 +1,101 @@
+"""AOTAutograd in its inference form.
+
+What comes out is functional except for its tail: a mutated input is written by one `copy_` at the end, and a custom
+operator that mutates is wrapped in `auto_functionalized_v2`. AOTAutograd itself keeps the calling convention: repeated
+and aliased inputs, outputs that are views of inputs, and sizes as inputs never reach the passes.
+
+No decomposition is asked for. Composite operators still fall apart (F.linear, nn.RMSNorm); the rest (silu, mm, every
+operator of a vendor's or vLLM's namespace) keeps its name, which is what the rules match.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import fx
+from torch._dynamo.utils import detect_fake_mode
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from npu_compiler.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Functional:
+    """A lowered graph.
+
+    Attributes:
+        graph: the functional program; placeholders are tensors and sizes (SymInt).
+        inputs: the fake inputs, in placeholder order.
+        stable: indices of inputs whose address does not change between calls: parameters, buffers and tensors marked
+            with torch._dynamo.mark_static_address.
+    """
+
+    graph: fx.GraphModule
+    inputs: list[Any]
+    stable: tuple[int, ...]
+
+
+def lower(
+    dynamo: fx.GraphModule, example_inputs: Sequence[Any], finish: Callable[[Functional], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """Lowers `dynamo`, hands the functional graph to `finish` and returns the callable with dynamo's convention.
+
+    Args:
+        example_inputs: what `dynamo` would be called with: fake or real tensors, and sizes.
+        finish: makes the executable of the functional graph; it is called with a flat list of inputs.
+
+    Raises:
+        TrainingError: the graph needs gradients.
+    """
+
+    def inference(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
+        run = finish(Functional(graph, inputs, _stable_inputs(len(inputs))))
+
+        def boxed(args: list[Any]) -> Any:
+            return run(*args)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]  # how AOTAutograd is told that args is one list
+        return boxed
+
+    # The autograd cache stores Inductor's artifact types only.
+    uncached = {"enable_autograd_cache": False, "bundled_autograd_cache": False, "strict_autograd_cache": False}
+    with _tracing_context(example_inputs), functorch_config.patch(uncached):
+        return aot_module_simplified(
+            dynamo,
+            example_inputs,
+            fw_compiler=_refuse_training,
+            inference_compiler=inference,
+            decompositions={},
+            keep_inference_input_mutations=True,
+        )
+
+
+def _refuse_training(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    raise TrainingError(
+        "the compiled function would have to compute gradients",
+        rule="backend='ascend' compiles inference only",
+        fix="call it under torch.inference_mode() or torch.no_grad(), or freeze the parameters (requires_grad_(False))",
+    )
+
+
+def _stable_inputs(count: int) -> tuple[int, ...]:
+    context = TracingContext.try_get()
+    if context is None or context.fw_metadata is None:
+        return ()
+    return tuple(index for index in context.fw_metadata.static_input_indices if index < count)
+
+
+def _tracing_context(example_inputs: Sequence[Any]) -> contextlib.AbstractContextManager[object]:
+    """Dynamo's own context where there is one; otherwise one round the fake mode of the example inputs."""
+    if TracingContext.try_get() is not None:
+        return contextlib.nullcontext()
+    mode = detect_fake_mode([item for item in example_inputs if isinstance(item, torch.Tensor)])
+    return tracing(TracingContext(mode or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)))

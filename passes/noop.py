@@ -1,0 +1,39 @@
+"""Removes calls that return their argument unchanged, and size assertions that were checked when the graph was traced.
+
+Before::
+
+    a = aten.clone.default(x)
+    b = aten.view.default(a, [4, 8])     # a is already [4, 8]
+    c = aten.add.Tensor(b, 1)
+
+After::
+
+    c = aten.add.Tensor(x, 1)
+
+What counts as a no-op is Inductor's table (`remove_noop_ops`); it introduces no new alias between inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from npu_compiler.passes.record import PassRecord
+
+NAME = "noop"
+
+
+def run(module: fx.GraphModule, record: PassRecord) -> None:
+    from torch._inductor.fx_passes.post_grad import remove_assert_ops, remove_noop_ops
+
+    before = {node: _snapshot(node) for node in module.graph.nodes}
+    remove_assert_ops(module.graph)
+    remove_noop_ops(module.graph)
+    left = set(module.graph.nodes)
+    for node, text in before.items():
+        if node not in left:
+            record.fire(f"{NAME}: {text}", node, [node])
+
+
+def _snapshot(node: fx.Node) -> str:
+    return str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.name

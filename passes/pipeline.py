@@ -1,0 +1,98 @@
+"""The passes in their order. Reading this list is reading what happens to a graph."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import fx
+
+from npu_compiler.config import Options, check_names
+from npu_compiler.graph.digest import of_text
+from npu_compiler.passes import common, dead_code, noop, reinplace
+from npu_compiler.passes.record import Pass, PassRecord
+
+PASSES: tuple[Pass, ...] = (
+    Pass(noop.NAME, "first: patterns need not look through clones and views that do nothing", noop.run),
+    Pass(common.NAME, "before the rules: one cos per model, not one per layer, is what pairs q with k", common.run),
+    Pass(dead_code.NAME, "before reinplace: an unread view must not keep a clone alive", dead_code.run),
+    Pass(reinplace.NAME, "last: all before it may assume a functional program", reinplace.run),
+)
+
+
+def selected(options: Options) -> tuple[Pass, ...]:
+    """The passes left after `disabled_passes`.
+
+    Raises:
+        OptionError: a disabled pass does not exist.
+    """
+    check_names("disabled_passes", options.disabled_passes, [entry.name for entry in PASSES])
+    return tuple(entry for entry in PASSES if entry.name not in options.disabled_passes)
+
+
+def run(
+    module: fx.GraphModule,
+    options: Options,
+    *,
+    after_rules: Callable[[fx.Graph], None] | None = None,
+    dump_name: str = "graph",
+) -> list[PassRecord]:
+    """Runs the selected passes on `module` in place and returns what each did.
+
+    Args:
+        after_rules: called with the graph when all rules have run and it is still functional (before reinplace).
+    """
+    records = []
+    dump = _dumper(options.dump_dir, dump_name)
+    dump("lowered", module)
+    for entry in selected(options):
+        if entry.name == reinplace.NAME and after_rules is not None:
+            after_rules(module.graph)
+            dump("after_rules", module)
+        record = PassRecord(entry.name, nodes_before=count_calls(module.graph))
+        start = time.perf_counter()
+        entry.run(module, record)
+        module.graph.lint()
+        module.recompile()
+        record.seconds = time.perf_counter() - start
+        record.nodes_after = count_calls(module.graph)
+        records.append(record)
+        dump(entry.name, module)
+    return records
+
+
+def count_calls(graph: fx.Graph) -> int:
+    """How many calls a graph makes (inputs and the output are not calls)."""
+    return sum(node.op in ("call_function", "call_module", "call_method") for node in graph.nodes)
+
+
+def fingerprint(options: Options) -> str:
+    """Identity of what `run` would do: the options that reach the passes, and the passes in order."""
+    return of_text([entry.name for entry in selected(options)])
+
+
+def _dumper(folder: str, name: str) -> Callable[[str, fx.GraphModule], None]:
+    """Writes `<folder>/<name>.<NN>.<stage>.py`, the program as text, at every call; does nothing without a folder."""
+    if not folder:
+        return lambda stage, module: None
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    stages: list[str] = []
+
+    def dump(stage: str, module: fx.GraphModule) -> None:
+        text = module.print_readable(print_output=False, include_stride=True)
+        (target / f"{_file_name(name)}.{len(stages):02}.{stage}.py").write_text(text)
+        stages.append(stage)
+
+    return dump
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def names(passes: Sequence[Pass] = PASSES) -> list[str]:
+    """The passes' names in order."""
+    return [entry.name for entry in passes]

@@ -1,0 +1,48 @@
+"""Lowering a function for the tests of one pass: the functional program that the passes would see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from npu_compiler.lowering.functional import Functional, lower
+from npu_compiler.passes.record import Pass, PassRecord
+
+
+def lowered(function: Callable[..., Any], *args: Any, dynamic: bool | None = False) -> Functional:
+    """The functional program of `function` called with `args`; one graph, no passes run."""
+    programs: list[Functional] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        def finish(functional: Functional) -> Callable[..., Any]:
+            programs.append(functional)
+            return functional.graph.forward
+
+        return lower(gm, example_inputs, finish)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
+    (program,) = programs
+    return program
+
+
+def apply(entry: Pass, module: fx.GraphModule) -> PassRecord:
+    """Runs one pass as the pipeline does."""
+    record = PassRecord(entry.name)
+    entry.run(module, record)
+    module.graph.lint()
+    module.recompile()
+    return record
+
+
+def calls(module: fx.GraphModule) -> list[str]:
+    """The program as the list of its operators, in order; getitem and arithmetic on sizes are left out."""
+    return [
+        str(node.target)
+        for node in module.graph.nodes
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OperatorBase)
+    ]
