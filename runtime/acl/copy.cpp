@@ -39,13 +39,6 @@ class CopyTask final : public Task {
  public:
   CopyTask(const CopyShape& shape, aclrtMemcpyKind kind) : shape_(shape), kind_(kind) {}
 
-  /// Takes over a copy of the source, for memory that the caller may change as soon as the call returns.
-  void own_source() {
-    const auto* from = static_cast<const char*>(shape_.source);
-    owned_.assign(from, from + extent(shape_, shape_.source_pitch));
-    shape_.source = owned_.data();
-  }
-
   void run() override { copy_rows(shape_); }
   std::string name() const override { return shape_.height == 1 ? "aclrtMemcpyAsync" : "aclrtMemcpy2dAsync"; }
   std::vector<MemoryAccess> accesses() const override {
@@ -60,7 +53,6 @@ class CopyTask final : public Task {
  private:
   CopyShape shape_;
   aclrtMemcpyKind kind_;
-  std::vector<char> owned_;
 };
 
 class FillTask final : public Task {
@@ -150,23 +142,27 @@ aclError copy_now(const char* function, const CopyShape& shape, size_t room, acl
   });
 }
 
-/// Memory that is not pinned cannot be reached by a device on its own: CANN stages it. Its source is read
-/// before the call returns; with such a destination the call returns only when the copy is done.
+/// A device cannot reach host memory that is not pinned. As CANN does, such a copy waits for the stream and
+/// then copies before the call returns: it counts as a host synchronisation.
+aclError copy_staged(const char* function, const CopyShape& shape, Stream& stream) {
+  if (const aclError error = refuse_staged_copy(stream, function)) return error;
+  if (const aclError error = stream.synchronize(std::nullopt, function)) return error;
+  checking_host_copy(function, shape.source, extent(shape, shape.source_pitch), shape.destination,
+                     extent(shape, shape.destination_pitch));
+  copy_rows(shape);
+  return ACL_SUCCESS;
+}
+
 aclError copy_async(const char* function, const CopyShape& shape, size_t room, aclrtMemcpyKind kind,
                     aclrtStream stream_handle) {
   return guarded(function, [&] {
     if (const aclError error = check_copy(function, shape, room, kind)) return error;
     const auto stream = find_stream(stream_handle, function);
     if (!stream) return last_error();
-    const bool from_pageable = place_of(shape.source) == Place::kPageable;
-    const bool to_pageable = place_of(shape.destination) == Place::kPageable;
-    if (from_pageable || to_pageable) {
-      if (const aclError error = refuse_staged_copy(*stream, function)) return error;
-    }
-    auto task = std::make_shared<CopyTask>(shape, kind);
-    if (from_pageable) task->own_source();
-    if (const aclError error = submit_to(*stream, std::move(task))) return error;
-    return to_pageable ? stream->synchronize(std::nullopt, function) : ACL_SUCCESS;
+    const bool pageable =
+        place_of(shape.source) == Place::kPageable || place_of(shape.destination) == Place::kPageable;
+    if (pageable) return copy_staged(function, shape, *stream);
+    return submit_to(*stream, std::make_shared<CopyTask>(shape, kind));
   });
 }
 

@@ -117,6 +117,13 @@ bool EventTask::ready() const {
   return event->kind == Event::Kind::kExternal ? event->flag() : event->reached(record);
 }
 
+void CapturedEventTask::run() {
+  // Only events that keep time have something to do: they can be read after a replay.
+  if (action == EventTask::Action::kRecord && (event->flags & ACL_EVENT_TIME_LINE) != 0) {
+    event->reach(event->announce_record());
+  }
+}
+
 std::string EventTask::name() const {
   switch (action) {
     case Action::kRecord:

@@ -64,8 +64,15 @@ std::shared_ptr<Event> unregister_event(aclrtEvent handle);
 /// An event whose state other processes can open (ipc.cpp).
 aclError create_ipc_event(aclrtEvent* event, uint32_t flags);
 
+/// A task that may block until another stream, process or the host does something.
+class WaitingTask : public ControlTask {
+ public:
+  /// Whether run() would return at once.
+  virtual bool ready() const = 0;
+};
+
 /// A task that records, waits for or resets an event, alone or as a node of a graph.
-class EventTask : public ControlTask {
+class EventTask : public WaitingTask {
  public:
   enum class Action { kRecord, kWait, kReset };
   EventTask(std::shared_ptr<Event> event, Action action, uint64_t record)
@@ -75,12 +82,26 @@ class EventTask : public ControlTask {
   void skip(const StreamFailure& failure) override;
   std::string name() const override;
   std::string arguments_json() const override;
-  /// Whether run() would not block.
-  bool ready() const;
+  bool ready() const override;
 
   const std::shared_ptr<Event> event;
   const Action action;
   const uint64_t record;
+};
+
+/// An event between the streams of one graph. The order of the nodes already is what it asks for.
+class CapturedEventTask final : public Task {
+ public:
+  CapturedEventTask(std::shared_ptr<Event> event, EventTask::Action action)
+      : event(std::move(event)), action(action) {}
+
+  void run() override;
+  std::string name() const override {
+    return action == EventTask::Action::kRecord ? "aclrtRecordEvent" : "aclrtStreamWaitEvent";
+  }
+
+  const std::shared_ptr<Event> event;
+  const EventTask::Action action;
 };
 
 /// Queues the task on the stream, or records it in the stream's capture.
