@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def graphs(mode: str, sizes: list[int]) -> dict[str, Any]:
     ("changes", "message"),
     [
         ({"additional_config": {"report_pth": "x"}}, "unknown option 'report_pth'; did you mean 'report_path'"),
-        ({"additional_config": {"compile": {"a": 1}}, "enforce_eager": True}, "contradict --enforce-eager"),
+        ({"additional_config": {"compile": {"dump_dir": "x"}}, "enforce_eager": True}, "contradict --enforce-eager"),
         (graphs("FULL_DECODE_ONLY", [1, 16]), "graph of size 16 would never run; .*--max-num-seqs"),
         (graphs("PIECEWISE", [0, 4]), "0 can't be captured; remove it"),
         (graphs("FULL", [4, 2]), r"ascending .*; use \[2, 4\]"),
@@ -64,7 +65,8 @@ def test_defaults(folder: Path) -> None:
 
 def test_no_model_at_the_path(tmp_path: Path) -> None:
     missing = tmp_path / "nothing"
-    with pytest.raises(ValueError, match=f"(?s){missing}"):
+    # vLLM's ValueError where the hub is offline; otherwise the hub refuses the path as a repository name.
+    with pytest.raises((ValueError, OSError), match=re.escape(str(missing))):
         configure(missing)
 
 
