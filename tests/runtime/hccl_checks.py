@@ -241,10 +241,9 @@ def check_batch_send_recv_ring(me: Rank) -> None:
     right, left = (me.rank + 1) % me.ranks, (me.rank - 1) % me.ranks
     first, second = contribution(me.rank, 700_001, "float32"), contribution(me.rank + 50, 3, "float32")
     got = [np.empty_like(first), np.empty_like(second)]
-    me.batch(
-        [(SEND, first, "float32", right), (SEND, second, "float32", right)]
-        + [(RECV, got[0], "float32", left), (RECV, got[1], "float32", left)]
-    )
+    sends = [(SEND, first, "float32", right), (SEND, second, "float32", right)]
+    receives = [(RECV, got[0], "float32", left), (RECV, got[1], "float32", left)]
+    me.batch(sends + receives)
     same(got[0], contribution(left, 700_001, "float32"), "first message")
     same(got[1], contribution(left + 50, 3, "float32"), "second message")
 
