@@ -1,7 +1,7 @@
 """Checks of one peer backend in a process of its own: `python -m tests.peers.peer_checks FILE BACKEND CHECK...`.
 
-The backends install signal and exit handlers and change Dynamo's tables, which must not reach other tests. FILE receives
-a JSON object from check to "" or to what went wrong.
+The backends install signal and exit handlers and change Dynamo's tables, which must not reach other tests.
+FILE receives a JSON object from check to "" or to what went wrong.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def check_force_eager(backend: str) -> None:
 
 
 class Attention(torch.nn.Module):
-    """Decode attention over a contiguous cache; `lengths` are host integers, which a captured graph must be given anew."""
+    """Decode attention over a contiguous cache; `lengths` are host integers that a captured graph is given anew."""
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, lengths: list[int]) -> Tensor:
         return torch_npu.npu_fused_infer_attention_score(
@@ -105,7 +105,7 @@ class Attention(torch.nn.Module):
 
 @torch.inference_mode()
 def check_attention_lengths_are_updated(backend: str) -> None:
-    """The lengths of npu_fused_infer_attention_score change at every step; the captured graph is updated, not recaptured."""
+    """npu_fused_infer_attention_score with other lengths at every step: the graph is updated, not recaptured."""
     torch._dynamo.reset()
     compiled = torch.compile(Attention(), backend=backend, fullgraph=True, dynamic=True)
     generator = torch.Generator().manual_seed(5)
