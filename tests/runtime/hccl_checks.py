@@ -63,7 +63,7 @@ def allowed(type_name: str, op: str) -> bool:
 def check_all_reduce(me: Rank) -> None:
     for type_name in REDUCIBLE:
         for op in filter(lambda op: allowed(type_name, op), OPS):
-            for count in COUNTS:
+            for count in COUNTS if op == "sum" else COUNTS[:2]:
                 mine = contribution(me.rank, count, type_name)
                 out = np.empty_like(mine)
                 me.run("HcclAllReduce", mine, out, ctypes.c_uint64(count), TYPES[type_name], OPS[op])
