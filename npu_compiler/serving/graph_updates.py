@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 import torch_npu
 from torch import Tensor
 from torch_npu import npu
