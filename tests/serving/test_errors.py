@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.models import checkpoints
-from tests.serving.engine import engine
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +29,7 @@ def graphs(mode: str, sizes: list[int]) -> dict[str, Any]:
     ("changes", "message"),
     [
         ({"additional_config": {"report_pth": "x"}}, "unknown option 'report_pth'; did you mean 'report_path'"),
-        ({"additional_config": {"compile": {"dump_dir": "x"}}, "enforce_eager": True}, "contradict --enforce-eager"),
+        ({"additional_config": {"compile": {"a": 1}}, "enforce_eager": True}, "contradict --enforce-eager"),
         (graphs("FULL_DECODE_ONLY", [1, 16]), "graph of size 16 would never run; .*--max-num-seqs"),
         (graphs("PIECEWISE", [0, 4]), "0 can't be captured; remove it"),
         (graphs("FULL", [4, 2]), r"ascending .*; use \[2, 4\]"),
@@ -67,8 +64,7 @@ def test_defaults(folder: Path) -> None:
 
 def test_no_model_at_the_path(tmp_path: Path) -> None:
     missing = tmp_path / "nothing"
-    # vLLM's ValueError where the hub is offline; otherwise the hub refuses the path as a repository name.
-    with pytest.raises((ValueError, OSError), match=re.escape(str(missing))):
+    with pytest.raises(ValueError, match=f"(?s){missing}"):
         configure(missing)
 
 
@@ -81,19 +77,3 @@ def test_unknown_model_type(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen99", "architectures": ["Qwen99ForCausalLM"]}))
     with pytest.raises(ValueError, match=r"(?s)qwen99"):
         configure(tmp_path)
-
-
-def test_more_memory_than_the_device_has(folder: Path) -> None:
-    too_much = torch.npu.get_device_properties(0).total_memory + 1
-    with (
-        pytest.raises(ValueError, match=r"--kv-cache-memory-bytes asks for .* lower it"),
-        engine(folder, kv_cache_memory_bytes=too_much, enforce_eager=True),
-    ):
-        pass
-
-
-def test_more_ranks_than_devices() -> None:
-    ranks = 2 * torch.npu.device_count()
-    divisible = checkpoints.cached(checkpoints.Shape(family="qwen3", heads=ranks, kv_heads=ranks, head_dim=16))
-    with pytest.raises(ValueError, match=f"{ranks} ranks .* but {ranks // 2} are visible; lower it"):
-        configure(divisible, tensor_parallel_size=ranks)
