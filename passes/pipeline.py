@@ -11,12 +11,16 @@ from torch import fx
 
 from npu_compiler.config import Options, check_names
 from npu_compiler.graph.digest import of_text
-from npu_compiler.passes import common, dead_code, noop, reinplace
+from npu_compiler.passes import add_rms_norm, common, dead_code, noop, qk_norm_rope, reinplace, swiglu
 from npu_compiler.passes.record import Pass, PassRecord
 
 PASSES: tuple[Pass, ...] = (
     Pass(noop.NAME, "first: patterns need not look through clones and views that do nothing", noop.run),
-    Pass(common.NAME, "before the rules: one cos per model, not one per layer, is what pairs q with k", common.run),
+    Pass(common.NAME, "before the rules: one cos a model, not one a layer, is what pairs q with k", common.run),
+    Pass(qk_norm_rope.NAME, "before add_rms_norm, which would claim the norms of q and k alone", qk_norm_rope.run),
+    Pass(add_rms_norm.NAME, "any place among the rules", add_rms_norm.run),
+    Pass(swiglu.NAME, "any place among the rules", swiglu.run),
+    Pass(common.NAME, "again: the rules repeat small work, such as widening cos, in every layer", common.run),
     Pass(dead_code.NAME, "before reinplace: an unread view must not keep a clone alive", dead_code.run),
     Pass(reinplace.NAME, "last: all before it may assume a functional program", reinplace.run),
 )

@@ -1,0 +1,1 @@
+"""What is known about sizes that may be symbolic."""

@@ -1,0 +1,94 @@
+"""RMS normalisation, alone and behind a residual addition.
+
+CANN: aclnnRmsNorm (`npu_rms_norm`) and aclnnAddRmsNorm (`npu_add_rms_norm`). Both compute in float32 and round once;
+PyTorch's usual program rounds x / rms to the input dtype before it multiplies by the weight, so half-precision
+results may differ by one unit in the last place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_compiler.fusion_kernels.operator import FusedOperator, Provider
+
+CANN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; x [..., H], weight [H]. Computed in float32 (or
+    in float64 where x is), rounded once to x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (wide * scale * weight.to(wide.dtype)).to(x.dtype)
+
+
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual); x and residual [..., H] of one dtype."""
+    total = x + residual
+    return rms_norm_reference(total, weight, epsilon), total
+
+
+def _fake_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _fake_add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return _fake_norm(x, weight, epsilon), _fake_norm(x, weight, epsilon)
+
+
+def _contiguous_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return rms_norm_reference(x.contiguous(), weight, epsilon)
+
+
+def _contiguous_add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return add_rms_norm_reference(x.contiguous(), residual.contiguous(), weight, epsilon)
+
+
+def _cann_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return torch.ops.npu.npu_rms_norm(x, weight, epsilon)[0]
+
+
+def _cann_add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    normed, _, total = torch.ops.npu.npu_add_rms_norm(x, residual, weight, epsilon)
+    return normed, total
+
+
+def refuses_dtypes(x: Tensor, *others: Any) -> str:
+    """CANN's norms take float32, float16 and bfloat16, one dtype for all tensors."""
+    if x.dtype not in CANN_DTYPES:
+        return f"{x.dtype} is not one of {CANN_DTYPES}"
+    different = [other.dtype for other in others if isinstance(other, Tensor) and other.dtype != x.dtype]
+    return f"dtypes {x.dtype} and {different[0]} differ" if different else ""
+
+
+def _norm_example(dtype: torch.dtype) -> tuple[Any, ...]:
+    return torch.randn(3, 5, 64, dtype=dtype), torch.randn(64, dtype=dtype), 1e-6
+
+
+def _add_norm_example(dtype: torch.dtype) -> tuple[Any, ...]:
+    return torch.randn(3, 5, 64, dtype=dtype), torch.randn(3, 5, 64, dtype=dtype), torch.randn(64, dtype=dtype), 1e-6
+
+
+RMS_NORM = FusedOperator(
+    "rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor",
+    reference=rms_norm_reference,
+    fake=_fake_norm,
+    providers=(
+        Provider("aclnnRmsNorm", _cann_norm, ("npu::npu_rms_norm",), refuses_dtypes),
+        Provider("composition", _contiguous_norm),
+    ),
+    example=_norm_example,
+)
+ADD_RMS_NORM = FusedOperator(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor)",
+    reference=add_rms_norm_reference,
+    fake=_fake_add_norm,
+    providers=(
+        Provider("aclnnAddRmsNorm", _cann_add_norm, ("npu::npu_add_rms_norm",), refuses_dtypes),
+        Provider("composition", _contiguous_add_norm),
+    ),
+    example=_add_norm_example,
+)

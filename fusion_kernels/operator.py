@@ -1,0 +1,75 @@
+"""What a fused operator is, and how one of its providers is chosen."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a fused operator.
+
+    Attributes:
+        name: for reports.
+        run: takes the operator's arguments and returns its result.
+        needs: names of the operators it calls (such as "npu::npu_rms_norm"); each must have a kernel for the tensors.
+        refuses: why it can't take these arguments (a documented limit of what it calls); empty if it can.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    needs: tuple[str, ...] = ()
+    refuses: Callable[..., str] = lambda *args: ""
+
+
+@dataclass(frozen=True)
+class FusedOperator:
+    """A fused operator of the namespace npu_fused.
+
+    Attributes:
+        schema: name and signature as torch.library takes them; nothing is written and nothing aliased.
+        reference: the meaning, in plain PyTorch; runs on any device, float64 included.
+        fake: shapes, dtypes and strides of the result, from fake tensors.
+        providers: tried in this order; the last takes everything.
+        example: makes arguments for a test, given a dtype.
+    """
+
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    providers: tuple[Provider, ...]
+    example: Callable[[torch.dtype], Sequence[Any]]
+
+    @property
+    def name(self) -> str:
+        """The name without the namespace."""
+        return self.schema.split("(")[0]
+
+    def provider(self, *args: Any) -> Provider:
+        """The provider that takes these arguments."""
+        for candidate in self.providers:
+            if all(_has_kernel(name, _backend(args)) for name in candidate.needs) and not candidate.refuses(*args):
+                return candidate
+        raise RuntimeError(f"npu_fused::{self.name}: no provider takes these arguments")  # the last one always does
+
+    def __call__(self, *args: Any) -> Any:
+        return self.provider(*args).run(*args)
+
+
+def _backend(args: Sequence[Any]) -> str:
+    """The dispatch key under which a kernel for these tensors would be registered."""
+    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+    return torch._C._dispatch_key_for_device(tensor.device.type)
+
+
+@functools.cache
+def _has_kernel(name: str, backend: str) -> bool:
+    namespace, base = name.split("::")
+    if not hasattr(getattr(torch.ops, namespace), base):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, backend)

@@ -1,0 +1,26 @@
+"""The list of fused operators, and their registration with torch."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from npu_compiler.fusion_kernels.norms import ADD_RMS_NORM, RMS_NORM
+from npu_compiler.fusion_kernels.operator import FusedOperator
+from npu_compiler.fusion_kernels.rope import QK_NORM_ROPE, QK_ROPE
+from npu_compiler.fusion_kernels.swiglu import SILU_MUL, SWIGLU
+
+NAMESPACE = "npu_fused"
+OPERATORS: tuple[FusedOperator, ...] = (RMS_NORM, ADD_RMS_NORM, QK_NORM_ROPE, QK_ROPE, SWIGLU, SILU_MUL)
+
+
+@functools.cache
+def register() -> torch.library.Library:
+    """Defines the operators as `torch.ops.npu_fused.*`, once a process. The library must be kept alive: it is cached."""
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for entry in OPERATORS:
+        library.define(entry.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(entry.name, entry, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{entry.name}", entry.fake, lib=library)
+    return library

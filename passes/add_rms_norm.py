@@ -1,0 +1,133 @@
+"""Joins a residual addition and the RMS norm behind it; turns lone norms into one operator each.
+
+Before::
+
+    total = aten.add.Tensor(x, residual)
+    wide = aten._to_copy.default(total, dtype=torch.float32)
+    square = aten.pow.Tensor_Scalar(wide, 2)
+    mean = aten.mean.dim(square, [-1], True)
+    shifted = aten.add.Tensor(mean, 1e-06)
+    scale = aten.rsqrt.default(shifted)
+    scaled = aten.mul.Tensor(wide, scale)
+    narrow = aten._to_copy.default(scaled, dtype=torch.bfloat16)
+    normed = aten.mul.Tensor(weight, narrow)
+
+After::
+
+    normed, total = npu_fused.add_rms_norm(x, residual, weight, 1e-06)
+
+vLLM's `vllm_ir.fused_add_rms_norm` and `vllm_ir.rms_norm` become the same operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from npu_compiler.facts.sizes import Fact, equal, known, same_shape
+from npu_compiler.fusion_kernels import register
+from npu_compiler.passes.norm_patterns import legal_norm, rms_norm
+from npu_compiler.passes.pattern import Any, Call, Exactly, Match, Number
+from npu_compiler.passes.record import PassRecord
+from npu_compiler.passes.rewrite import Rule, apply
+
+NAME = "add_rms_norm"
+
+
+def run(module: fx.GraphModule, record: PassRecord) -> None:
+    register()
+    apply(module, RULES, record)
+
+
+def _legal_add(match: Match) -> Fact:
+    x, residual = match.bindings["x"], match.bindings["residual"]
+    if not (isinstance(x, fx.Node) and isinstance(residual, fx.Node)):
+        return known(False, "a number is added, not a residual")
+    left, right = match.tensor("x"), match.tensor("residual")
+    return (
+        known(left.dtype == right.dtype, f"dtypes {left.dtype} and {right.dtype} are added")
+        & same_shape(left.shape, right.shape, "the addition broadcasts")
+        & legal_norm(match, left.shape[-1] if left.dim() else 0)
+    )
+
+
+def _legal_lone(match: Match) -> Fact:
+    if not isinstance(match.bindings["x"], fx.Node):
+        return known(False, "a number is normalised")
+    x = match.tensor("x")
+    return legal_norm(match, x.shape[-1] if x.dim() else 0)
+
+
+def _legal_vllm(match: Match) -> Fact:
+    if match.bindings["weight"] is None:
+        return known(False, "the norm has no weight")
+    x, residual, weight = (match.tensor(name) for name in ("x", "residual", "weight"))
+    return (
+        known(x.dtype == residual.dtype, f"dtypes {x.dtype} and {residual.dtype} are added")
+        & same_shape(x.shape, residual.shape, "the addition broadcasts")
+        & equal(weight.shape[0], x.shape[-1], "weight and last dimension")
+    )
+
+
+def _norm_program(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return weight * wide.to(x.dtype)
+
+
+def _add_norm_program(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    return _norm_program(total, weight), total
+
+
+def _vllm_program(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.vllm_ir.fused_add_rms_norm(x, residual, weight, 1e-6, None)
+
+
+def _norm_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 5, 64, dtype=dtype), torch.randn(64, dtype=dtype)
+
+
+def _add_norm_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 5, 64, dtype=dtype), torch.randn(3, 5, 64, dtype=dtype), torch.randn(64, dtype=dtype)
+
+
+def _operands(match: Match) -> tuple[object, ...]:
+    return tuple(match.bindings[name] for name in ("x", "residual", "weight", "epsilon"))
+
+
+RULES = (
+    Rule(
+        "vllm_fused_add_rms_norm",
+        pattern=Call(
+            "vllm_ir.fused_add_rms_norm.default",
+            Any("x"), Any("residual"), Any("weight"), Number("epsilon"), Exactly(None),
+        ),
+        operator="add_rms_norm",
+        operands=_operands,
+        results=("root",),
+        legal=_legal_vllm,
+        reference=_vllm_program,
+        example=_add_norm_example,
+    ),
+    Rule(
+        "add_rms_norm",
+        pattern=rms_norm(Call("aten.add.Tensor", Any("x"), Any("residual"), name="total"), Any("total")),
+        operator="add_rms_norm",
+        operands=_operands,
+        results=("root", "total"),
+        legal=_legal_add,
+        reference=_add_norm_program,
+        example=_add_norm_example,
+    ),
+    Rule(
+        "rms_norm",
+        pattern=rms_norm(Any("x"), Any("x")),
+        operator="rms_norm",
+        operands=lambda match: tuple(match.bindings[name] for name in ("x", "weight", "epsilon")),
+        results=("root",),
+        legal=_legal_lone,
+        reference=_norm_program,
+        example=_norm_example,
+    ),
+)  # fmt: skip

@@ -1,0 +1,289 @@
+"""Patterns over FX programs, as data, and matching with the deepest failure kept.
+
+A pattern mirrors the expression it matches::
+
+    Call("aten.mul.Tensor", Call("aten.silu.default", Any("gate")), Any("up"), commutes=True)
+
+matches `silu(gate) * up` in either order. Operators are named by text, so a pattern may name one that is not loaded.
+Arguments that a pattern does not mention must have their defaults: `add(x, y, alpha=2)` is not `x + y`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from npu_compiler.facts.sizes import equal
+
+Bindings = dict[str, object]
+VIEWS = ("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default")
+CASTS = ("aten._to_copy.default", "prims.convert_element_type.default")
+SPLITS = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default")
+
+
+class Pattern:
+    """Base of all patterns."""
+
+
+@dataclass(frozen=True)
+class Any(Pattern):
+    """Any value; it is bound to `name`, and a name that is bound already must meet the same value again."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Number(Pattern):
+    """A Python number, bound to `name`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Exactly(Pattern):
+    """This constant."""
+
+    value: object
+
+
+@dataclass(frozen=True, init=False)
+class Call(Pattern):
+    """A call of one of `targets` (names joined by "|") with these arguments; `name` binds the node."""
+
+    targets: tuple[str, ...]
+    args: tuple[object, ...]
+    commutes: bool
+    name: str
+
+    def __init__(self, targets: str, *args: object, commutes: bool = False, name: str = "") -> None:
+        object.__setattr__(self, "targets", tuple(targets.split("|")))
+        object.__setattr__(self, "args", args)
+        object.__setattr__(self, "commutes", commutes)
+        object.__setattr__(self, "name", name)
+
+
+@dataclass(frozen=True)
+class Cast(Pattern):
+    """A conversion of `inner` to another dtype, or `inner` itself. What lies before the conversion is tried first."""
+
+    inner: Pattern
+
+
+@dataclass(frozen=True)
+class Viewed(Pattern):
+    """`inner`, or a chain of reshapes of it."""
+
+    inner: Pattern
+
+
+@dataclass(frozen=True)
+class Half(Pattern):
+    """The first (0) or second (1) half of `inner` along the last dimension: a slice or a part of a split."""
+
+    inner: Pattern
+    index: int
+
+
+@dataclass(frozen=True)
+class OneOf(Pattern):
+    """The first alternative that matches."""
+
+    options: tuple[Pattern, ...]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A found pattern: what its names are bound to, and the calls it covers (the root is last)."""
+
+    bindings: Bindings
+    nodes: tuple[fx.Node, ...]
+    root: fx.Node
+
+    def node(self, name: str) -> fx.Node:
+        """The node bound to `name`."""
+        found = self.bindings[name]
+        assert isinstance(found, fx.Node), f"{name} is bound to {found!r}, not to a node"
+        return found
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The fake tensor of the node bound to `name`."""
+        value = self.node(name).meta["val"]
+        assert isinstance(value, torch.Tensor)
+        return value
+
+
+@dataclass
+class Miss:
+    """The failure after the most matched calls, for a report of near misses."""
+
+    depth: int = 0
+    reason: str = ""
+
+    def note(self, depth: int, reason: str) -> None:
+        """Keeps the deepest failure."""
+        if depth > self.depth:
+            self.depth, self.reason = depth, reason
+
+
+@dataclass(frozen=True)
+class _State:
+    bindings: Bindings = field(default_factory=dict)
+    nodes: tuple[fx.Node, ...] = ()
+
+    def bind(self, name: str, value: object) -> _State | None:
+        if not name:
+            return self
+        if name in self.bindings:
+            bound = self.bindings[name]
+            return self if bound is value or (not isinstance(value, fx.Node) and bound == value) else None
+        return _State({**self.bindings, name: value}, self.nodes)
+
+    def cover(self, *nodes: fx.Node) -> _State:
+        return _State(self.bindings, self.nodes + tuple(node for node in nodes if node not in self.nodes))
+
+
+def root_targets(pattern: Pattern) -> set[str]:
+    """The operators a match's root can be; empty for a pattern that any node may start."""
+    match pattern:
+        case Call():
+            return set(pattern.targets)
+        case Cast():
+            return set(CASTS) | root_targets(pattern.inner)
+        case Viewed():
+            return set(VIEWS) | root_targets(pattern.inner)
+        case OneOf():
+            return set().union(*(root_targets(option) for option in pattern.options))
+    return set()
+
+
+def find(pattern: Pattern, root: fx.Node) -> tuple[Match | None, Miss]:
+    """Matches `pattern` with `root` as its last call. Returns the first match, or None and the deepest failure."""
+    miss = Miss()
+    for state in _match(pattern, root, _State(), miss):
+        nodes = tuple(sorted(state.nodes))
+        if nodes and nodes[-1] is root:
+            return Match(state.bindings, nodes, root), miss
+    return None, miss
+
+
+def _match(pattern: object, value: object, state: _State, miss: Miss) -> Iterator[_State]:
+    match pattern:
+        case Any():
+            yield from _some(state.bind(pattern.name, value))
+        case Number():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                yield from _some(state.bind(pattern.name, value))
+        case Exactly():
+            if not isinstance(value, fx.Node) and value == pattern.value:
+                yield state
+        case OneOf():
+            for option in pattern.options:
+                yield from _match(option, value, state, miss)
+        case Cast():
+            if isinstance(value, fx.Node) and _is_cast(value):
+                yield from _match(pattern.inner, value.args[0], state.cover(value), miss)
+            yield from _match(pattern.inner, value, state, miss)
+        case Viewed():
+            yield from _match(pattern.inner, value, state, miss)
+            if isinstance(value, fx.Node) and str(value.target) in VIEWS:
+                yield from _match(pattern, value.args[0], state.cover(value), miss)
+        case Half():
+            yield from _match_half(pattern, value, state, miss)
+        case Call():
+            yield from _match_call(pattern, value, state, miss)
+        case list() | tuple():
+            if isinstance(value, (list, tuple)) and len(value) == len(pattern):
+                yield from _match_all(pattern, value, state, miss)
+        case _:
+            raise TypeError(f"not a pattern: {pattern!r}")
+
+
+def _some(state: _State | None) -> Iterator[_State]:
+    if state is not None:
+        yield state
+
+
+def _match_all(patterns: Sequence[object], values: Sequence[object], state: _State, miss: Miss) -> Iterator[_State]:
+    if not patterns:
+        yield state
+        return
+    for matched in _match(patterns[0], values[0], state, miss):
+        yield from _match_all(patterns[1:], values[1:], matched, miss)
+
+
+def _match_call(pattern: Call, value: object, state: _State, miss: Miss) -> Iterator[_State]:
+    depth = len(state.nodes)
+    if not isinstance(value, fx.Node):
+        return
+    if str(value.target) not in pattern.targets:
+        miss.note(depth, f"{value.name} is {value.target}, the rule wants {' or '.join(pattern.targets)}")
+        return
+    args = _arguments(value, len(pattern.args))
+    if args is None:
+        miss.note(depth, f"{value.name} ({value.target}) has arguments the rule does not know")
+        return
+    bound = state.bind(pattern.name, value)
+    if bound is None:
+        return
+    covered = bound.cover(value)
+    orders = [args]
+    if pattern.commutes:
+        orders.append([args[1], args[0], *args[2:]])
+    for order in orders:
+        yield from _match_all(pattern.args, order, covered, miss)
+
+
+def _arguments(node: fx.Node, count: int) -> list[object] | None:
+    """The first `count` arguments in schema order, or None if one behind them is not at its default."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return list(node.args) if len(node.args) == count and not node.kwargs else None
+    values = []
+    for position, argument in enumerate(target._schema.arguments):
+        default = argument.default_value if argument.has_default_value() else None
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, default)
+        if position < count:
+            values.append(given)
+        elif isinstance(given, fx.Node) or given != default:
+            return None
+    return values if len(values) == count else None
+
+
+def _is_cast(node: fx.Node) -> bool:
+    if str(node.target) == CASTS[0]:
+        return set(node.kwargs) == {"dtype"}
+    return str(node.target) == CASTS[1]
+
+
+def _match_half(pattern: Half, value: object, state: _State, miss: Miss) -> Iterator[_State]:
+    if not isinstance(value, fx.Node):
+        return
+    if value.target is operator.getitem and isinstance(value.args[0], fx.Node):
+        split, index = value.args[0], value.args[1]
+        if str(split.target) in SPLITS and index == pattern.index and _is_half(value, split.args[0]):
+            yield from _match(pattern.inner, split.args[0], state.cover(split, value), miss)
+        return
+    if str(value.target) != "aten.slice.Tensor" or not _is_half(value, value.args[0]):
+        return
+    args = _arguments(value, 5)
+    assert args is not None
+    source, _, start, _, step = args
+    half = value.meta["val"].shape[-1]
+    expected = 0 if pattern.index == 0 else half
+    if step == 1 and not isinstance(start, fx.Node) and equal(start or 0, expected, "start"):  # type: ignore[arg-type]
+        yield from _match(pattern.inner, source, state.cover(value), miss)
+
+
+def _is_half(part: fx.Node, whole: object) -> bool:
+    """Whether `part` differs from `whole` only by half the size of the last dimension."""
+    if not isinstance(whole, fx.Node):
+        return False
+    small, large = part.meta["val"].shape, whole.meta["val"].shape
+    if len(small) != len(large) or not small:
+        return False
+    rest = all(equal(a, b, "size") for a, b in zip(small[:-1], large[:-1], strict=True))
+    return rest and bool(equal(small[-1] * 2, large[-1], "half"))

@@ -1,0 +1,255 @@
+"""Joins the rotary embedding of a layer's queries and keys, and their RMS norms where the model has them (Qwen3).
+
+Before, for q and likewise for k (Hugging Face's form; the norm is as in add_rms_norm)::
+
+    normed = ...rms norm of x [B, T, N, D]...
+    q = aten.transpose.int(normed, 1, 2)
+    first, second = the halves of q along D
+    rotated = aten.cat.default([aten.neg.default(second), first], -1)
+    out = aten.add.Tensor(aten.mul.Tensor(q, cos), aten.mul.Tensor(rotated, sin))
+
+After::
+
+    q_out, k_out = npu_fused.qk_norm_rope(x_q, x_k, q_weight, k_weight, 1e-06, 1e-06, cos', sin')
+    out = aten.transpose.int(q_out, 1, 2)
+
+vLLM's form, cat(first * cos - second * sin, second * cos + first * sin) with half-width cos, is found too.
+The fused operators work in the layout the projection leaves behind (tokens before heads), hence the transposes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from npu_compiler.facts.sizes import Fact, equal, known, same_shape
+from npu_compiler.fusion_kernels import register
+from npu_compiler.graph.build import call
+from npu_compiler.passes.norm_patterns import legal_norm, rms_norm
+from npu_compiler.passes.pattern import Any, Call, Half, Match, OneOf, Pattern, Viewed, find, root_targets
+from npu_compiler.passes.record import PassRecord
+from npu_compiler.passes.rewrite import erase_unused, insertion_point, private, same_layouts, unpack
+
+NAME = "qk_norm_rope"
+
+_NORM = rms_norm(Any("x"), Any("x"))
+
+
+def _rotations(operand: Pattern, again: Pattern) -> tuple[Pattern, Pattern]:
+    """The two ways the rotation is written. `operand` binds what is rotated, `again` meets it at the later uses."""
+    turned = Call("aten.cat.default", [Call("aten.neg.default", Half(again, 1)), Half(again, 0)], Any("axis"))
+    hugging_face = Call(
+        "aten.add.Tensor",
+        Call("aten.mul.Tensor", operand, Any("cos"), commutes=True),
+        Call("aten.mul.Tensor", turned, Any("sin"), commutes=True),
+        commutes=True,
+    )
+    vllm = Call(
+        "aten.cat.default",
+        [
+            Call(
+                "aten.sub.Tensor",
+                Call("aten.mul.Tensor", Half(operand, 0), Any("half_cos"), commutes=True),
+                Call("aten.mul.Tensor", Half(again, 1), Any("half_sin"), commutes=True),
+            ),
+            Call(
+                "aten.add.Tensor",
+                Call("aten.mul.Tensor", Half(again, 1), Any("half_cos"), commutes=True),
+                Call("aten.mul.Tensor", Half(again, 0), Any("half_sin"), commutes=True),
+                commutes=True,
+            ),
+        ],
+        Any("axis"),
+    )
+    return hugging_face, vllm
+
+
+ROTATION = OneOf(_rotations(Any("operand"), Any("operand")))
+TRANSPOSED = Call("aten.transpose.int", Any("straight"), Any("axis_a"), Any("axis_b"))
+NORMED = Viewed(_NORM)
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """One rotated tensor of the program.
+
+    Attributes:
+        root: the call that yields it. `nodes`: all calls that fusion would replace.
+        source: what the fused operator reads, [..., tokens, heads, D].
+        weight, epsilon: of the norm before the rotation; None without one.
+        cos, sin: the tables as the program has them. `half`: they are [..., D / 2].
+        transposed: the program has heads before tokens.
+    """
+
+    root: fx.Node
+    nodes: tuple[fx.Node, ...]
+    source: fx.Node
+    weight: fx.Node | None
+    epsilon: float | None
+    cos: fx.Node
+    sin: fx.Node
+    half: bool
+    transposed: bool
+
+    @property
+    def family(self) -> tuple[object, ...]:
+        """Two tensors of one family can be rotated by one call."""
+        return self.cos, self.sin, self.half, self.transposed, self.weight is None
+
+
+def run(module: fx.GraphModule, record: PassRecord) -> None:
+    register()
+    waiting: dict[tuple[object, ...], Rotated] = {}
+    for rotated in list(_rotated(module.graph, record)):
+        partner = waiting.pop(rotated.family, None)
+        if partner is None:
+            waiting[rotated.family] = rotated
+        elif _first_use(module.graph, partner, rotated) is None:  # rotated is computed from its predecessor
+            record.refuse(NAME, partner.root, "no independent tensor is rotated by the same cos and sin")
+            waiting[rotated.family] = rotated
+        else:
+            _fuse(module.graph, partner, rotated, record)
+    for rotated in waiting.values():
+        record.refuse(NAME, rotated.root, "no second tensor is rotated by the same cos and sin")
+
+
+def _rotated(graph: fx.Graph, record: PassRecord) -> Iterator[Rotated]:
+    targets = root_targets(ROTATION)
+    for root in graph.nodes:
+        if str(root.target) not in targets:
+            continue
+        match, _ = find(ROTATION, root)
+        if match is None:
+            continue
+        rotated, verdict = _describe(match)
+        if rotated is None:
+            record.refuse(NAME, root, verdict.text)
+        else:
+            yield rotated
+
+
+def _describe(match: Match) -> tuple[Rotated | None, Fact]:
+    """What the match rotates, seen through a transpose and a norm, if fusion is legal for it alone."""
+    half = "half_cos" in match.bindings
+    names = ("half_cos", "half_sin") if half else ("cos", "sin")
+    if not all(isinstance(match.bindings[name], fx.Node) for name in (*names, "operand")):
+        return None, known(False, "a number takes the place of cos, sin or the operand")
+    cos, sin = match.node(names[0]), match.node(names[1])
+    operand = match.node("operand")
+    nodes, source, transposed = list(match.nodes), operand, False
+    turn, _ = find(TRANSPOSED, operand)
+    if turn is not None and _swaps_tokens_and_heads(turn, operand):
+        source, transposed = turn.node("straight"), True
+        nodes.append(operand)
+    verdict = _legal_tables(operand.meta["val"], cos.meta["val"], sin.meta["val"], half, transposed, match)
+    verdict = verdict & private(nodes, [match.root])
+    if not verdict:
+        return None, verdict
+    norm, _ = find(NORMED, source)
+    weight, epsilon = None, None
+    if norm is not None and _legal_norm(norm, source) and private([*nodes, *norm.nodes], [match.root]):
+        nodes += norm.nodes
+        source, weight = norm.node("x"), norm.node("weight")
+        epsilon = float(norm.bindings["epsilon"])  # type: ignore[arg-type]
+    return (
+        Rotated(match.root, tuple(sorted(set(nodes))), source, weight, epsilon, cos, sin, half, transposed),
+        verdict,
+    )
+
+
+def _swaps_tokens_and_heads(turn: Match, operand: fx.Node) -> bool:
+    rank = operand.meta["val"].dim()
+    axes = {int(turn.bindings[name]) % rank for name in ("axis_a", "axis_b")}  # type: ignore[call-overload]
+    return rank == 4 and axes == {1, 2}
+
+
+def _legal_tables(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: bool, transposed: bool, match: Match
+) -> Fact:
+    """Whether cos and sin run along tokens and head size only, in the dtype of x."""
+    axis = match.bindings["axis"]
+    verdict = (
+        known(x.dim() in (3, 4), f"the rotated tensor has {x.dim()} dimensions")
+        & known(cos.dim() == x.dim() == sin.dim(), "cos and sin have another number of dimensions")
+        & known(axis in (-1, x.dim() - 1), f"halves are joined along dimension {axis}")
+        & known(x.dtype == cos.dtype == sin.dtype, f"dtypes {x.dtype}, {cos.dtype}, {sin.dtype} are mixed")
+        & same_shape(cos.shape, sin.shape, "shapes of cos and sin")
+    )
+    if not verdict:
+        return verdict
+    tokens, heads = (2, 1) if transposed else (x.dim() - 3, x.dim() - 2)
+    return (
+        equal(cos.shape[heads], 1, "cos along the heads (else heads come before tokens in memory)")
+        & equal(cos.shape[-1] * (2 if half else 1), x.shape[-1], "cos along the head size")
+        & equal(cos.shape[tokens], x.shape[tokens], "cos along the tokens")
+    )
+
+
+def _legal_norm(norm: Match, source: fx.Node) -> bool:
+    """Whether the norm is over the head size, and reshapes behind it change nothing but the view."""
+    if not isinstance(norm.bindings["x"], fx.Node):
+        return False
+    x = norm.tensor("x")
+    return bool(same_shape(x.shape, source.meta["val"].shape, "shape") & legal_norm(norm, x.shape[-1]))
+
+
+def _first_use(graph: fx.Graph, first: Rotated, second: Rotated) -> fx.Node | None:
+    """Where one call for both can stand: everything it reads is known there, and nothing has used its results yet."""
+    inputs = [
+        part for one in (first, second) for part in (one.source, one.weight, one.cos, one.sin) if part is not None
+    ]
+    return insertion_point(graph, inputs, [first.root, second.root])
+
+
+def _fuse(graph: fx.Graph, first: Rotated, second: Rotated, record: PassRecord) -> None:
+    roots = [first.root, second.root]
+    nodes = sorted({*first.nodes, *second.nodes})
+    shapes = [one.source.meta["val"].shape for one in (first, second)]
+    verdict = same_shape(shapes[0][:-2], shapes[1][:-2], "tokens of the pair") & equal(
+        shapes[0][-1], shapes[1][-1], "head sizes of the pair"
+    )
+    if not verdict:
+        record.refuse(NAME, second.root, verdict.text)
+        return
+    point = _first_use(graph, first, second)
+    made: list[fx.Node] = []
+    with graph.inserting_before(point):
+        cos, sin = (_table(graph, table, first, made) for table in (first.cos, first.sin))
+        if first.weight is None:
+            operands: tuple[object, ...] = (first.source, second.source, cos, sin)
+        else:
+            norms = (first.weight, second.weight, first.epsilon, second.epsilon)
+            operands = (first.source, second.source, *norms, cos, sin)
+        name = "qk_rope" if first.weight is None else "qk_norm_rope"
+        fused = call(graph, getattr(torch.ops.npu_fused, name).default, operands, replaces=nodes, made_by=NAME)
+        made.append(fused)
+        outputs = unpack(graph, fused, NAME)
+        made += outputs
+        if first.transposed:
+            swap = torch.ops.aten.transpose.int
+            outputs = [call(graph, swap, (out, 1, 2), replaces=[out], made_by=NAME) for out in outputs]
+            made += outputs
+    layout = same_layouts(roots, outputs)
+    if not layout:
+        record.refuse(NAME, second.root, f"{layout.text}; the rest of the program relies on the old one")
+        for node in reversed(made):
+            graph.erase_node(node)
+        return
+    record.fire(name, second.root, nodes)
+    for root, output in zip(roots, outputs, strict=True):
+        root.replace_all_uses_with(output)
+    erase_unused(graph, nodes)
+
+
+def _table(graph: fx.Graph, table: fx.Node, like: Rotated, made: list[fx.Node]) -> fx.Node:
+    """cos or sin as the fused operator takes it: [..., tokens, 1, D]."""
+    if like.transposed:
+        table = call(graph, torch.ops.aten.transpose.int, (table, 1, 2), replaces=[table], made_by=NAME)
+        made.append(table)
+    if like.half:
+        table = call(graph, torch.ops.aten.cat.default, ([table, table], -1), replaces=[table], made_by=NAME)
+        made.append(table)
+    return table
