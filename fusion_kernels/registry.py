@@ -17,7 +17,7 @@ OPERATORS: tuple[FusedOperator, ...] = (RMS_NORM, ADD_RMS_NORM, QK_NORM_ROPE, QK
 
 @functools.cache
 def register() -> torch.library.Library:
-    """Defines the operators as `torch.ops.npu_fused.*`, once a process. The library must be kept alive: it is cached."""
+    """Defines the operators as `torch.ops.npu_fused.*`, once a process; the cache keeps the library alive."""
     library = torch.library.Library(NAMESPACE, "DEF")
     for entry in OPERATORS:
         library.define(entry.schema, tags=(torch.Tag.pt2_compliant_tag,))

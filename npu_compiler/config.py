@@ -75,8 +75,8 @@ class Options:
                 )
         values = {name: _typed(name, fields[name].default, value) for name, value in given.items()}
         if values.get("capture") is False:
-            needless = [name for name in ("capture_limit", "capture_sizes", "capture_error_mode", "clone_outputs")]
-            needless = [name for name in needless if name in values]
+            of_captures = ("capture_limit", "capture_sizes", "capture_error_mode", "clone_outputs")
+            needless = [name for name in of_captures if name in values]
             if needless:
                 raise OptionError(
                     f"capture=False contradicts {', '.join(needless)}",

@@ -31,7 +31,7 @@ def rms_norm(x: Pattern, again: Pattern, tag: str = "") -> Pattern:
 
 
 def legal_norm(match: Match, width: object, tag: str = "") -> Fact:
-    """Whether the norm is over the last dimension only, with one weight an element. `width` is that dimension's size."""
+    """Whether the norm is over the last dimension only, of size `width`, with one weight an element."""
     if match.bindings["weight" + tag] is None:
         return known(False, "the norm has no weight")
     weight = match.tensor("weight" + tag)

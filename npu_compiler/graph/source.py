@@ -38,8 +38,8 @@ def where(node: fx.Node) -> str:
 def origin_of(nodes: Iterable[fx.Node], made_by: str) -> dict[str, object]:
     """The metadata of a node that replaces `nodes`: the source of the last one, and the names of all of them.
 
-    Keys that a later pass, the ledger or an inspector reads: `stack_trace`, `nn_module_stack`, and `npu_origin` with the
-    pass and the original nodes' names (flattened where a replaced node was itself a replacement).
+    Keys that a later pass, the ledger or an inspector reads: `stack_trace`, `nn_module_stack`, and `npu_origin` with
+    the pass and the original nodes' names (flattened where a replaced node was itself a replacement).
     """
     nodes = list(nodes)
     names: list[str] = []
