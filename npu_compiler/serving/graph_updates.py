@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 import torch_npu
 from torch import Tensor
 from torch_npu import npu
@@ -70,10 +71,14 @@ class AttentionCall:
 
     def run(self, query_ends: list[int], kv_lengths: list[int]) -> None:
         """Attends and writes `output`. Lengths as in NPUAttentionMetadata."""
-        lse = self.softmax_lse if self.softmax_lse is not None else self.query.new_empty(1)
+        lse = self.softmax_lse if self.softmax_lse is not None else self.unused_lse()
         torch_npu.npu_fused_infer_attention_score.out(
             **self._arguments(query_ends, kv_lengths), workspace=self.workspace, out=[self.output, lse]
         )
+
+    def unused_lse(self) -> Tensor:
+        """What the operator wants as its second output when it is not to compute one."""
+        return torch.empty(1, dtype=torch.float32, device=self.query.device)
 
     def max_workspace(self, query_ends: list[int], kv_lengths: list[int]) -> Tensor:
         """Memory that suffices for every length the operator may later be updated to."""
@@ -127,7 +132,7 @@ class GraphUpdates:
         needed = call.max_workspace(lengths.query_ends, lengths.kv_lengths)
         if shared.workspace is None or shared.workspace.numel() < needed.numel():
             shared.workspace = needed
-        call = replace(call, workspace=shared.workspace, softmax_lse=call.query.new_empty(1))
+        call = replace(call, workspace=shared.workspace, softmax_lse=call.unused_lse())
         stream = npu.current_stream()
         event = shared.event(len(self._groups))
         event.wait(stream)

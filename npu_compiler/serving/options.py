@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from npu_compiler.config import Options
+from npu_compiler.errors import OptionError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,7 +28,7 @@ class ServingOptions:
     """Seconds between two writes of the report while requests run; 0 writes it at shutdown only."""
 
     compile: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Options of the `ascend` compile backend (npu_compiler.config)."""
+    """Options of the `ascend` compile backend (npu_compiler.config), without those of its capture: vLLM captures."""
 
     @classmethod
     def parse(cls, given: object) -> ServingOptions:
@@ -75,6 +79,19 @@ class ServingOptions:
             )
         if not isinstance(self.compile, dict):
             raise ValueError(f"additional_config: compile must be a JSON object of options, got {self.compile!r}")
+        compile_options(self.compile)
+
+
+def compile_options(given: Mapping[str, Any]) -> Options:
+    """The compile backend's options for serving.
+
+    Raises:
+        ValueError: an option is unknown, ill-typed, or describes the backend's own capture.
+    """
+    try:
+        return Options.of({"capture": False, **given})
+    except OptionError as error:
+        raise ValueError(f"additional_config: compile: {error}") from error
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -185,6 +185,7 @@ class NPUPlatform(Platform):
 
         ServingOptions.of(vllm_config)
         _refuse_unserved(vllm_config)
+        _refuse_missing_devices(vllm_config)
         if vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
             _refuse_uncapturable(os.environ)
         if vllm_config.parallel_config.worker_cls == "auto":
@@ -244,6 +245,16 @@ def _refuse_unserved(vllm_config: VllmConfig) -> None:
     for present, feature in unserved:
         if present:
             raise ValueError(f"{feature} is not served on npu yet; leave it out")
+
+
+def _refuse_missing_devices(vllm_config: VllmConfig) -> None:
+    """Raises ValueError when this machine has fewer devices than the ranks that will run on it."""
+    parallel, devices = vllm_config.parallel_config, npu.device_count()
+    if parallel.nnodes == 1 and parallel.distributed_executor_backend != "ray" and parallel.world_size > devices:
+        raise ValueError(
+            f"{parallel.world_size} ranks (--tensor-parallel-size {parallel.tensor_parallel_size}) need as many "
+            f"devices, but {devices} are visible; lower it, or extend {NPUPlatform.device_control_env_var}"
+        )
 
 
 def _refuse_uncapturable(environment: Any) -> None:

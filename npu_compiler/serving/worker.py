@@ -65,6 +65,21 @@ class NPUWorker(Worker):
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
         return nullcontext()  # pools of their own serve sleep mode only, which the platform refuses
 
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache: what is asked for, or what is left after a profiling run.
+
+        Raises:
+            ValueError: more is asked for than the device has left.
+        """
+        asked, (free, total) = self.cache_config.kv_cache_memory_bytes, npu.mem_get_info(self.device)
+        if asked is not None and asked > free:
+            raise ValueError(
+                f"--kv-cache-memory-bytes asks for {asked / 2**30:.2f} GiB, but {self.device} has {free / 2**30:.2f} "
+                f"of its {total / 2**30:.2f} GiB left beside the model; lower it, or leave it out and let "
+                "--gpu-memory-utilization decide"
+            )
+        return super().determine_available_memory()
+
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Runs each compiled range once, captures the graphs, and runs the sampler at its largest size.
 

@@ -5,6 +5,7 @@
 
 #include "acl/acl_op_compiler.h"
 #include "runtime/acl/device.h"
+#include "runtime/acl/legacy_op.h"
 #include "runtime/acl/stream.h"
 
 using namespace host_runtime;
@@ -324,6 +325,9 @@ aclError aclrtSetOpExecuteTimeOutV2(uint64_t timeout, uint64_t* actualTimeout) {
 
 aclError aclSetCompileopt(aclCompileOpt opt, const char* value) {
   if (value == nullptr) return fail_null("aclSetCompileopt", "value");
+  if (opt == ACL_OP_JIT_COMPILE) {
+    if (const aclError error = refuse_legacy_operator()) return error;
+  }
   std::lock_guard lock(options_mutex);
   compile_options()[opt] = value;
   return ACL_SUCCESS;

@@ -1,10 +1,16 @@
-// CANN's older way of calling operators by name. The host runtime has none of these operators: every call
-// fails at once with the operator's name. torch_npu makes them on a thread of its own and may drop what comes
-// after a failure until the next synchronisation, so the stream fails as well, and the name goes to standard
-// error.
+// CANN's older way of calling operators by name. The host runtime has none of these operators, and says so as
+// early as it can. torch_npu queues such a call for a thread of its own; when the call fails there, it
+// reports the failure once and drops whatever is queued later without a word. But right before, on the
+// caller's thread, it always sets the compile option ACL_OP_JIT_COMPILE, so that is where the operator is
+// refused: the error comes out of the very line of Python that needs the operator, and nothing is lost.
 #include "runtime/acl/legacy_op.h"
 
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <execinfo.h>
+
 #include <cstdio>
+#include <cstdlib>
 
 #include "acl/acl_op_compiler.h"
 #include "runtime/acl/error.h"
@@ -13,6 +19,47 @@
 using namespace host_runtime;
 
 namespace {
+
+// The tensors described on this thread since the last refusal, to tell which call it was.
+thread_local std::vector<std::string> described_tensors;
+
+std::string function_at(void* address) {
+  Dl_info info{};
+  if (dladdr(address, &info) == 0 || info.dli_sname == nullptr) return "";
+  int status = 0;
+  char* name = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
+  std::string result = status == 0 && name != nullptr ? name : info.dli_sname;
+  std::free(name);
+  return result;
+}
+
+/// The functions that lead to this call, innermost first, as far as their libraries export them.
+std::vector<std::string> callers() {
+  void* addresses[48];
+  const int depth = backtrace(addresses, 48);
+  std::vector<std::string> names;
+  for (int i = 1; i < depth; ++i) names.push_back(function_at(addresses[i]));
+  return names;
+}
+
+/// "ceil" out of "at::_ops::ceil::call(at::Tensor const&)"; empty when PyTorch's dispatcher is not among the callers.
+std::string operator_of(const std::vector<std::string>& functions) {
+  for (const std::string prefix : {"at::_ops::", "at_npu::native::custom_ops::"}) {
+    for (const std::string& function : functions) {
+      if (function.compare(0, prefix.size(), prefix) != 0) continue;
+      return function.substr(prefix.size(), function.find_first_of(":(", prefix.size()) - prefix.size());
+    }
+  }
+  return "";
+}
+
+void note_tensor(const aclTensorDesc& desc) {
+  constexpr size_t kMost = 16;
+  if (described_tensors.size() == kMost) described_tensors.erase(described_tensors.begin());
+  std::string text = "type " + std::to_string(desc.dtype) + " [";
+  for (size_t i = 0; i < desc.dims.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(desc.dims[i]);
+  described_tensors.push_back(text + "]");
+}
 
 aclError refuse_operator(const char* name, aclrtStream handle) {
   const std::string text =
@@ -34,6 +81,27 @@ aclError set_attribute(aclopAttr* attr, const char* name, Values...) {
 }
 
 }  // namespace
+
+namespace host_runtime {
+
+aclError refuse_legacy_operator() {
+  const auto functions = callers();
+  bool runs_operator = false;
+  for (const std::string& function : functions) {
+    runs_operator = runs_operator || function.find("OpCommand::Run(") != std::string::npos;
+  }
+  if (!runs_operator) return ACL_SUCCESS;
+  const std::string name = operator_of(functions);
+  std::string text =
+      "operator " + (name.empty() ? "(unnamed)" : name) +
+      " has no implementation in the host runtime: torch_npu found no aclnn operator for this call and "
+      "fell back to CANN's operator compiler. Tensors:";
+  for (const std::string& tensor : described_tensors) text += " " + tensor + ";";
+  described_tensors.clear();
+  return fail(ACL_ERROR_OP_NOT_FOUND, text);
+}
+
+}  // namespace host_runtime
 
 aclDataBuffer* aclCreateDataBuffer(void* data, size_t size) {
   return new (std::nothrow) aclDataBuffer{data, size};
@@ -74,6 +142,7 @@ aclTensorDesc* aclCreateTensorDesc(aclDataType dataType, int numDims, const int6
   desc->format = desc->storage_format = format;
   desc->dims.assign(dims, dims + numDims);
   desc->storage_dims = desc->dims;
+  note_tensor(*desc);
   return desc;
 }
 

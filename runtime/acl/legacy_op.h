@@ -24,3 +24,10 @@ struct aclTensorDesc {
 struct aclopAttr {
   std::vector<std::string> names;  // what was set, for messages
 };
+
+namespace host_runtime {
+
+/// Error 100024 (set) when the calling thread is about to hand a legacy operator to torch_npu's queue.
+aclError refuse_legacy_operator();
+
+}  // namespace host_runtime

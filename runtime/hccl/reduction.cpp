@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace host_runtime::hccl {
 namespace {
 
@@ -50,21 +54,68 @@ struct Min {
   }
 };
 
+template <class T, class Wide>
+void widen(const T* in, Wide* out, size_t count) {
+  for (size_t i = 0; i < count; ++i) out[i] = static_cast<Wide>(in[i]);
+}
+
+template <class T, class Wide>
+void narrow(const Wide* in, T* out, size_t count) {
+  for (size_t i = 0; i < count; ++i) out[i] = static_cast<T>(in[i]);
+}
+
+#if defined(__x86_64__)
+// c10::Half converts by integer arithmetic, one at a time; the processor has an instruction for eight.
+__attribute__((target("avx,f16c"))) size_t widen_by_eight(const c10::Half* in, float* out, size_t count) {
+  size_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  }
+  return i;
+}
+
+__attribute__((target("avx,f16c"))) size_t narrow_by_eight(const float* in, c10::Half* out, size_t count) {
+  size_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
+  }
+  return i;
+}
+
+bool has_f16c() {
+  static const bool supported = __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx");
+  return supported;
+}
+
+template <>
+void widen<c10::Half, float>(const c10::Half* in, float* out, size_t count) {
+  const size_t done = has_f16c() ? widen_by_eight(in, out, count) : 0;
+  for (size_t i = done; i < count; ++i) out[i] = static_cast<float>(in[i]);
+}
+
+template <>
+void narrow<c10::Half, float>(const float* in, c10::Half* out, size_t count) {
+  const size_t done = has_f16c() ? narrow_by_eight(in, out, count) : 0;
+  for (size_t i = done; i < count; ++i) out[i] = static_cast<c10::Half>(in[i]);
+}
+#endif
+
 // The sources are read block by block into `total` (Wide) before anything is written, so `out` may be a
 // source.
 template <class T, class Wide, class Op>
 void reduce_typed(const std::vector<const void*>& sources, void* out, size_t count) {
   Wide total[kBlock];
+  Wide next[kBlock];
   auto* target = static_cast<T*>(out);
   for (size_t start = 0; start < count; start += kBlock) {
     const size_t size = std::min(kBlock, count - start);
-    const T* first = static_cast<const T*>(sources[0]) + start;
-    for (size_t i = 0; i < size; ++i) total[i] = static_cast<Wide>(first[i]);
+    widen(static_cast<const T*>(sources[0]) + start, total, size);
     for (size_t rank = 1; rank < sources.size(); ++rank) {
-      const T* next = static_cast<const T*>(sources[rank]) + start;
-      for (size_t i = 0; i < size; ++i) total[i] = Op::apply(total[i], static_cast<Wide>(next[i]));
+      widen(static_cast<const T*>(sources[rank]) + start, next, size);
+      for (size_t i = 0; i < size; ++i) total[i] = Op::apply(total[i], next[i]);
     }
-    for (size_t i = 0; i < size; ++i) target[start + i] = static_cast<T>(total[i]);
+    narrow(total, target + start, size);
   }
 }
 
