@@ -9,7 +9,40 @@ namespace {
 
 // How many captures of each mode are in progress; read without the mutex by every blocking copy.
 std::atomic<int> captures_of_mode[3];
-thread_local std::vector<aclmdlRICaptureMode> modes_of_thread;
+
+/// Modes of the captures that each thread began; a capture may end on another thread.
+struct ThreadModes {
+  std::mutex mutex;
+  std::map<std::thread::id, std::vector<aclmdlRICaptureMode>> by_thread;
+};
+
+ThreadModes& thread_modes() {
+  static auto* const all = new ThreadModes;
+  return *all;
+}
+
+void enter_mode(aclmdlRICaptureMode mode) {
+  captures_of_mode[mode].fetch_add(1);
+  std::lock_guard lock(thread_modes().mutex);
+  thread_modes().by_thread[std::this_thread::get_id()].push_back(mode);
+}
+
+void leave_mode(aclmdlRICaptureMode mode, std::thread::id thread) {
+  captures_of_mode[mode].fetch_sub(1);
+  std::lock_guard lock(thread_modes().mutex);
+  auto& modes = thread_modes().by_thread[thread];
+  modes.erase(std::find(modes.begin(), modes.end(), mode));
+  if (modes.empty()) thread_modes().by_thread.erase(thread);
+}
+
+/// RELAXED for a thread that captures nothing.
+aclmdlRICaptureMode strictest_mode_of_this_thread() {
+  std::lock_guard lock(thread_modes().mutex);
+  const auto found = thread_modes().by_thread.find(std::this_thread::get_id());
+  if (found == thread_modes().by_thread.end()) return ACL_MODEL_RI_CAPTURE_MODE_RELAXED;
+  return *std::min_element(found->second.begin(), found->second.end());
+}
+
 thread_local aclmdlRICaptureMode exchanged_mode = ACL_MODEL_RI_CAPTURE_MODE_GLOBAL;
 
 aclError last_error() { return aclrtPeekAtLastError(ACL_RT_THREAD_LEVEL); }
@@ -144,9 +177,7 @@ aclError refuse_unsafe(const char* function) {
   const bool global = captures_of_mode[ACL_MODEL_RI_CAPTURE_MODE_GLOBAL].load() > 0;
   const bool local = captures_of_mode[ACL_MODEL_RI_CAPTURE_MODE_THREAD_LOCAL].load() > 0;
   if ((!global && !local) || exchanged_mode == ACL_MODEL_RI_CAPTURE_MODE_RELAXED) return ACL_SUCCESS;
-  const auto strictest = modes_of_thread.empty()
-                             ? ACL_MODEL_RI_CAPTURE_MODE_RELAXED
-                             : *std::min_element(modes_of_thread.begin(), modes_of_thread.end());
+  const auto strictest = strictest_mode_of_this_thread();
   bool refused = false;
   if (exchanged_mode == ACL_MODEL_RI_CAPTURE_MODE_GLOBAL) {
     refused = global || strictest == ACL_MODEL_RI_CAPTURE_MODE_THREAD_LOCAL;
@@ -314,10 +345,7 @@ void release_streams(Capture& capture) {
     member.stream->capture.reset();
     member.stream->diverted.store(member.stream->update != nullptr, std::memory_order_release);
   }
-  captures_of_mode[capture.mode].fetch_sub(1);
-  const auto mode = std::find(modes_of_thread.begin(), modes_of_thread.end(), capture.mode);
-  if (capture.thread == std::this_thread::get_id() && mode != modes_of_thread.end())
-    modes_of_thread.erase(mode);
+  leave_mode(capture.mode, capture.thread);
 }
 
 aclError end_capture(const std::shared_ptr<Capture>& capture, const char* function) {
@@ -376,8 +404,7 @@ aclError aclmdlRICaptureBegin(aclrtStream handle, aclmdlRICaptureMode mode) {
     register_graph(capture->graph);
     stream->capture = std::move(capture);
     stream->diverted.store(true, std::memory_order_release);
-    captures_of_mode[mode].fetch_add(1);
-    modes_of_thread.push_back(mode);
+    enter_mode(mode);
     return ACL_SUCCESS;
   });
 }

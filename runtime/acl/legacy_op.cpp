@@ -42,7 +42,8 @@ std::vector<std::string> callers() {
   return names;
 }
 
-/// "ceil" out of "at::_ops::ceil::call(at::Tensor const&)"; empty when PyTorch's dispatcher is not among the callers.
+/// "ceil" out of "at::_ops::ceil::call(at::Tensor const&)"; empty when PyTorch's dispatcher is not among the
+/// callers.
 std::string operator_of(const std::vector<std::string>& functions) {
   for (const std::string prefix : {"at::_ops::", "at_npu::native::custom_ops::"}) {
     for (const std::string& function : functions) {
@@ -93,7 +94,7 @@ aclError refuse_legacy_operator() {
   if (!runs_operator) return ACL_SUCCESS;
   const std::string name = operator_of(functions);
   std::string text =
-      "operator " + (name.empty() ? "(unnamed)" : name) +
+      (name.empty() ? std::string("an operator") : "operator " + name) +
       " has no implementation in the host runtime: torch_npu found no aclnn operator for this call and "
       "fell back to CANN's operator compiler. Tensors:";
   for (const std::string& tensor : described_tensors) text += " " + tensor + ";";

@@ -1,0 +1,28 @@
+// Runs the native tests of libascendcl: all of them, or those named on the command line.
+#include <cstring>
+
+#include "tests/runtime/native/check.h"
+
+extern const TestCase kStreamTests[];
+extern const TestCase kGraphTests[];
+
+int main(int argc, char** argv) {
+  CHECK_OK(aclInit(nullptr));
+  int run = 0;
+  for (const TestCase* tests : {kStreamTests, kGraphTests}) {
+    for (const TestCase* test = tests; test->name != nullptr; ++test) {
+      bool wanted = argc == 1;
+      for (int i = 1; i < argc; ++i) wanted = wanted || std::strcmp(argv[i], test->name) == 0;
+      if (!wanted) continue;
+      CHECK_OK(aclrtSetDevice(0));
+      test->body();
+      std::printf("%s passed\n", test->name);
+      std::fflush(stdout);
+      ++run;
+    }
+  }
+  CHECK(run > 0);
+  CHECK_OK(aclrtResetDevice(0));
+  CHECK_OK(aclFinalize());
+  return 0;
+}
