@@ -15,10 +15,28 @@ struct ThreadErrors {
   aclError last = ACL_SUCCESS;
 };
 
+thread_local ThreadErrors* errors_of_thread = nullptr;
+thread_local bool thread_is_ending = false;
+
+struct ThreadErrorsOwner {
+  ~ThreadErrorsOwner() {
+    thread_is_ending = true;
+    delete errors_of_thread;
+    errors_of_thread = nullptr;
+  }
+};
+
 ThreadErrors& thread_errors() {
-  // Leaked: aclGetRecentErrMsg is also called while a thread's storage is being destroyed.
-  static thread_local auto* errors = new ThreadErrors;
-  return *errors;
+  if (errors_of_thread == nullptr) {
+    // Destructors of other thread-local objects may still fail after this one's; what they say is kept, and
+    // leaked.
+    if (!thread_is_ending) {
+      static thread_local ThreadErrorsOwner owner;
+      (void)owner;
+    }
+    errors_of_thread = new ThreadErrors;
+  }
+  return *errors_of_thread;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "runtime/acl/check.h"
 #include "runtime/acl/counters.h"
+#include "runtime/acl/shared_file.h"
 #include "runtime/acl/stream.h"
 
 namespace host_runtime {
@@ -135,6 +136,10 @@ void release_pages(const Allocation& allocation) {
     std::free(memory);
   } else {
     munmap(memory, round_up(allocation.charged, page_size()));
+  }
+  if (allocation.kind == Allocation::Kind::kShared) {
+    DeviceFile::of(*allocation.device)
+        .give_back(allocation.file_offset, round_up(allocation.charged, DeviceFile::kGranularity));
   }
 }
 

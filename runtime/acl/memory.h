@@ -29,7 +29,8 @@ struct Allocation {
   size_t bytes;    ///< that the caller asked for
   size_t charged;  ///< that the device's account was charged
   Kind kind;
-  Device* device;  ///< null for host memory
+  Device* device;           ///< null for host memory
+  int64_t file_offset = 0;  ///< of kShared: where in the device's file
 
   bool on_device() const {
     return kind != Kind::kPinned && kind != Kind::kRegistered && kind != Kind::kReserved;

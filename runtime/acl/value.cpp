@@ -60,7 +60,13 @@ bool ValueTask::holds(uint64_t present) const {
 bool ValueTask::ready() const { return !is_wait || holds(__atomic_load_n(address, __ATOMIC_ACQUIRE)); }
 
 void ValueTask::run() {
+  FailedWrites& failed = failed_writes();
   if (!is_wait) {
+    if (failed.number.load() != 0) {
+      std::lock_guard lock(failed.mutex);
+      failed.by_address.erase(address);
+      failed.number.store(failed.by_address.size());
+    }
     __atomic_store_n(address, value, __ATOMIC_RELEASE);
     value_written().notify();
     return;
@@ -68,7 +74,6 @@ void ValueTask::run() {
   // A copy or an operator may write the value too, and tells nobody: look again now and then.
   while (!value_written().wait([this] { return ready(); }, Clock::now() + std::chrono::milliseconds(1))) {
   }
-  FailedWrites& failed = failed_writes();
   if (failed.number.load() == 0) return;
   std::lock_guard lock(failed.mutex);
   const auto found = failed.by_address.find(address);

@@ -1,11 +1,5 @@
 // Addresses and memory apart: reserve addresses, allocate memory, map one to the other, share memory between
 // processes.
-//
-// The memory of a device that is allocated this way lies in one file per device (memfd_create), at offsets; a
-// handle names a range of it. Another process opens the file through /proc/<pid>/fd, so sharing needs no
-// files on disk and leaves nothing behind when a process dies.
-#include <dirent.h>
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -13,82 +7,12 @@
 
 #include "runtime/acl/handles.h"
 #include "runtime/acl/memory.h"
+#include "runtime/acl/shared_file.h"
 
 namespace host_runtime {
 namespace {
 
-constexpr size_t kGranularity = size_t{2} << 20;
-
 aclError last_error() { return aclrtPeekAtLastError(ACL_RT_THREAD_LEVEL); }
-
-/// A device's file, and which ranges of it are free.
-class DeviceFile {
- public:
-  static DeviceFile& of(const Device& device);
-
-  int descriptor() const { return descriptor_; }
-  /// Offset of `bytes` free bytes; -1 when the file cannot grow.
-  int64_t take(size_t bytes);
-  void give_back(int64_t offset, size_t bytes);
-
- private:
-  explicit DeviceFile(int32_t id) {
-    descriptor_ = memfd_create(("npu-hbm-" + std::to_string(id)).c_str(), MFD_CLOEXEC);
-  }
-  void add_free(int64_t offset, int64_t bytes);
-
-  int descriptor_;
-  std::mutex mutex_;
-  int64_t end_ = 0;
-  std::map<int64_t, int64_t> free_;  // offset -> bytes
-};
-
-DeviceFile& DeviceFile::of(const Device& device) {
-  static std::mutex mutex;
-  static auto* const files = new std::map<int32_t, DeviceFile*>;
-  std::lock_guard lock(mutex);
-  DeviceFile*& file = (*files)[device.id];
-  if (file == nullptr) file = new DeviceFile(device.id);
-  return *file;
-}
-
-int64_t DeviceFile::take(size_t bytes) {
-  std::lock_guard lock(mutex_);
-  const auto wanted = static_cast<int64_t>(bytes);
-  for (auto it = free_.begin(); it != free_.end(); ++it) {
-    if (it->second < wanted) continue;
-    const auto [offset, available] = *it;
-    free_.erase(it);
-    if (available > wanted) free_[offset + wanted] = available - wanted;
-    return offset;
-  }
-  if (ftruncate(descriptor_, end_ + wanted) != 0) return -1;
-  const int64_t offset = end_;
-  end_ += wanted;
-  return offset;
-}
-
-void DeviceFile::give_back(int64_t offset, size_t bytes) {
-  std::lock_guard lock(mutex_);
-  fallocate(descriptor_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, static_cast<off_t>(bytes));
-  add_free(offset, static_cast<int64_t>(bytes));
-}
-
-void DeviceFile::add_free(int64_t offset, int64_t bytes) {
-  auto next = free_.lower_bound(offset);
-  if (next != free_.end() && next->first == offset + bytes) {
-    bytes += next->second;
-    next = free_.erase(next);
-  }
-  if (next != free_.begin()) {
-    const auto previous = std::prev(next);
-    if (previous->first + previous->second == offset) {
-      previous->second += bytes;
-      return;
-    }
-  }
-  free_[offset] = bytes;
-}
 
 /// What aclrtDrvMemHandle points to: a range of a device's file, of this process or another.
 struct PhysicalMemory {
@@ -147,25 +71,6 @@ struct SharedRange {
 };
 static_assert(sizeof(SharedRange) == sizeof(uint64_t));
 
-/// Opens another process's device file.
-int open_device_file(int pid, uint32_t device) {
-  const std::string folder = "/proc/" + std::to_string(pid) + "/fd";
-  const std::string wanted = "/memfd:npu-hbm-" + std::to_string(device) + " (deleted)";
-  DIR* entries = opendir(folder.c_str());
-  if (entries == nullptr) return -1;
-  int descriptor = -1;
-  while (const dirent* entry = readdir(entries)) {
-    char target[64] = {};
-    const std::string path = folder + "/" + entry->d_name;
-    if (readlink(path.c_str(), target, sizeof target - 1) > 0 && wanted == target) {
-      descriptor = open(path.c_str(), O_RDWR | O_CLOEXEC);
-      break;
-    }
-  }
-  closedir(entries);
-  return descriptor;
-}
-
 aclError export_memory(aclrtDrvMemHandle handle, void* shareable, const char* function) {
   if (shareable == nullptr) return fail_null(function, "shareableHandle");
   const auto memory = find_physical(handle, function);
@@ -177,8 +82,8 @@ aclError export_memory(aclrtDrvMemHandle handle, void* shareable, const char* fu
   SharedRange range{};
   range.pid = static_cast<uint64_t>(getpid());
   range.device = static_cast<uint64_t>(memory->device.id);
-  range.offset = static_cast<uint64_t>(memory->offset) / kGranularity;
-  range.size = memory->bytes / kGranularity;
+  range.offset = static_cast<uint64_t>(memory->offset) / DeviceFile::kGranularity;
+  range.size = memory->bytes / DeviceFile::kGranularity;
   std::memcpy(shareable, &range, sizeof range);
   return ACL_SUCCESS;
 }
@@ -192,14 +97,16 @@ aclError import_memory(const void* shareable, int32_t device_id, aclrtDrvMemHand
     if (device == nullptr) return last_error();
     SharedRange range{};
     std::memcpy(&range, shareable, sizeof range);
-    const int descriptor = open_device_file(static_cast<int>(range.pid), static_cast<uint32_t>(range.device));
+    const int descriptor = open_memory_file(static_cast<int>(range.pid),
+                                            DeviceFile::name_of(static_cast<int32_t>(range.device)));
     if (descriptor < 0) {
       return fail(ACL_ERROR_RT_IPC_ERROR, std::string(function) + ": the memory of process " +
                                               std::to_string(range.pid) +
                                               " cannot be opened; it has ended, or belongs to another user");
     }
-    *handle = physical_memory().add(std::make_shared<PhysicalMemory>(
-        *device, descriptor, range.offset * kGranularity, range.size * kGranularity, true));
+    *handle = physical_memory().add(
+        std::make_shared<PhysicalMemory>(*device, descriptor, range.offset * DeviceFile::kGranularity,
+                                         range.size * DeviceFile::kGranularity, true));
     return ACL_SUCCESS;
   });
 }
@@ -213,15 +120,16 @@ aclError reserve(void** pointer, size_t size, size_t alignment, const char* func
     }
     // Addresses come aligned to the granularity: take more, give the ends back.
     const size_t bytes = round_up(size, page_size());
-    auto* raw = static_cast<char*>(
-        mmap(nullptr, bytes + kGranularity, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    auto* raw = static_cast<char*>(mmap(nullptr, bytes + DeviceFile::kGranularity, PROT_NONE,
+                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (raw == MAP_FAILED) {
       return fail(ACL_ERROR_BAD_ALLOC, std::string(function) + ": the host has no address space for " +
                                            std::to_string(size) + " bytes");
     }
-    auto* aligned = reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(raw), kGranularity));
+    auto* aligned =
+        reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(raw), DeviceFile::kGranularity));
     if (aligned != raw) munmap(raw, static_cast<size_t>(aligned - raw));
-    const auto tail = static_cast<size_t>(raw + bytes + kGranularity - (aligned + bytes));
+    const auto tail = static_cast<size_t>(raw + bytes + DeviceFile::kGranularity - (aligned + bytes));
     if (tail != 0) munmap(aligned + bytes, tail);
     MemoryMap::instance().add(
         {reinterpret_cast<uintptr_t>(aligned), bytes, 0, Allocation::Kind::kReserved, nullptr});
@@ -257,7 +165,7 @@ aclError aclrtMallocPhysical(aclrtDrvMemHandle* handle, size_t size, const aclrt
     const char* const function = "aclrtMallocPhysical";
     if (handle == nullptr) return fail_null(function, "handle");
     if (prop == nullptr) return fail_null(function, "prop");
-    if (size == 0 || size % kGranularity != 0) {
+    if (size == 0 || size % DeviceFile::kGranularity != 0) {
       return fail(ACL_ERROR_INVALID_PARAM,
                   std::string(function) + ": size " + std::to_string(size) +
                       " is not a multiple of 2 MiB (aclrtMemGetAllocationGranularity)");
@@ -328,7 +236,7 @@ aclError aclrtMemGetAllocationGranularity(aclrtPhysicalMemProp* prop, aclrtMemGr
                                           size_t* granularity) {
   if (prop == nullptr) return fail_null("aclrtMemGetAllocationGranularity", "prop");
   if (granularity == nullptr) return fail_null("aclrtMemGetAllocationGranularity", "granularity");
-  *granularity = kGranularity;
+  *granularity = DeviceFile::kGranularity;
   return ACL_SUCCESS;
 }
 
