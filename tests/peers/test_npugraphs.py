@@ -1,0 +1,23 @@
+"""torch.compile(backend="npugraphs") of the unmodified torch_npu wheel, on the host runtime, against transformers."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.peers.peer_process import run_checks
+
+CHECKS = [
+    "check_plain_decode",
+    "check_fused_decode",
+    "check_two_batch_sizes",
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_checks(tmp_path_factory.mktemp("peer") / "results.json", "npugraphs", CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_npugraphs(check: str, results: dict[str, str]) -> None:
+    assert results[check] == "", results[check]
