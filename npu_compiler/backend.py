@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import npu_compiler
+from npu_compiler.aclgraph.ledger import Ledger
+from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.config import Options, refuse_mode
 from npu_compiler.graph import digest
 from npu_compiler.lowering.functional import Functional, lower
@@ -34,7 +37,8 @@ class CompiledGraph:
         name: a label for reports and dumps.
         options: the options it was compiled with.
         records: what each pass did, in order.
-        graph: the program after the passes; None until it was lowered.
+        graph: the program after the passes.
+        ledger: captures and replays; None where nothing is captured (compile_fx).
     """
 
     def __init__(self, name: str, options: Options) -> None:
@@ -42,6 +46,7 @@ class CompiledGraph:
         self.options = options
         self.records: list[PassRecord] = []
         self.graph: fx.GraphModule | None = None
+        self.ledger: Ledger | None = None
         self._call: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -49,7 +54,53 @@ class CompiledGraph:
         return self._call(*args)
 
     def __str__(self) -> str:
-        return "\n".join([self.name, *(f"  {line}" for record in self.records for line in str(record).splitlines())])
+        parts = [*self.records, *([self.ledger] if self.ledger else [])]
+        return "\n".join([self.name, *(f"  {line}" for part in parts for line in str(part).splitlines())])
+
+
+class AscendBackend:
+    """The backend behind the name "ascend". It remembers, weakly, what it compiled, for `report`."""
+
+    def __init__(self) -> None:
+        self._compiled: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+        self._count = itertools.count()
+        self.__name__ = "ascend"  # what dynamo's messages call it
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[torch.Tensor],
+        *,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+    ) -> CompiledGraph:
+        """What torch.compile calls: lower, run the passes, serve calls by captured graphs."""
+        refuse_mode(mode)
+        chosen = Options.of(options)
+        compiled = CompiledGraph(f"graph_{next(self._count)}", chosen)
+        names = [_input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
+
+        def serve(functional: Functional) -> Callable[..., Any]:
+            replayer = Replayer(functional.graph, functional.stable, chosen, compiled.name, names)
+            compiled.ledger = replayer.ledger
+            return replayer
+
+        _compile(compiled, gm, example_inputs, serve)
+        self._compiled.add(compiled)
+        return compiled
+
+    def compiled(self) -> list[CompiledGraph]:
+        """The compiled graphs that are alive, oldest first."""
+        return sorted(self._compiled, key=lambda entry: int(entry.name.removeprefix("graph_")))
+
+
+ascend = AscendBackend()
+
+
+def report() -> str:
+    """What became of the graphs torch.compile(backend="ascend") has compiled in this process and that are alive: each
+    pass with what it did and left out and why, each capture with its price, the count of replays."""
+    return "\n".join(str(entry) for entry in ascend.compiled()) or "nothing compiled"
 
 
 def compile_fx(
@@ -75,17 +126,29 @@ def compile_fx(
     Raises:
         OptionError, TrainingError: see there.
     """
-    chosen = Options.of(options)
-    pipeline.selected(chosen)
-    compiled = CompiledGraph(name, chosen)
+    compiled = CompiledGraph(name, Options.of(options))
     if before_lowering is not None:
         before_lowering(gm.graph)
         gm.recompile()
+    return _compile(compiled, gm, example_inputs, lambda functional: functional.graph.forward, after_passes)
+
+
+def _compile(
+    compiled: CompiledGraph,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    serve: Callable[[Functional], Callable[..., Any]],
+    after_passes: GraphHook | None = None,
+) -> CompiledGraph:
+    """The common road: lowering, passes, then whatever serves the calls."""
+    pipeline.selected(compiled.options)  # a wrong pass name is refused before the work starts
 
     def finish(functional: Functional) -> Callable[..., Any]:
         compiled.graph = functional.graph
-        compiled.records = pipeline.run(functional.graph, chosen, after_rules=after_passes, dump_name=name)
-        return functional.graph.forward
+        compiled.records = pipeline.run(
+            functional.graph, compiled.options, after_rules=after_passes, dump_name=compiled.name
+        )
+        return serve(functional)
 
     unflatten = _return_flat_tuple(gm)
     call = lower(gm, example_inputs, finish)
@@ -115,16 +178,7 @@ def _return_flat_tuple(gm: fx.GraphModule) -> Callable[[Any], Any] | None:
     return lambda flat: tree_unflatten(list(flat), spec)
 
 
-_ids = itertools.count()
-
-
-def ascend(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[torch.Tensor],
-    *,
-    options: Mapping[str, Any] | None = None,
-    mode: str | None = None,
-) -> Callable[..., Any]:
-    """The backend of torch.compile."""
-    refuse_mode(mode)
-    return compile_fx(gm, example_inputs, options, name=f"graph_{next(_ids)}")
+def _input_name(node: fx.Node) -> str:
+    """The name of a dynamo input in the user's terms: `x`, `self.layers.0.weight`, or dynamo's own name."""
+    name = str(node.name).removeprefix("L_").removeprefix("self_").strip("_")
+    return name.replace("_modules_", ".").replace("modules_", "").replace("_parameters_", ".").replace("_buffers_", ".")

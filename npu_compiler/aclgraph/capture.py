@@ -1,0 +1,108 @@
+"""Capturing a program into an ACL graph through torch_npu's NPUGraph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from npu_compiler.errors import CaptureError
+from npu_compiler.graph.effects import host_dependence
+from npu_compiler.graph.source import where
+
+UNCAPTURED = 'use options={"capture": False} to call the compiled graph without capture'
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured graph.
+
+    Attributes:
+        graph: the NPUGraph. `outputs`: what the program returned, in the graph's memory.
+        milliseconds, mebibytes: what the capture cost.
+    """
+
+    graph: Any
+    outputs: list[Any]
+    milliseconds: float
+    mebibytes: float
+
+
+def refuse_uncapturable(graph: fx.Graph) -> None:
+    """Raises CaptureError at the first call that brings tensor data to the host or takes it from there."""
+    for node in graph.nodes:
+        reason = host_dependence(node)
+        if reason:
+            raise CaptureError(
+                f"{node.target} can't be captured: {reason}",
+                where=where(node),
+                rule="a captured graph runs without the host",
+                fix=f"keep the value on the device, or {UNCAPTURED}",
+            )
+
+
+def capture(
+    program: fx.GraphModule, arguments: Sequence[Any], *, name: str, pool: Any, stream: Any, error_mode: str
+) -> Captured:
+    """Records one run of `program` on `stream`. Nothing is executed.
+
+    Args:
+        arguments: tensors at the addresses every replay will use, and sizes.
+        pool: memory pool of the compiled function (torch.npu.graph_pool_handle()).
+
+    Raises:
+        CaptureError: a call was refused; it names the call and its source line.
+    """
+    npu = torch.npu
+    # A capture must not meet work that is still running, and can't free cached memory to make room.
+    npu.synchronize()
+    npu.empty_cache()
+    start, reserved = time.perf_counter(), npu.memory_reserved()
+    graph = npu.NPUGraph()
+    runner = _Runner(program)
+    with npu.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode=error_mode)
+        try:
+            outputs = runner.run(*arguments, enable_io_processing=False)
+        except Exception as error:
+            _abandon(graph, error)
+            raise CaptureError(
+                f"the capture of {name} failed: {_first_line(error)}",
+                where=where(runner.current) if runner.current is not None else "",
+                rule="what CANN refuses during a capture, it refuses here",
+                fix=f"take that call out of the compiled function, or {UNCAPTURED}",
+            ) from error
+        graph.capture_end()
+    milliseconds = (time.perf_counter() - start) * 1e3
+    return Captured(graph, list(outputs), milliseconds, (npu.memory_reserved() - reserved) / MIB)
+
+
+class _Runner(fx.Interpreter):
+    """Runs the program call by call, so that a refused call can be named."""
+
+    def __init__(self, program: fx.GraphModule) -> None:
+        super().__init__(program)
+        self.current: fx.Node | None = None
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n
+        return super().run_node(n)
+
+
+def _abandon(graph: Any, error: BaseException) -> None:
+    """Ends a capture whose body failed. Ending it may fail too, for the same reason; that goes to the first error."""
+    try:
+        graph.capture_end()
+    except RuntimeError as second:
+        error.add_note(f"ending the capture failed too: {_first_line(second)}")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,137 @@
+"""How each input of a program reaches its captured graph.
+
+A captured graph reads and writes fixed addresses. A parameter is there already; an input that the program writes must
+be written where the caller has it; every other tensor is copied into a buffer that the graph reads. A size is not an
+input of a captured graph at all: it is its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from npu_compiler.errors import DeviceError
+from npu_compiler.graph.effects import storage, tensors
+
+DEVICE = "npu"
+
+
+@dataclass(frozen=True)
+class InputPlan:
+    """Positions in the argument list, by how they are treated.
+
+    Attributes:
+        names: for messages, one an input.
+        sizes: not tensors: they are the key of a captured graph.
+        stable: tensors on the device whose address is expected to stay.
+        written: tensors on the device that the program writes.
+        copied: all other tensors on the device.
+        host: tensors in host memory.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    stable: tuple[int, ...]
+    written: tuple[int, ...]
+    copied: tuple[int, ...]
+    host: tuple[int, ...]
+
+    @classmethod
+    def of(cls, graph: fx.Graph, stable: Sequence[int], names: Sequence[str]) -> InputPlan:
+        """Reads the plan off a program.
+
+        Raises:
+            DeviceError: a tensor in host memory is mixed with tensors on the device, or two devices are mixed.
+        """
+        placeholders = graph.find_nodes(op="placeholder")
+        names = tuple(names) if len(names) == len(placeholders) else tuple(node.name for node in placeholders)
+        values = [node.meta.get("val") for node in placeholders]
+        on_device = {
+            i for i, value in enumerate(values) if isinstance(value, torch.Tensor) and value.device.type == DEVICE
+        }
+        written = written_inputs(graph) & on_device
+        fixed = (set(stable) & on_device) - written
+        host = [
+            i
+            for i, value in enumerate(values)
+            if isinstance(value, torch.Tensor) and i not in on_device and placeholders[i].users
+        ]
+        _refuse_mixed(names, values, on_device, host)
+        return cls(
+            names=names,
+            sizes=tuple(i for i, value in enumerate(values) if not isinstance(value, torch.Tensor)),
+            stable=tuple(sorted(fixed)),
+            written=tuple(sorted(written)),
+            copied=tuple(sorted(on_device - fixed - written)),
+            host=tuple(host),
+        )
+
+
+def written_inputs(graph: fx.Graph) -> set[int]:
+    """Positions of the inputs whose memory the program writes."""
+    owner: dict[int, int] = {}
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        for tensor in tensors(node):
+            owner[storage(tensor)] = position
+    written = set()
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        for index, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                written |= {owner[storage(tensor)] for tensor in tensors(item) if storage(tensor) in owner}
+    return written
+
+
+def _refuse_mixed(names: Sequence[str], values: Sequence[Any], on_device: set[int], host: Sequence[int]) -> None:
+    devices = sorted({str(values[i].device) for i in on_device})
+    if len(devices) > 1:
+        raise DeviceError(
+            f"the graph's tensors lie on {' and '.join(devices)}",
+            rule="one captured graph runs on one device",
+            fix="compile the parts of the model that run on different devices separately",
+        )
+    wide = [i for i in host if values[i].dim()]
+    if on_device and wide:
+        listed = ", ".join(f"{names[i]} {tuple(values[i].shape)}" for i in wide)
+        raise DeviceError(
+            f"tensors in host memory are mixed with tensors on {devices[0]}: {listed}",
+            rule="a captured graph can't read host memory: a replay would see the values of the capture",
+            fix="move them to the device before the call, for example x = x.to('npu')",
+        )
+
+
+class Buffers:
+    """The memory captured graphs read their copied inputs from.
+
+    One flat piece an input, shared by all shapes: shapes never run at the same time. A larger shape gets a new piece;
+    graphs captured before keep theirs alive.
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[int, torch.Tensor] = {}
+
+    def like(self, position: int, example: torch.Tensor) -> torch.Tensor:
+        """A tensor of example's dtype, shape and strides in the memory of input `position`."""
+        extent = 1 + sum((size - 1) * step for size, step in zip(example.shape, example.stride(), strict=True))
+        needed = max(0 if example.numel() == 0 else extent, 1) * example.element_size()
+        flat = self._flat.get(position)
+        if flat is None or flat.numel() < needed:
+            flat = self._flat[position] = torch.empty(needed, dtype=torch.uint8, device=example.device)
+        typed = flat[: flat.numel() // example.element_size() * example.element_size()].view(example.dtype)
+        return typed.as_strided(example.shape, example.stride())
+
+
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that has one element a memory location: expanded dimensions are cut to one."""
+    for dimension, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if step == 0 and size > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor

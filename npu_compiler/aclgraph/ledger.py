@@ -1,0 +1,52 @@
+"""What was captured, why and at what price, and what was replayed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One capture.
+
+    Attributes:
+        key: the sizes it serves, as text: "s0=4", or "static" without any.
+        reason: why it was made: a new shape, or what changed since the last capture of that shape.
+        milliseconds: from the synchronisation before to the end of the capture.
+        mebibytes: by how much the device memory reserved by this process grew.
+        calls: how many operators were recorded.
+    """
+
+    key: str
+    reason: str
+    milliseconds: float
+    mebibytes: float
+    calls: int
+
+
+@dataclass
+class Ledger:
+    """Everything that happened to one compiled graph at run time.
+
+    Attributes:
+        captures: in order. `evicted`: keys whose captured graph was dropped for capture_limit, in order.
+        replays: calls served by a replay.
+        uncaptured: calls that ran operator by operator, counted by reason; the run before each capture is one of them.
+    """
+
+    captures: list[Capture] = field(default_factory=list)
+    evicted: list[str] = field(default_factory=list)
+    replays: int = 0
+    uncaptured: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        lines = [
+            f"captured {entry.key}: {entry.calls} calls, {entry.milliseconds:.1f} ms, {entry.mebibytes:.1f} MiB "
+            f"({entry.reason})"
+            for entry in self.captures
+        ]
+        lines += [f"evicted {key}" for key in self.evicted]
+        lines.append(f"{self.replays} replays")
+        lines += [f"{count} uncaptured: {reason}" for reason, count in self.uncaptured.items()]
+        return "\n".join(lines)

@@ -1,0 +1,201 @@
+"""Serving calls of a compiled program by replays of captured graphs.
+
+The first call of a shape runs operator by operator; its results are the call's results, and the operators are warm for
+the capture that follows. A capture executes nothing, so writes happen once. Every later call of that shape copies its
+inputs in, launches the graph and copies the outputs out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from npu_compiler.aclgraph.capture import capture, refuse_uncapturable
+from npu_compiler.aclgraph.inputs import Buffers, InputPlan, writable
+from npu_compiler.aclgraph.ledger import Capture, Ledger
+from npu_compiler.aclgraph.outputs import OutputPlan
+from npu_compiler.config import Options
+from npu_compiler.graph.effects import tensors
+
+Key = tuple[Any, ...]
+MOVES_BEFORE_COPY = 2
+"""After this many recaptures because a written input moved, it is copied in and back instead."""
+
+
+@dataclass
+class Replayable:
+    """A captured graph and what a replay of it needs.
+
+    Attributes:
+        bound: positions whose address is part of the graph, and `addresses` there.
+        feeds: (argument position, the buffer to copy it to).
+        returns: (argument position, the buffer to copy back from).
+    """
+
+    graph: Any
+    bound: list[int]
+    addresses: list[int]
+    feeds: list[tuple[int, torch.Tensor]]
+    returns: list[tuple[int, torch.Tensor]]
+    outputs: OutputPlan
+
+
+class Replayer:
+    """A program, called with its flat arguments.
+
+    Args:
+        program: the fused program. `stable`: positions of inputs with lasting addresses.
+        names: the inputs' names in the user's model, for messages.
+
+    Raises:
+        CaptureError, DeviceError: the program can't be captured (see there), unless capture is off.
+    """
+
+    def __init__(
+        self, program: fx.GraphModule, stable: Sequence[int], options: Options, name: str, names: Sequence[str]
+    ) -> None:
+        self.ledger = Ledger()
+        self._program = program
+        self._options = options
+        self._name = name
+        self._plan = InputPlan.of(program.graph, stable, names)
+        self._why_not = _why_not(program.graph, self._plan, options)
+        if not self._why_not:
+            refuse_uncapturable(program.graph)
+        self._returned_inputs = _returned_inputs(program.graph)
+        self._calls = sum(node.op == "call_function" for node in program.graph.nodes)
+        self._allowed = frozenset(options.capture_sizes)
+        self._graphs: OrderedDict[Key, Replayable] = OrderedDict()
+        self._moves: Counter[int] = Counter()
+        self._buffers = Buffers()
+        self._last_stream: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._why_not:
+            return self._uncaptured(args, self._why_not)
+        key = tuple([args[position] for position in self._plan.sizes])
+        found = self._graphs.get(key)
+        if found is None:
+            if self._allowed and not self._allowed.issuperset(key):
+                return self._uncaptured(args, "a size is not in capture_sizes")
+            return self._first(key, args, "new shape")
+        if [args[position].data_ptr() for position in found.bound] != found.addresses:
+            return self._first(key, args, self._what_moved(found, args))
+        self._graphs.move_to_end(key)
+        return self._replay(found, args)
+
+    def _replay(self, found: Replayable, args: Sequence[Any]) -> list[Any]:
+        found.outputs.refuse_stale()
+        self._follow_last_stream()
+        for position, buffer in found.feeds:
+            source = args[position]
+            if source.data_ptr() != buffer.data_ptr():
+                writable(buffer).copy_(writable(source), non_blocking=True)
+        found.graph.replay()
+        for position, buffer in found.returns:
+            args[position].copy_(buffer, non_blocking=True)
+        self.ledger.replays += 1
+        return found.outputs.hand_out(args)
+
+    def _uncaptured(self, args: Sequence[Any], reason: str) -> Any:
+        self.ledger.uncaptured[reason] += 1
+        return self._program(*args)
+
+    def _first(self, key: Key, args: Sequence[Any], reason: str) -> Any:
+        """Runs the call, then captures its shape."""
+        results = self._uncaptured(args, "first call of a shape, before its capture")
+        self._graphs.pop(key, None)
+        while len(self._graphs) >= self._options.capture_limit:
+            torch.npu.synchronize()  # the evicted graph may still be running
+            evicted, gone = self._graphs.popitem(last=False)
+            gone.graph.reset()
+            self.ledger.evicted.append(self._key_text(evicted))
+        self._graphs[key] = self._capture(key, args, reason)
+        return results
+
+    def _capture(self, key: Key, args: Sequence[Any], reason: str) -> Replayable:
+        copied_back = [position for position in self._plan.written if self._moves[position] >= MOVES_BEFORE_COPY]
+        bound = [*self._plan.stable, *(position for position in self._plan.written if position not in copied_back)]
+        feeds = [(i, self._buffers.like(i, args[i])) for i in (*self._plan.copied, *copied_back)]
+        arguments = list(args)
+        for position, buffer in feeds:
+            arguments[position] = buffer
+        made = capture(
+            self._program,
+            arguments,
+            name=f"{self._name} ({self._key_text(key)})",
+            pool=self._pool,
+            stream=self._stream,
+            error_mode=self._options.capture_error_mode,
+        )
+        self.ledger.captures.append(
+            Capture(self._key_text(key), reason, made.milliseconds, made.mebibytes, self._calls)
+        )
+        owners = [args[position] for position in bound]
+        return Replayable(
+            graph=made.graph,
+            bound=bound,
+            addresses=[tensor.data_ptr() for tensor in owners],
+            feeds=feeds,
+            returns=[(position, buffer) for position, buffer in feeds if position in copied_back],
+            outputs=OutputPlan(made.outputs, self._returned_inputs, owners, self._options.clone_outputs),
+        )
+
+    @functools.cached_property
+    def _pool(self) -> Any:
+        """One memory pool for all shapes: they never run at the same time, so they may share memory."""
+        return torch.npu.graph_pool_handle()
+
+    @functools.cached_property
+    def _stream(self) -> Any:
+        """The stream of the captures; the default stream can't be captured."""
+        return torch.npu.Stream()
+
+    def _follow_last_stream(self) -> None:
+        """Replays share buffers and pool, so one on another stream has to wait for the last."""
+        stream = torch.npu.current_stream()
+        if self._last_stream is not None and stream != self._last_stream:
+            stream.wait_stream(self._last_stream)
+        self._last_stream = stream
+
+    def _what_moved(self, found: Replayable, args: Sequence[Any]) -> str:
+        moved = [i for i, address in zip(found.bound, found.addresses, strict=True) if args[i].data_ptr() != address]
+        for position in moved:
+            if position in self._plan.written:
+                self._moves[position] += 1
+        copied = [i for i in moved if self._moves[i] >= MOVES_BEFORE_COPY]
+        note = "; it is copied in and back from now on" if copied else ""
+        return f"moved in memory: {', '.join(self._plan.names[i] for i in moved)}{note}"
+
+    def _key_text(self, key: Key) -> str:
+        pairs = zip((self._plan.names[i] for i in self._plan.sizes), key, strict=True)
+        return ", ".join(f"{name}={size}" for name, size in pairs) or "static"
+
+
+def _why_not(graph: fx.Graph, plan: InputPlan, options: Options) -> str:
+    """Why a program is called uncaptured; empty if it is captured."""
+    if not options.capture:
+        return "capture is off"
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    devices = {tensor.device.type for node in (*calls, *graph.find_nodes(op="placeholder")) for tensor in tensors(node)}
+    if "npu" not in devices:
+        return "no tensor on an npu device"
+    if not any("npu" in {tensor.device.type for tensor in tensors(node)} for node in calls):
+        return "nothing to compute"
+    if plan.host:
+        return f"scalar in host memory: {', '.join(plan.names[position] for position in plan.host)}"
+    return ""
+
+
+def _returned_inputs(graph: fx.Graph) -> dict[int, int]:
+    """Outputs that are inputs of the program: output position -> argument position."""
+    positions = {node: position for position, node in enumerate(graph.find_nodes(op="placeholder"))}
+    returned = graph.output_node().args[0]
+    assert isinstance(returned, (list, tuple))
+    return {index: positions[node] for index, node in enumerate(returned) if node in positions}
