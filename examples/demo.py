@@ -40,8 +40,8 @@ MILESTONES = (
     ("Initializing a V1 LLM engine", "engine starts"),
     ("Starting to load model", "loading weights"),
     ("Loading weights took", "weights loaded"),
-    ("GPU KV cache size", "KV cache allocated"),
-    ("Graph capturing finished", "graphs captured"),
+    ("ACL graphs (", "graphs captured"),
+    ("init engine (", "engine ready"),
     ("Application startup complete", "server is up"),
 )
 
