@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -35,3 +35,17 @@ def npu() -> torch.device:
             raise Missing("torch_npu: no device `npu`; run `npu-compiler doctor`")
         torch.npu.set_device(0)
         return torch.device("npu", 0)
+
+
+def wait() -> Callable[[], None]:
+    """Waits for the current stream: the wait of a server that needs a step's result, not of the whole device."""
+    stream = torch.npu.current_stream()
+
+    def synchronize() -> None:
+        stream.synchronize()
+
+    return synchronize
+
+
+def nothing() -> None:
+    """What there is to wait for on the CPU."""

@@ -37,7 +37,7 @@ def on_cpu(name: str, size: decode_model.Size, compiled: bool) -> Factory:
             with devices.needed(name), torch.inference_mode():
                 step = torch.compile(step, fullgraph=True, dynamic=False)
                 step(*arguments)
-        return contestant(name, step, arguments, lambda: None)
+        return contestant(name, step, arguments, devices.nothing)
 
     return factory
 
@@ -55,7 +55,7 @@ def on_npu(name: str, size: decode_model.Size, backend: str | None) -> Factory:
             for _ in range(3):  # compile, warm up and capture
                 step(tokens, position)
             torch.npu.synchronize()
-        return contestant(name, step, (tokens, position), torch.npu.synchronize)
+        return contestant(name, step, (tokens, position), devices.wait())
 
     return factory
 

@@ -45,9 +45,11 @@ def replayed(name: str, nodes: int) -> Factory:
                 for _ in range(nodes):
                     torch.add(tensor, one, out=tensor)
 
+        wait = devices.wait()
+
         def once() -> None:
             graph.replay()
-            torch.npu.synchronize()
+            wait()
 
         return repeated(name, once, tensor, nodes)
 
@@ -61,13 +63,13 @@ def eager(name: str, nodes: int, on_device: bool) -> Factory:
         device = devices.npu() if on_device else torch.device("cpu")
         with devices.needed(name):
             tensor, one = torch.zeros(ELEMENTS, device=device), torch.ones(ELEMENTS, device=device)
+        wait = devices.wait() if on_device else devices.nothing
 
         def once() -> None:
             with torch.inference_mode():
                 for _ in range(nodes):
                     torch.add(tensor, one, out=tensor)
-            if on_device:
-                torch.npu.synchronize()
+            wait()
 
         return repeated(name, once, tensor, nodes)
 
