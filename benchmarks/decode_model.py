@@ -72,8 +72,8 @@ class Attention(nn.Module):
         queries = rotate(self.q_norm(self.q(x).view(size.batch, size.heads, size.head_dim)), cos, sin)
         key = rotate(self.k_norm(self.k(x).view(size.batch, size.kv_heads, size.head_dim)), cos, sin)
         value = self.v(x).view(size.batch, size.kv_heads, size.head_dim)
-        self.keys.index_copy_(2, position, key.unsqueeze(2))
-        self.values.index_copy_(2, position, value.unsqueeze(2))
+        self.keys[:, :, position] = key.unsqueeze(2)
+        self.values[:, :, position] = value.unsqueeze(2)
         grouped = queries.view(size.batch, size.kv_heads, size.heads // size.kv_heads, size.head_dim)
         scores = torch.matmul(grouped, self.keys.transpose(2, 3)) * size.head_dim**-0.5 + mask
         mixed = torch.matmul(torch.softmax(scores, dim=-1), self.values)

@@ -31,13 +31,13 @@ class Contestant:
         name: as printed, for example "npugraph_ex".
         batch: does the work `n` times and returns when it is done, device included.
         output: the result to check against the reference, as a CPU tensor; None for work without a result.
-        close: gives back what the contestant holds.
+        kept: what has to live as long as the contestant (a captured graph knows addresses, it keeps no tensor alive).
     """
 
     name: str
     batch: Callable[[int], None]
     output: Callable[[], torch.Tensor] | None = None
-    close: Callable[[], None] = lambda: None
+    kept: Sequence[object] = ()
 
 
 Factory = Callable[[], Contestant]
@@ -260,14 +260,10 @@ def run(row: Row, settings: Settings) -> list[dict[str, Any]]:
     """
     torch.set_num_threads(1)
     contestants, missing = build(row)
-    try:
-        if not contestants:
-            return records(row, Measured({}, 0, False), {}, missing)
-        check_outputs(contestants, row.reference, row.tolerance)
-        measured = measure(contestants, row.divisor, settings)
-        # Once more: a replay that drifts or reads memory given back since shows only now.
-        errors = check_outputs(contestants, row.reference, row.tolerance)
-        return records(row, measured, errors, missing)
-    finally:
-        for contestant in contestants:
-            contestant.close()
+    if not contestants:
+        return records(row, Measured({}, 0, False), {}, missing)
+    check_outputs(contestants, row.reference, row.tolerance)
+    measured = measure(contestants, row.divisor, settings)
+    # Once more: a replay that drifts or reads memory given back since shows only now.
+    errors = check_outputs(contestants, row.reference, row.tolerance)
+    return records(row, measured, errors, missing)

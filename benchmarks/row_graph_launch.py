@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,8 +16,8 @@ FLOOR_NODE_NS = 1.8
 FLOOR_LAUNCH_US = 0.18
 
 
-def repeated(name: str, once: Callable[[], None], tensor: torch.Tensor, nodes: int) -> Contestant:
-    """`once` adds 1 to `tensor` `nodes` times; the output is the sum after one run from zero."""
+def repeated(name: str, once: Callable[[], None], tensor: torch.Tensor, kept: Sequence[object] = ()) -> Contestant:
+    """`once` adds 1 to `tensor` as often as the row says; the output is the sum after one run from zero."""
 
     def batch(count: int) -> None:
         for _ in range(count):
@@ -28,7 +28,7 @@ def repeated(name: str, once: Callable[[], None], tensor: torch.Tensor, nodes: i
         once()
         return tensor.cpu()
 
-    return Contestant(name, batch, output)
+    return Contestant(name, batch, output, kept)
 
 
 def replayed(name: str, nodes: int) -> Factory:
@@ -51,7 +51,8 @@ def replayed(name: str, nodes: int) -> Factory:
             graph.replay()
             wait()
 
-        return repeated(name, once, tensor, nodes)
+        # A graph holds addresses, not tensors: `one` has to stay alive as long as the graph.
+        return repeated(name, once, tensor, kept=(graph, one))
 
     return factory
 
@@ -71,7 +72,7 @@ def eager(name: str, nodes: int, on_device: bool) -> Factory:
                     torch.add(tensor, one, out=tensor)
             wait()
 
-        return repeated(name, once, tensor, nodes)
+        return repeated(name, once, tensor)
 
     return factory
 
