@@ -60,16 +60,83 @@ void embedding_out(at::Tensor& out, const at::Tensor& weight, const at::Tensor& 
   at::index_select_out(flat, weight, 0, indices.reshape({-1}));
 }
 
-void max_dim(const at::Tensor& self, int64_t dim, bool keepdim, at::Tensor& out, at::Tensor& indices) {
-  auto [values, positions] = at::max(self, dim, keepdim);
-  out.copy_(values);
-  indices.copy_(positions);
+void index_put(at::Tensor& self, const std::vector<at::Tensor>& indices, const at::Tensor& values,
+               bool accumulate) {
+  at::index_put_(self, optional_indices(self, indices), values, accumulate);
 }
 
-void min_dim(const at::Tensor& self, int64_t dim, bool keepdim, at::Tensor& out, at::Tensor& indices) {
-  auto [values, positions] = at::min(self, dim, keepdim);
-  out.copy_(values);
-  indices.copy_(positions);
+void scatter_nd_update(at::Tensor& self, const at::Tensor& indices, const at::Tensor& updates) {
+  const int64_t depth = indices.size(-1);
+  const at::Tensor rows = indices.reshape({-1, depth});
+  c10::List<std::optional<at::Tensor>> list;
+  for (int64_t i = 0; i < depth; ++i) list.push_back(rows.select(1, i).to(at::kLong));
+  std::vector<int64_t> shape{rows.size(0)};
+  for (int64_t i = depth; i < self.dim(); ++i) shape.push_back(self.size(i));
+  at::index_put_(self, list, updates.reshape(shape));
+}
+
+void scatter(at::Tensor& self, int64_t dim, const at::Tensor& index, const at::Tensor& source,
+             int64_t reduction) {
+  if (reduction == 0) {
+    self.scatter_(dim, index, source);
+  } else {
+    self.scatter_(dim, index, source, reduction == 1 ? "add" : "multiply");
+  }
+}
+
+void scatter(at::Tensor& self, int64_t dim, const at::Tensor& index, const at::Scalar& value,
+             int64_t reduction) {
+  if (reduction == 0) {
+    self.scatter_(dim, index, value);
+  } else {
+    self.scatter_(dim, index, value, reduction == 1 ? "add" : "multiply");
+  }
+}
+
+c10::string_view scatter_reduction(int64_t code) {
+  constexpr c10::string_view kNames[] = {"sum", "prod", "mean", "amax", "amin"};
+  if (code < 0 || code > 4) throw std::runtime_error("argument `reduction` must be 0 to 4");
+  return kNames[code];
+}
+
+at::Tensor counts(const at::Tensor& repeats) { return repeats.to(at::kLong).reshape({-1}); }
+
+at::Tensor& after_copy(const at::Tensor& self, at::Tensor& out) {
+  if (self.data_ptr() != out.data_ptr() || self.strides() != out.strides()) out.copy_(self);
+  return out;
+}
+
+void copy_pair(const std::tuple<at::Tensor, at::Tensor>& results, at::Tensor& first, at::Tensor& second) {
+  if (first.defined()) first.copy_(std::get<0>(results));
+  if (second.defined()) second.copy_(std::get<1>(results));
+}
+
+void copy_three(const std::tuple<at::Tensor, at::Tensor, at::Tensor>& results, at::Tensor& first,
+                at::Tensor& second, at::Tensor& third) {
+  const auto copy = [](at::Tensor& to, const at::Tensor& from) {
+    if (to.defined() && from.defined() && from.numel() == to.numel()) to.copy_(from.view(to.sizes()));
+  };
+  copy(first, std::get<0>(results));
+  copy(second, std::get<1>(results));
+  copy(third, std::get<2>(results));
+}
+
+void unique(const std::tuple<at::Tensor, at::Tensor, at::Tensor>& results, Tensor& values, Tensor& inverse,
+            Tensor* counts) {
+  const auto& [found, positions, occurrences] = results;
+  write_dynamic(values, found);
+  if (positions.numel() != 0 && inverse.numel() != 0) write_dynamic(inverse, positions);
+  if (counts != nullptr && occurrences.numel() != 0 && counts->numel() != 0)
+    write_dynamic(*counts, occurrences);
+}
+
+void layer_norm(const at::Tensor& input, at::IntArrayRef shape, const std::optional<at::Tensor>& weight,
+                const std::optional<at::Tensor>& bias, double eps, at::Tensor& out, at::Tensor& mean,
+                at::Tensor& rstd) {
+  const auto same = [&](const std::optional<at::Tensor>& t) {
+    return t ? std::optional<at::Tensor>(t->to(input.dtype())) : std::nullopt;
+  };
+  copy_three(at::native_layer_norm(input, shape, same(weight), same(bias), eps), out, mean, rstd);
 }
 
 void matmul_out(at::Tensor& out, const at::Tensor& self, const at::Tensor& other) {

@@ -25,8 +25,31 @@ void one_hot(const at::Tensor& self, int64_t classes, const at::Tensor& on, cons
 /// Advanced indexing. op-plugin sends dimensions that are not indexed as tensors of no elements.
 void index_out(at::Tensor& out, const at::Tensor& self, const std::vector<at::Tensor>& indices);
 void embedding_out(at::Tensor& out, const at::Tensor& weight, const at::Tensor& indices);
-void max_dim(const at::Tensor& self, int64_t dim, bool keepdim, at::Tensor& out, at::Tensor& indices);
-void min_dim(const at::Tensor& self, int64_t dim, bool keepdim, at::Tensor& out, at::Tensor& indices);
+void index_put(at::Tensor& self, const std::vector<at::Tensor>& indices, const at::Tensor& values,
+               bool accumulate);
+/// `indices` [..., k] name positions in the first k dimensions of `self`.
+void scatter_nd_update(at::Tensor& self, const at::Tensor& indices, const at::Tensor& updates);
+/// reduction: 0 replaces, 1 adds, 2 multiplies.
+void scatter(at::Tensor& self, int64_t dim, const at::Tensor& index, const at::Tensor& source,
+             int64_t reduction);
+void scatter(at::Tensor& self, int64_t dim, const at::Tensor& index, const at::Scalar& value,
+             int64_t reduction);
+c10::string_view scatter_reduction(int64_t code);
+/// Counts of repeat_interleave, which ATen wants as int32 or int64 in one dimension.
+at::Tensor counts(const at::Tensor& repeats);
+/// Copies `self` into `out`, unless they share memory already, and returns `out`.
+at::Tensor& after_copy(const at::Tensor& self, at::Tensor& out);
+
+void copy_pair(const std::tuple<at::Tensor, at::Tensor>& results, at::Tensor& first, at::Tensor& second);
+/// Undefined tensors on either side are skipped.
+void copy_three(const std::tuple<at::Tensor, at::Tensor, at::Tensor>& results, at::Tensor& first,
+                at::Tensor& second, at::Tensor& third);
+/// Values, inverse and counts; absent results have no elements and are skipped.
+void unique(const std::tuple<at::Tensor, at::Tensor, at::Tensor>& results, Tensor& values, Tensor& inverse,
+            Tensor* counts);
+void layer_norm(const at::Tensor& input, at::IntArrayRef shape, const std::optional<at::Tensor>& weight,
+                const std::optional<at::Tensor>& bias, double eps, at::Tensor& out, at::Tensor& mean,
+                at::Tensor& rstd);
 
 /// Products whose result may have another dtype than the operands (bf16 operands with a fp32 result).
 void matmul_out(at::Tensor& out, const at::Tensor& self, const at::Tensor& other);
