@@ -179,6 +179,8 @@ def _return_flat_tuple(gm: fx.GraphModule) -> Callable[[Any], Any] | None:
 
 
 def _input_name(node: fx.Node) -> str:
-    """The name of a dynamo input in the user's terms: `x`, `self.layers.0.weight`, or dynamo's own name."""
-    name = str(node.name).removeprefix("L_").removeprefix("self_").strip("_")
-    return name.replace("_modules_", ".").replace("modules_", "").replace("_parameters_", ".").replace("_buffers_", ".")
+    """The name of a dynamo input in the user's terms: `x`, `linear.weight`, or dynamo's own name (a size, say)."""
+    name = node.name.lower().removeprefix("l_").removeprefix("self_").strip("_")
+    for kind in ("modules_", "parameters_", "buffers_"):
+        name = name.replace(f"_{kind}", ".").removeprefix(kind)
+    return name.replace("__", ".")

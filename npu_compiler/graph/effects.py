@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 FUNCTIONALIZED = ("auto_functionalized", "auto_functionalized_v2")
@@ -53,12 +54,10 @@ def host_dependence(node: fx.Node) -> str:
     if node.op != "call_function":
         return ""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        tags = set(target.tags)
-        if torch.Tag.data_dependent_output in tags:
-            return "it reads a tensor's value on the host"
-        if torch.Tag.dynamic_output_shape in tags:
-            return "the shape of its result depends on tensor data"
+    if isinstance(target, torch._ops.OpOverload) and torch.Tag.data_dependent_output in target.tags:
+        return "it reads a tensor's value on the host"
+    if any(free_unbacked_symbols(tensor) for tensor in tensors(node)):
+        return "the shape of its result depends on tensor data"
     inputs = {tensor.device.type for arg in node.all_input_nodes for tensor in tensors(arg) if tensor.dim()}
     outputs = {tensor.device.type for tensor in tensors(node)}
     if outputs and inputs and ("cpu" in inputs) != ("cpu" in outputs):
