@@ -39,7 +39,24 @@ class CopyTask final : public Task {
  public:
   CopyTask(const CopyShape& shape, aclrtMemcpyKind kind) : shape_(shape), kind_(kind) {}
 
-  void run() override { copy_rows(shape_); }
+  /// In the checking mode, for one that is queued (a captured copy reads whatever is there at each replay).
+  void watch(bool from_pinned, bool to_pinned) {
+    if (from_pinned && shape_.height == 1) fingerprint_ = check::fingerprint(shape_.source, shape_.width);
+    watches_source_ = from_pinned && shape_.height == 1;
+    poisons_destination_ = to_pinned && shape_.height == 1;
+  }
+
+  void run() override {
+    if (watches_source_ && check::fingerprint(shape_.source, shape_.width) != fingerprint_) {
+      check::source_changed(name(), shape_.source);
+    }
+    if (poisons_destination_) {
+      // Who reads before waiting for the copy sees NaN instead of, by luck, the right values.
+      poison(shape_.destination, shape_.width);
+      std::this_thread::sleep_for(std::chrono::microseconds(settings().delay_us));
+    }
+    copy_rows(shape_);
+  }
   std::string name() const override { return shape_.height == 1 ? "aclrtMemcpyAsync" : "aclrtMemcpy2dAsync"; }
   std::vector<MemoryAccess> accesses() const override {
     return {{shape_.source, extent(shape_, shape_.source_pitch), MemoryAccess::Mode::kRead},
@@ -53,6 +70,9 @@ class CopyTask final : public Task {
  private:
   CopyShape shape_;
   aclrtMemcpyKind kind_;
+  uint64_t fingerprint_ = 0;
+  bool watches_source_ = false;
+  bool poisons_destination_ = false;
 };
 
 class FillTask final : public Task {
@@ -135,7 +155,7 @@ aclError copy_now(const char* function, const CopyShape& shape, size_t room, acl
     if (require_context(function) == nullptr) return last_error();
     if (const aclError error = refuse_unsafe(function)) return error;
     count(Counter::kHostSynchronizations);
-    checking_host_copy(function, shape.source, extent(shape, shape.source_pitch), shape.destination,
+    check::host_access(function, shape.source, extent(shape, shape.source_pitch), shape.destination,
                        extent(shape, shape.destination_pitch));
     copy_rows(shape);
     return ACL_SUCCESS;
@@ -147,7 +167,7 @@ aclError copy_now(const char* function, const CopyShape& shape, size_t room, acl
 aclError copy_staged(const char* function, const CopyShape& shape, Stream& stream) {
   if (const aclError error = refuse_staged_copy(stream, function)) return error;
   if (const aclError error = stream.synchronize(std::nullopt, function)) return error;
-  checking_host_copy(function, shape.source, extent(shape, shape.source_pitch), shape.destination,
+  check::host_access(function, shape.source, extent(shape, shape.source_pitch), shape.destination,
                      extent(shape, shape.destination_pitch));
   copy_rows(shape);
   return ACL_SUCCESS;
@@ -162,7 +182,11 @@ aclError copy_async(const char* function, const CopyShape& shape, size_t room, a
     const bool pageable =
         place_of(shape.source) == Place::kPageable || place_of(shape.destination) == Place::kPageable;
     if (pageable) return copy_staged(function, shape, *stream);
-    return submit_to(*stream, std::make_shared<CopyTask>(shape, kind));
+    auto task = std::make_shared<CopyTask>(shape, kind);
+    if (check::on() && !stream->diverted.load()) {
+      task->watch(place_of(shape.source) == Place::kPinned, place_of(shape.destination) == Place::kPinned);
+    }
+    return submit_to(*stream, std::move(task));
   });
 }
 
@@ -174,7 +198,7 @@ aclError fill_now(const char* function, void* address, size_t room, int32_t valu
     if (const aclError error = check_end(function, "devPtr", address, bytes)) return error;
     if (const aclError error = refuse_unsafe(function)) return error;
     count(Counter::kHostSynchronizations);
-    checking_host_copy(function, nullptr, 0, address, bytes);
+    check::host_access(function, nullptr, 0, address, bytes);
     FillTask::fill(address, value, bytes);
     return ACL_SUCCESS;
   });

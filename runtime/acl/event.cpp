@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "runtime/acl/check.h"
 #include "runtime/acl/handles.h"
 
 namespace host_runtime {
@@ -36,6 +37,8 @@ std::shared_ptr<Event> find_event(aclrtEvent handle, const char* function) {
 aclrtEvent register_event(std::shared_ptr<Event> event) { return events().add(std::move(event)); }
 
 std::shared_ptr<Event> unregister_event(aclrtEvent handle) { return events().remove(handle); }
+
+Event::~Event() { check::event_ended(*this); }
 
 void Event::reach(uint64_t record) {
   state->time_ns.store(

@@ -24,6 +24,7 @@ class Event {
 
   Event(uint32_t flags, Kind kind, std::shared_ptr<EventState> state, bool between_processes = false)
       : flags(flags), kind(kind), between_processes(between_processes), state(std::move(state)) {}
+  ~Event();
 
   /// The number that the next record completes.
   uint64_t announce_record() { return state->recorded.fetch_add(1) + 1; }
@@ -69,6 +70,8 @@ class WaitingTask : public ControlTask {
  public:
   /// Whether run() would return at once.
   virtual bool ready() const = 0;
+  /// True for one that lets others go on (a record, a write), false for one that waits.
+  virtual bool gives_order() const = 0;
 };
 
 /// A task that records, waits for or resets an event, alone or as a node of a graph.
@@ -83,6 +86,7 @@ class EventTask : public WaitingTask {
   std::string name() const override;
   std::string arguments_json() const override;
   bool ready() const override;
+  bool gives_order() const override { return action != Action::kWait; }
 
   const std::shared_ptr<Event> event;
   const Action action;

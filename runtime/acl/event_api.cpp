@@ -1,5 +1,6 @@
 // The C interface of events.
 #include "runtime/acl/capture.h"
+#include "runtime/acl/check.h"
 #include "runtime/acl/counters.h"
 #include "runtime/acl/event.h"
 
@@ -46,6 +47,7 @@ aclError synchronize_event(aclrtEvent handle, int64_t timeout_ms, const char* fu
     count(Counter::kHostSynchronizations);
     if (event->kind == Event::Kind::kExternal) {
       event->wait_flag();
+      check::synchronized(*event);
       return ACL_SUCCESS;
     }
     const uint64_t record = event->state->recorded.load();
@@ -53,6 +55,7 @@ aclError synchronize_event(aclrtEvent handle, int64_t timeout_ms, const char* fu
       return fail(ACL_ERROR_RT_EVENT_SYNC_TIMEOUT,
                   std::string(function) + ": the event was not reached in time");
     }
+    check::synchronized(*event);
     if (const auto failure = event->failure())
       return fail(failure->code, std::string(function) + ": " + failure->message);
     return ACL_SUCCESS;
@@ -66,6 +69,7 @@ aclError query(aclrtEvent handle, const char* function, bool* complete) {
   if (const aclError error = refuse_captured_event(*event, function)) return error;
   *complete =
       event->kind == Event::Kind::kExternal ? event->flag() : event->reached(event->state->recorded.load());
+  if (*complete) check::synchronized(*event);
   return ACL_SUCCESS;
 }
 

@@ -1,5 +1,6 @@
 #include "runtime/acl/graph.h"
 
+#include "runtime/acl/check.h"
 #include "runtime/acl/counters.h"
 #include "runtime/acl/handles.h"
 
@@ -35,7 +36,10 @@ std::shared_ptr<Graph> unregister_graph(aclmdlRI handle) { return graphs().remov
 Graph::Graph(Device& device) : device(device), id(next_graph_id.fetch_add(1)) {}
 
 Graph::~Graph() {
-  for (const auto& stream : streams) device.streams.give_back(stream->id);
+  for (const auto& stream : streams) {
+    check::forget_actor(stream.get());
+    device.streams.give_back(stream->id);
+  }
 }
 
 std::shared_ptr<GraphStream> Graph::add_stream(int32_t origin_id) {
@@ -90,10 +94,15 @@ void Graph::rethrow(size_t index) const {
 }
 
 void Graph::run_range(size_t from, size_t to) {
+  const bool checked = check::on();
   size_t i = from;
   try {
     for (; i < to; ++i) {
-      if (Task* task = order_[i].load(std::memory_order_acquire)) task->run();
+      Task* task = order_[i].load(std::memory_order_acquire);
+      if (task == nullptr) continue;
+      if (checked) check::before_node(*this, nodes[i], *task);
+      task->run();
+      if (checked) check::after_node(*this, nodes[i], *task);
     }
   } catch (...) {
     rethrow(i);
@@ -187,21 +196,18 @@ GraphLaunch::~GraphLaunch() {
   graph_->launch_done.notify();
 }
 
-void GraphLaunch::run() { graph_->run(); }
+void GraphLaunch::run() {
+  Stream* stream = running_stream();
+  check::begin_replay(*stream, *graph_);
+  graph_->run();
+  check::end_replay(*stream, *graph_);
+}
 
 std::string GraphLaunch::name() const { return "aclmdlRIExecuteAsync"; }
 
 std::string GraphLaunch::arguments_json() const {
   return "{\"graph\": " + std::to_string(graph_->id) +
          ", \"nodes\": " + std::to_string(graph_->nodes.size()) + "}";
-}
-
-std::vector<MemoryAccess> GraphLaunch::accesses() const {
-  std::vector<MemoryAccess> result;
-  for (const Node& node : graph_->nodes) {
-    for (const MemoryAccess& access : graph_->task_of(node)->accesses()) result.push_back(access);
-  }
-  return result;
 }
 
 void UpdateTask::run() {

@@ -108,7 +108,6 @@ class GraphLaunch final : public ControlTask {
   void skip(const StreamFailure&) override {}
   std::string name() const override;
   std::string arguments_json() const override;
-  std::vector<MemoryAccess> accesses() const override;
 
  private:
   std::shared_ptr<Graph> graph_;

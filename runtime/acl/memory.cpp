@@ -51,7 +51,7 @@ aclError allocate(void** pointer, size_t bytes, aclrtMemMallocPolicy policy, con
     if (small) std::memset(memory, 0, charged);
     MemoryMap::instance().add({reinterpret_cast<uintptr_t>(memory), bytes, charged,
                                small ? Allocation::Kind::kSmall : Allocation::Kind::kDevice, &device});
-    checking_allocated(memory, bytes);
+    check::allocated(memory, bytes);
     *pointer = memory;
     return ACL_SUCCESS;
   });
@@ -69,7 +69,7 @@ aclError release(void* pointer, const char* function) {
           std::string(function) + ": this address was not allocated by aclrtMalloc, or was freed before");
     }
     allocation->device->memory.give_back(allocation->charged);
-    if (checking_freed(*allocation)) return ACL_SUCCESS;
+    if (check::freed(*allocation)) return ACL_SUCCESS;
     release_pages(*allocation);
     return ACL_SUCCESS;
   });

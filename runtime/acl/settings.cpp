@@ -35,9 +35,11 @@ uint64_t bytes(const std::string& value) {
   return number(value.substr(0, split), 1, uint64_t{1} << 20) << unit->second;
 }
 
-bool on_off(const std::string& value) {
-  if (value != "on" && value != "off") refuse(value, "on or off");
-  return value == "on";
+CheckMode check_mode(const std::string& value) {
+  if (value == "off") return CheckMode::kOff;
+  if (value == "on") return CheckMode::kOn;
+  if (value != "fatal") refuse(value, "off, on or fatal");
+  return CheckMode::kFatal;
 }
 
 const std::map<std::string, Setter>& setters() {
@@ -50,7 +52,7 @@ const std::map<std::string, Setter>& setters() {
          s.soc = v;
        }},
       {"hbm", [](Settings& s, const std::string& v) { s.hbm = bytes(v); }},
-      {"check", [](Settings& s, const std::string& v) { s.check = on_off(v); }},
+      {"check", [](Settings& s, const std::string& v) { s.check = check_mode(v); }},
       {"seed", [](Settings& s, const std::string& v) { s.seed = number(v, 0, UINT32_MAX); }},
       {"delay_us",
        [](Settings& s, const std::string& v) { s.delay_us = static_cast<uint32_t>(number(v, 0, 1000000)); }},

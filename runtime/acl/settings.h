@@ -7,11 +7,13 @@
 
 namespace host_runtime {
 
+enum class CheckMode { kOff, kOn, kFatal };
+
 struct Settings {
   uint32_t devices = 8;               ///< number of devices
   std::string soc = "Ascend910B3";    ///< what aclrtGetSocName returns
   uint64_t hbm = uint64_t{64} << 30;  ///< bytes of memory of each device
-  bool check = false;                 ///< the checking mode
+  CheckMode check = CheckMode::kOff;  ///< the checking mode; kFatal: what it finds fails the task
   uint64_t seed = 0;                  ///< of the random delays of the checking mode
   uint32_t delay_us = 200;            ///< largest random delay of a task in the checking mode, microseconds
   uint32_t streams = 2048;            ///< streams of a device, those held by captured graphs included

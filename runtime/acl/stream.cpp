@@ -44,6 +44,7 @@ Stream::Stream(Device& device, Kind kind, int32_t id, uint32_t priority, uint32_
 
 Stream::~Stream() {
   close();
+  check::forget_actor(this);
   device.streams.give_back(id);
 }
 
@@ -59,14 +60,14 @@ aclError Stream::enqueue(TaskPtr task) {
     if (auto* control = dynamic_cast<ControlTask*>(task.get())) control->skip(*failure);
     return fail(failure->code, failure->message);
   }
-  checking_submitted(*this, *task);
+  Entry entry{std::move(task), check::submitted()};
   {
     std::lock_guard lock(queue_mutex_);
     if (closing_) {
-      return fail(ACL_ERROR_RT_INVALID_HANDLE, task->name() + ": " + description() + " was destroyed");
+      return fail(ACL_ERROR_RT_INVALID_HANDLE, entry.task->name() + ": " + description() + " was destroyed");
     }
     if (!worker_.joinable()) start_worker();
-    queue_.push_back(std::move(task));
+    queue_.push_back(std::move(entry));
     submitted_.fetch_add(1);
   }
   work_arrived_.notify();
@@ -82,7 +83,7 @@ void Stream::start_worker() {
 
 void Stream::work() {
   stream_of_thread = this;
-  std::vector<TaskPtr> batch;
+  std::vector<Entry> batch;
   for (;;) {
     work_arrived_.wait([this] { return completed_.load() < submitted_.load() || stop_.load(); });
     {
@@ -90,9 +91,9 @@ void Stream::work() {
       batch.swap(queue_);
     }
     if (batch.empty() && stop_.load()) return;
-    for (TaskPtr& task : batch) {
-      run_one(*task);
-      task.reset();
+    for (Entry& entry : batch) {
+      run_one(*entry.task, entry.submitted.get());
+      entry.task.reset();
       completed_.fetch_add(1);
       work_done_.notify();
     }
@@ -100,16 +101,16 @@ void Stream::work() {
   }
 }
 
-void Stream::run_one(Task& task) {
+void Stream::run_one(Task& task, const VectorClock* submitted) {
   if (failed_.load() && stop_on_failure.load()) {
     count(Counter::kSkippedTasks);
     if (auto* control = dynamic_cast<ControlTask*>(&task)) control->skip(*failure());
     return;
   }
   try {
-    checking_before(*this, task);
+    check::before(*this, task, submitted);
     task.run();
-    checking_after(*this, task);
+    check::after(*this, task);
   } catch (const TaskError& error) {
     record_failure(error.code, task.name() + " on " + description() + " failed: " + error.what());
   } catch (const std::exception& error) {
@@ -141,7 +142,7 @@ aclError Stream::synchronize(const Deadline& deadline, const char* function) {
                 std::string(function) + ": " + description() + " still has " +
                     std::to_string(target - completed_.load()) + " tasks to run when the timeout passed");
   }
-  checking_synchronized(*this, target);
+  check::synchronized(*this);
   if (const auto failure = this->failure())
     return fail(failure->code, std::string(function) + ": " + failure->message);
   return ACL_SUCCESS;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "runtime/acl/device.h"
+#include "runtime/acl/shadow.h"
 #include "runtime/acl/task.h"
 #include "runtime/acl/wait.h"
 
@@ -75,14 +76,19 @@ class Stream {
 
  private:
   Stream(Device& device, Kind kind, int32_t id, uint32_t priority, uint32_t flags);
+  struct Entry {
+    TaskPtr task;
+    std::unique_ptr<VectorClock> submitted;  // of the checking mode
+  };
+
   void start_worker();
   void work();
-  void run_one(Task& task);
+  void run_one(Task& task, const VectorClock* submitted);
   void record_failure(aclError code, const std::string& message);
 
   std::mutex queue_mutex_;
-  std::vector<TaskPtr> queue_;  // guarded by queue_mutex_
-  bool closing_ = false;        // guarded by queue_mutex_
+  std::vector<Entry> queue_;  // guarded by queue_mutex_
+  bool closing_ = false;      // guarded by queue_mutex_
   std::thread worker_;
   std::atomic<uint64_t> submitted_{0};
   std::atomic<uint64_t> completed_{0};

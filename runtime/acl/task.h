@@ -66,6 +66,10 @@ HOST_RUNTIME_API aclError fail(aclError code, const std::string& message);
 /// so that zeroing memory that nobody touched yet costs nothing.
 HOST_RUNTIME_API void zero_fill(void* pointer, size_t bytes);
 
+/// Fills memory with a pattern that reads as NaN, when the checking mode is on; otherwise does nothing. For
+/// memory whose content is undefined, such as an operator's workspace.
+HOST_RUNTIME_API void poison(void* memory, size_t bytes);
+
 /// Whether the checking mode is on (see docs/host_runtime.md).
 HOST_RUNTIME_API bool checking();
 

@@ -14,6 +14,7 @@ class ValueTask final : public WaitingTask {
   /// A write is done even on a failed stream, so that nobody hangs; whoever waits for it then fails.
   void skip(const StreamFailure& failure) override;
   bool ready() const override;
+  bool gives_order() const override { return !is_wait; }
   std::string name() const override { return is_wait ? "aclrtValueWait" : "aclrtValueWrite"; }
   std::string arguments_json() const override;
 

@@ -5,11 +5,15 @@
 
 extern const TestCase kStreamTests[];
 extern const TestCase kGraphTests[];
+extern const TestCase kCheckingTests[];
 
 int main(int argc, char** argv) {
   CHECK_OK(aclInit(nullptr));
   int run = 0;
-  for (const TestCase* tests : {kStreamTests, kGraphTests}) {
+  // What the checking mode finds is tested with the mode on; everything else must work in both.
+  const bool checking = host_runtime::checking();
+  for (const TestCase* tests : {kStreamTests, kGraphTests, checking ? kCheckingTests : nullptr}) {
+    if (tests == nullptr) continue;
     for (const TestCase* test = tests; test->name != nullptr; ++test) {
       bool wanted = argc == 1;
       for (int i = 1; i < argc; ++i) wanted = wanted || std::strcmp(argv[i], test->name) == 0;
