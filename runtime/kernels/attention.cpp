@@ -8,6 +8,9 @@
 #include "runtime/kernels/attention_tile.h"
 
 namespace host_runtime::kernels {
+#define KERNEL_SOURCE "runtime/kernels/attention.inc"
+#include "runtime/kernels/per_isa.h"
+
 namespace {
 
 /// Multiply-adds below which handing tiles to other threads costs more than it saves.
@@ -59,7 +62,8 @@ void attention(const Attention& arguments, void* scratch) {
   const auto run = [&](int64_t begin, int64_t end) {
     float* memory = static_cast<float*>(scratch) + at::get_thread_num() * floats;
     visit(arguments.type, [&](auto zero) {
-      for (int64_t i = begin; i < end; ++i) attend<decltype(zero)>(arguments, tiles[i], memory);
+      const auto attend_tile = PER_ISA(attend<decltype(zero)>);
+      for (int64_t i = begin; i < end; ++i) attend_tile(arguments, tiles[i], memory);
     });
   };
   const auto count = static_cast<int64_t>(tiles.size());

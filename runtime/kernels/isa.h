@@ -1,0 +1,22 @@
+// Which of the compiled instruction sets this machine runs.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <utility>
+
+#define KERNEL_INLINE inline __attribute__((always_inline))
+
+namespace host_runtime::kernels {
+
+enum class InstructionSet : uint8_t { kBaseline, kAvx2, kAvx512 };
+
+/// The best set that the processor has, or what NPU_COMPILER_HOST_ISA=baseline|avx2|avx512 lowers it to
+/// (tests run every copy that way). Decided once.
+InstructionSet this_machine();
+
+}  // namespace host_runtime::kernels
