@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "runtime/aclnn/aten.h"
 #include "runtime/aclnn/operator.h"
 
 namespace aclnn::fused {
@@ -19,8 +20,8 @@ struct FusedInferAttention {
   const TensorList* value = nullptr;
   const Tensor* pse_shift = nullptr;
   const Tensor* atten_mask = nullptr;
-  const aclIntArray* actual_seq_lengths = nullptr;
-  const aclIntArray* actual_seq_lengths_kv = nullptr;
+  at::OptionalIntArrayRef actual_seq_lengths;
+  at::OptionalIntArrayRef actual_seq_lengths_kv;
   const Tensor* block_table = nullptr;
   const Tensor* query_rope = nullptr;
   const Tensor* key_rope = nullptr;
@@ -52,9 +53,9 @@ struct FlashAttention {
   const Tensor* drop_mask = nullptr;
   const Tensor* padding_mask = nullptr;
   const Tensor* atten_mask = nullptr;
-  const aclIntArray* prefix = nullptr;
-  const aclIntArray* actual_seq_qlen = nullptr;
-  const aclIntArray* actual_seq_kvlen = nullptr;
+  at::OptionalIntArrayRef prefix;
+  at::OptionalIntArrayRef actual_seq_qlen;
+  at::OptionalIntArrayRef actual_seq_kvlen;
   double scale = 1.0;
   double keep_prob = 1.0;
   int64_t pre_tokens = 0;

@@ -47,8 +47,7 @@ class Builder {
                                    std::to_string(a_.keep_prob));
     if (a_.padding_mask != nullptr && a_.padding_mask->numel() > 0)
       call_.refuse("paddingMask", "is not implemented by the host runtime; use attenMask");
-    if (a_.prefix != nullptr && !a_.prefix->values.empty())
-      call_.refuse("prefix", "is not implemented by the host runtime");
+    if (a_.prefix && !a_.prefix->empty()) call_.refuse("prefix", "is not implemented by the host runtime");
     if (a_.head_num <= 0) call_.refuse("headNum", "has to be positive, not " + text(a_.head_num));
   }
 
@@ -124,14 +123,14 @@ class Builder {
   }
 
   void set_packed_sequences() {
-    if (a_.actual_seq_qlen == nullptr || a_.actual_seq_kvlen == nullptr ||
-        a_.actual_seq_qlen->values.size() != a_.actual_seq_kvlen->values.size())
+    if (!a_.actual_seq_qlen || !a_.actual_seq_kvlen ||
+        a_.actual_seq_qlen->size() != a_.actual_seq_kvlen->size())
       call_.refuse("actualSeqQLen", "and actualSeqKvLen have to be passed for layout TND, one end a request");
     int64_t query_start = 0;
     int64_t key_start = 0;
-    for (size_t i = 0; i < a_.actual_seq_qlen->values.size(); ++i) {
-      const int64_t query_end = a_.actual_seq_qlen->values[i];
-      const int64_t key_end = a_.actual_seq_kvlen->values[i];
+    for (size_t i = 0; i < a_.actual_seq_qlen->size(); ++i) {
+      const int64_t query_end = (*a_.actual_seq_qlen)[i];
+      const int64_t key_end = (*a_.actual_seq_kvlen)[i];
       if (query_end < query_start || key_end < key_start || query_end > query_.tokens ||
           key_end > key_.tokens)
         call_.refuse("actualSeqQLen",

@@ -72,9 +72,9 @@ class Builder {
     kernel_.scale = static_cast<float>(a_.scale);
     single_token_ = !layout_.packed() && query_.tokens == 1;
     if (layout_.packed()) {
-      if (a_.actual_seq_lengths == nullptr || a_.actual_seq_lengths_kv == nullptr)
+      if (!a_.actual_seq_lengths || !a_.actual_seq_lengths_kv)
         call_.refuse("actualSeqLengths", "and actualSeqLengthsKv are needed for layout " + a_.input_layout);
-      batches_ = static_cast<int64_t>(a_.actual_seq_lengths->values.size());
+      batches_ = static_cast<int64_t>(a_.actual_seq_lengths->size());
       if (batches_ == 0 || batches_ > kMostPackedRequests)
         call_.refuse("actualSeqLengths", "has to have 1 to 4096 elements, not " + text(batches_));
     } else {
@@ -146,8 +146,7 @@ class Builder {
       call_.refuse("blockTable", "has " + text(table.size(0)) + " rows for " + text(batches_) + " requests");
     if (table.stride(1) != 1) require_contiguous(call_, "blockTable", table);
     if (a_.key->size() != 1) call_.refuse("key", "has to be one tensor with a block table");
-    if (a_.actual_seq_lengths_kv == nullptr)
-      call_.refuse("actualSeqLengthsKv", "is needed with a block table");
+    if (!a_.actual_seq_lengths_kv) call_.refuse("actualSeqLengthsKv", "is needed with a block table");
     check_block_size();
     kernel_.key = paged_rows("key", (*a_.key)[0]);
     kernel_.value = paged_rows("value", (*a_.value)[0]);
@@ -275,12 +274,12 @@ class Builder {
   }
 
   /// Lengths of a padded layout: one for all, or one a request.
-  int64_t padded_length(const char* name, const aclIntArray* lengths, int64_t request, int64_t most) {
-    if (lengths == nullptr) return most;
-    const auto count = static_cast<int64_t>(lengths->values.size());
+  int64_t padded_length(const char* name, at::OptionalIntArrayRef lengths, int64_t request, int64_t most) {
+    if (!lengths) return most;
+    const auto count = static_cast<int64_t>(lengths->size());
     if (count != 1 && count < batches_)
       call_.refuse(name, "has to have 1 or " + text(batches_) + " elements, not " + text(count));
-    const int64_t length = lengths->values[count == 1 ? 0 : request];
+    const int64_t length = (*lengths)[count == 1 ? 0 : request];
     if (length < 0 || length > most)
       call_.refuse(name, "has " + text(length) + " for request " + text(request) + ", which has room for " +
                              text(most));
@@ -288,9 +287,9 @@ class Builder {
   }
 
   /// Ends [request] of a packed layout, each at or behind the one before.
-  void check_ends(const char* name, const aclIntArray& ends, int64_t total) {
+  void check_ends(const char* name, at::IntArrayRef ends, int64_t total) {
     int64_t previous = 0;
-    for (const int64_t end : ends.values) {
+    for (const int64_t end : ends) {
       if (end < previous)
         call_.refuse(name, "holds the end of every request in layout " + a_.input_layout +
                                ", so no element may be below the one before: " + text(end) + " follows " +
@@ -312,7 +311,7 @@ class Builder {
       check_ends("actualSeqLengths", *a_.actual_seq_lengths, query_.tokens);
       if (a_.block_table == nullptr) {
         check_ends("actualSeqLengthsKv", *a_.actual_seq_lengths_kv, key_axes_.tokens);
-        if (a_.actual_seq_lengths_kv->values.size() != a_.actual_seq_lengths->values.size())
+        if (a_.actual_seq_lengths_kv->size() != a_.actual_seq_lengths->size())
           call_.refuse("actualSeqLengthsKv", "has to have one element a request (" + text(batches_) + ")");
       }
     }
@@ -324,7 +323,7 @@ class Builder {
     kernels::Sequence result;
     const bool paged = a_.block_table != nullptr;
     if (layout_.packed()) {
-      const std::vector<int64_t>& ends = a_.actual_seq_lengths->values;
+      const at::IntArrayRef ends = *a_.actual_seq_lengths;
       const int64_t start = i == 0 ? 0 : ends[i - 1];
       result.query_length = ends[i] - start;
       result.query_offset = start * query_.token_stride;
@@ -340,7 +339,7 @@ class Builder {
       result.lse_offset = i * query_.heads * query_.tokens;
     }
     if (layout_.packed() && !paged) {
-      const std::vector<int64_t>& ends = a_.actual_seq_lengths_kv->values;
+      const at::IntArrayRef ends = *a_.actual_seq_lengths_kv;
       const int64_t start = i == 0 ? 0 : ends[i - 1];
       result.key_length = ends[i] - start;
       result.key_offset = start * key_axes_.token_stride;

@@ -30,7 +30,8 @@ The column `=>` says what the name is in a prepared expression, `=` what it is i
     bool int8 int32 int64 uint64 float double            the C++ type of that name                  the same
 
 **Bodies.** `=> EXPR` runs in phase 1 and gives a `Work` (a prepared `void()` callable that owns all it needs but device
-memory; kernels live in runtime/kernels); an empty Work declines, and then the `=` body is used. `= EXPR` or
+memory; kernels live in runtime/kernels); an empty Work declines, and then the `=` body is used. `call` in the expression
+is the Call: for refusals and for `call.workspace(bytes)`, device scratch that phase 2 brings. `= EXPR` or
 `= { statements }` runs on the stream at each execution, and calls ATen; results must be written in place.
 
 **Constraints**, in brackets, separated by semicolons, are checked in phase 1 (ACLNN_ERR_PARAM_INVALID, 161002):
@@ -430,6 +431,9 @@ def _prepared_body(d: Definition) -> str:
     typed = [(p, *p.prepared()) for p in d.parameters if re.search(rf"\b{p.name}\b", body)]
     parameters = ", ".join(f"{kind} {p.name}" for p, kind, _ in typed)
     arguments = ", ".join(argument for _, _, argument in typed)
+    if re.search(r"\bcall\b", body):
+        parameters = ", ".join(filter(None, ["Call& call", parameters]))
+        arguments = ", ".join(filter(None, ["aclnn_call", arguments]))
     guard = "" if d.reads_nz or d.aten is None else "aclnn_call.all_plain() && "
     lines = []
     if d.aten is None and not d.reads_nz:
@@ -478,8 +482,9 @@ def entry_points(d: Definition) -> str:
         *body,
         "  });",
         "}",
-        f"ACLNN_ENTRY int {d.name}(void*, uint64_t, aclOpExecutor* executor, aclrtStream stream) {{",
-        f'  return execute("{d.name}", executor, stream);',
+        f"ACLNN_ENTRY int {d.name}(void* workspace, uint64_t workspaceSize, aclOpExecutor* executor,"
+        " aclrtStream stream) {",
+        f'  return execute("{d.name}", workspace, workspaceSize, executor, stream);',
         "}",
     ]
     if d.max_workspace:

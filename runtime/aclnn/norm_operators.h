@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "runtime/aclnn/aten.h"
 #include "runtime/aclnn/operator.h"
 
 namespace aclnn::fused {
@@ -42,7 +43,7 @@ struct CachedRope {
   const Tensor* query;
   const Tensor* key;
   const Tensor* cache;
-  const aclIntArray* sections;
+  at::OptionalIntArrayRef sections;
   int64_t head_width;
   bool half;
   int64_t cache_mode;

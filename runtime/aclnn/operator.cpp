@@ -104,6 +104,22 @@ void Call::tensors(const char* argument, const aclTensorList* value, Mode mode, 
   }
 }
 
+std::shared_ptr<Workspace> Call::workspace(uint64_t bytes) {
+  workspace_bytes = bytes;
+  operator_->workspace_bytes_ = bytes;
+  operator_->workspace_ = std::make_shared<Workspace>();
+  return operator_->workspace_;
+}
+
+void Operator::bring_workspace(void* address, uint64_t bytes) {
+  if (workspace_ == nullptr) return;
+  if (address == nullptr || bytes < workspace_bytes_)
+    throw ArgumentError(kParamInvalid, std::string(name_) + ": the workspace has " + std::to_string(bytes) +
+                                           " bytes, but GetWorkspaceSize asked for " +
+                                           std::to_string(workspace_bytes_));
+  workspace_->address = address;
+}
+
 void Call::refuse(const std::string& argument, const std::string& rule) const {
   throw ArgumentError(kParamInvalid, std::string(name()) + ": argument `" + argument + "` " + rule);
 }
@@ -164,12 +180,17 @@ int publish(std::shared_ptr<Operator> operation, uint64_t bytes, uint64_t* works
   return 0;
 }
 
-int execute(const char* name, aclOpExecutor* executor, aclrtStream stream) {
+int execute(const char* name, void* workspace, uint64_t bytes, aclOpExecutor* executor, aclrtStream stream) {
   if (executor == nullptr) {
     return host_runtime::fail(kParamNullptr, std::string(name) + ": executor is null; call " + name +
                                                  "GetWorkspaceSize first, and use its executor once");
   }
   std::unique_ptr<aclOpExecutor> owned(executor->repeatable ? nullptr : executor);
+  try {
+    executor->operation->bring_workspace(workspace, bytes);
+  } catch (const ArgumentError& error) {
+    return host_runtime::fail(error.code, error.what());
+  }
   return host_runtime::submit(stream, executor->operation);
 }
 

@@ -45,6 +45,11 @@ struct Attribute {
       value;
 };
 
+/// Device memory that the caller of phase 2 provides. Phase 2 sets the address; a body that asked for it keeps a share.
+struct Workspace {
+  void* address = nullptr;
+};
+
 /// One call of an operator with its arguments: a stream task.
 class Operator final : public host_runtime::Task {
  public:
@@ -55,6 +60,9 @@ class Operator final : public host_runtime::Task {
   std::vector<host_runtime::MemoryAccess> accesses() const override;
   std::string arguments_json() const override;
 
+  /// Phase 2's memory, for bodies that asked for some. Throws ArgumentError when it is less than phase 1 said.
+  void bring_workspace(void* address, uint64_t bytes);
+
  private:
   friend class Call;
   const char* name_;
@@ -62,6 +70,8 @@ class Operator final : public host_runtime::Task {
   c10::SmallVector<Attribute, 2> attributes_;
   Work work_;
   bool calls_aten_ = false;
+  std::shared_ptr<Workspace> workspace_;
+  uint64_t workspace_bytes_ = 0;
 };
 
 /// Collects the arguments of one call during phase 1. The functions named after parameter kinds record the
@@ -108,6 +118,8 @@ class Call {
   void take_aten(Work work);
 
   const char* name() const { return operator_->name_; }
+  /// Asks for `bytes` of device scratch; the address is there when the body runs.
+  std::shared_ptr<Workspace> workspace(uint64_t bytes);
   /// Bytes of device memory that phase 1 asks for. Bodies own their scratch memory, so this is 0 unless
   /// stated.
   uint64_t workspace_bytes = 0;
@@ -146,7 +158,7 @@ int prepare(const char* name, uint64_t* workspace, aclOpExecutor** executor, con
 }
 
 /// Phase 2: submits what phase 1 prepared.
-int execute(const char* name, aclOpExecutor* executor, aclrtStream stream);
+int execute(const char* name, void* workspace, uint64_t bytes, aclOpExecutor* executor, aclrtStream stream);
 
 /// "float16[2, 3]" for messages.
 std::string describe(const Tensor& tensor);

@@ -166,7 +166,7 @@ void set_sections(const Call& call, const CachedRope& a, kernels::CachedRotary& 
   rotary.sections = a.positions->dim() == 1 ? 1 : a.positions->size(0);
   rotary.sections_interleaved = a.cache_mode == 1;
   if (rotary.sections == 1) return;
-  const std::vector<int64_t>& sizes = a.sections->values;
+  const at::IntArrayRef sizes = a.sections.value_or(at::IntArrayRef());
   int64_t total = 0;
   for (const int64_t size : sizes) total += size;
   if (rotary.sections > 4 || static_cast<int64_t>(sizes.size()) != rotary.sections ||
