@@ -5,8 +5,6 @@ from __future__ import annotations
 from npu_compiler.facts.sizes import Fact, equal, known
 from npu_compiler.passes.pattern import Any, Call, Cast, Exactly, Match, Number, OneOf, Pattern
 
-NORM_CALLS = "aten.mul.Tensor|vllm_ir.rms_norm.default|aten._to_copy.default"
-
 
 def rms_norm(x: Pattern, again: Pattern, tag: str = "") -> Pattern:
     """x / sqrt(mean(x^2) + epsilon) * weight, with conversions to float32 and back where a model has them.
@@ -23,7 +21,7 @@ def rms_norm(x: Pattern, again: Pattern, tag: str = "") -> Pattern:
         )
     )
     mean = Call("aten.mean.dim", square, Any("dims" + tag), Exactly(True))
-    scale = Call("aten.rsqrt.default", Call("aten.add.Tensor", mean, Number("epsilon" + tag)))
+    scale = Call("aten.rsqrt.default", Call("aten.add.Tensor|aten.add.Scalar", mean, Number("epsilon" + tag)))
     normed = Cast(Call("aten.mul.Tensor", wide, scale, commutes=True))
     written_out = Cast(Call("aten.mul.Tensor", Any("weight" + tag), normed, commutes=True))
     vllm = Call("vllm_ir.rms_norm.default", x, Any("weight" + tag), Number("epsilon" + tag), Exactly(None))

@@ -254,9 +254,11 @@ def _arguments(node: fx.Node, count: int) -> list[object] | None:
 
 
 def _is_cast(node: fx.Node) -> bool:
-    if str(node.target) == CASTS[0]:
-        return set(node.kwargs) == {"dtype"}
-    return str(node.target) == CASTS[1]
+    """Whether `node` converts the dtype of its argument and nothing else."""
+    if str(node.target) not in CASTS or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = node.args[0].meta["val"], node.meta["val"]
+    return before.device == after.device and before.layout == after.layout and not node.kwargs.get("memory_format")
 
 
 def _match_half(pattern: Half, value: object, state: _State, miss: Miss) -> Iterator[_State]:

@@ -106,14 +106,8 @@ class UpdateResources:
     """What the full graphs of one model share. They never run at the same time, so one of each is enough."""
 
     stream: npu.Stream = field(default_factory=npu.Stream)
-    events: list[npu.ExternalEvent] = field(default_factory=list)
-    workspace: Tensor | None = None
     ready: npu.Event = field(default_factory=npu.Event)
-
-    def event(self, index: int) -> npu.ExternalEvent:
-        while len(self.events) <= index:
-            self.events.append(npu.ExternalEvent())
-        return self.events[index]
+    workspace: Tensor | None = None
 
 
 class GraphUpdates:
@@ -134,7 +128,7 @@ class GraphUpdates:
             shared.workspace = needed
         call = replace(call, workspace=shared.workspace, softmax_lse=call.unused_lse())
         stream = npu.current_stream()
-        event = shared.event(len(self._groups))
+        event = npu.ExternalEvent()  # one a group: torch_npu pairs each captured wait with one record
         event.wait(stream)
         event.reset(stream)
         npu.graph_task_group_begin(stream)

@@ -86,12 +86,21 @@ def test_data_dependent_shape_names_the_line() -> None:
 
 def test_host_value_in_the_graph_names_the_line() -> None:
     def reads(x: Tensor) -> Tensor:
-        n = x.sum().item()
-        return x * n
+        n = x[0].item()
+        return torch.zeros(n, device=x.device)
 
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        error = refusal(reads, torch.ones(4).npu(), fullgraph=True)
-    assert "x.sum().item()" in error.where
+        error = refusal(reads, torch.tensor([3, 1]).npu(), fullgraph=True)
+    assert "x[0].item()" in error.where
+    assert "reads a tensor's value on the host" in error.what
+
+
+def test_host_value_that_stays_a_tensor_is_captured() -> None:
+    """`x * x.sum().item()`: AOTAutograd keeps the number on the device, so there is nothing to refuse."""
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        run = torch.compile(lambda x: x * x.sum().item(), backend="ascend", fullgraph=True)
+        for scale in (1.0, 2.0, 3.0):
+            assert run(torch.full((4,), scale).npu()).cpu().tolist() == [4 * scale * scale] * 4
 
 
 def test_capture_off_lets_them_run() -> None:

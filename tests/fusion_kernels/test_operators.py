@@ -1,0 +1,97 @@
+"""Every fused operator and every provider of it against its reference in float64, and its fake against its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from npu_compiler.fusion_kernels import OPERATORS, register
+from npu_compiler.fusion_kernels.operator import FusedOperator, Provider
+from npu_compiler.fusion_kernels.rope import QK_NORM_ROPE, QK_ROPE
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+DEVICES = ["cpu", "npu"]
+
+
+def cases() -> Iterator[Any]:
+    for entry in OPERATORS:
+        for provider in entry.providers:
+            yield pytest.param(entry, provider, id=f"{entry.name}-{provider.name}")
+
+
+def place(value: Any, device: str) -> Any:
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, value)
+
+
+def error(got: Any, expected: Any) -> float:
+    worst = 0.0
+    for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+        difference = (a.cpu().double() - b).abs().max() / b.abs().max()
+        worst = max(worst, float(difference))
+    return worst
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> None:
+    register()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("entry", "provider"), cases())
+def test_provider(entry: FusedOperator, provider: Provider, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    args = entry.example(dtype)
+    if provider.name == "aclnnApplyRotaryPosEmbV2":
+        args = wider_heads(args)
+    device = "npu" if provider.needs else "cpu"
+    on_device = place(args, device)
+    assert not provider.refuses(*on_device)
+    exact = entry.reference(*(arg.double() if isinstance(arg, torch.Tensor) else arg for arg in args))
+    assert error(provider.run(*on_device), exact) < TOLERANCE[dtype]
+
+
+def wider_heads(args: Any) -> Any:
+    """The example with heads of 128 elements, which the paired operator asks for."""
+    return [arg.repeat_interleave(2, dim=-1) if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("entry", OPERATORS, ids=lambda entry: entry.name)
+def test_operator_leaves_its_arguments_alone_and_its_fake_is_true(entry: FusedOperator, device: str) -> None:
+    args = place(entry.example(torch.float32), device)
+    before = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, args)
+    operator = getattr(torch.ops.npu_fused, entry.name)
+    result = operator(*args)
+    for a, b in zip(tree_leaves(args), tree_leaves(before), strict=True):
+        assert torch.equal(a.cpu(), b.cpu()) if isinstance(a, torch.Tensor) else a == b
+    with FakeTensorMode() as mode:
+        fake = operator(*(mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+    for a, b in zip(tree_leaves(result), tree_leaves(fake), strict=True):
+        assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+    inputs = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+    assert not inputs & {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(result)}
+
+
+@pytest.mark.parametrize("entry", OPERATORS, ids=lambda entry: entry.name)
+def test_provider_follows_availability(entry: FusedOperator) -> None:
+    """On host tensors nothing of CANN's has a kernel; on the device the first provider that takes the arguments runs."""
+    args = entry.example(torch.float32)
+    assert entry.provider(*args).name == "composition"
+    on_device = place(args, "npu")
+    expected = next(provider for provider in entry.providers if not provider.refuses(*on_device))
+    assert entry.provider(*on_device) is expected
+    doubles = tuple(arg.double() if isinstance(arg, torch.Tensor) else arg for arg in on_device)
+    assert entry.provider(*doubles).name == "composition"
+
+
+@pytest.mark.parametrize("entry", [QK_ROPE, QK_NORM_ROPE], ids=lambda entry: entry.name)
+def test_documented_limits_of_the_rotation(entry: FusedOperator) -> None:
+    """aclnnRotaryPositionEmbedding takes fewer than 1000 heads: more fall to the composition."""
+    args = list(place(entry.example(torch.float32), "npu"))
+    args[0] = args[0].repeat(1, 250, 1)
+    assert entry.provider(*args).name == "composition"

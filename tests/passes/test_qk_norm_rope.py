@@ -1,0 +1,162 @@
+"""qk_norm_rope: Hugging Face's and vLLM's programs, and what is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from npu_compiler.config import Options
+from npu_compiler.passes import pipeline, qk_norm_rope
+from npu_compiler.passes.record import Pass, PassRecord
+from tests.passes.lowered import apply, calls, lowered
+
+PASS = Pass(qk_norm_rope.NAME, "", qk_norm_rope.run)
+HEADS, KV_HEADS, SIZE = 4, 2, 16
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.float32)
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def turn(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def hugging_face(x: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """x [B, T, (HEADS + KV_HEADS) * SIZE]; cos, sin [B, T, SIZE]; as in transformers' Qwen3Attention."""
+    q, k = x.split([HEADS * SIZE, KV_HEADS * SIZE], dim=-1)
+    q, k = q.unflatten(-1, (HEADS, SIZE)), k.unflatten(-1, (KV_HEADS, SIZE))
+    if q_weight is not None and k_weight is not None:
+        q, k = norm(q, q_weight), norm(k, k_weight)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + turn(q) * sin, k * cos + turn(k) * sin
+
+
+def vllm(x: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """x [T, (HEADS + KV_HEADS) * SIZE]; cos, sin [T, SIZE / 2]; as in vLLM's ApplyRotaryEmb.forward_static."""
+
+    def rotate(part: Tensor) -> Tensor:
+        part = part.view(part.shape[0], -1, SIZE)
+        c, s = cos.unsqueeze(-2).to(part.dtype), sin.unsqueeze(-2).to(part.dtype)
+        first, second = torch.chunk(part, 2, dim=-1)
+        turned = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+        return torch.cat((turned, part[..., SIZE:]), dim=-1).reshape(part.shape[0], -1)
+
+    q, k = x.split([HEADS * SIZE, KV_HEADS * SIZE], dim=-1)
+    if q_weight is not None and k_weight is not None:
+        q = norm(q.view(q.shape[0], -1, SIZE), q_weight).view(q.shape)
+        k = norm(k.view(k.shape[0], -1, SIZE), k_weight).view(k.shape)
+    return rotate(q), rotate(k)
+
+
+def arguments(form: Callable[..., object], normed: bool, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    batch = (2, 5) if form is hugging_face else (5,)
+    width = SIZE if form is hugging_face else SIZE // 2
+    x = torch.randn(*batch, (HEADS + KV_HEADS) * SIZE, dtype=dtype)
+    weights = [torch.randn(SIZE, dtype=dtype) if normed else None for _ in range(2)]
+    angle = torch.randn(*batch, SIZE // 2)
+    angle = torch.cat((angle, angle), dim=-1)[..., :width]
+    return x, *weights, angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("form", [hugging_face, vllm])
+def test_pair_becomes_one_operator(form: Callable[..., tuple[Tensor, ...]], normed: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    args = arguments(form, normed, dtype)
+    program = lowered(form, *args)
+    tensors = [arg for arg in args if arg is not None]
+    records = pipeline.run(program.graph, Options())
+    fused = "npu_fused.qk_norm_rope.default" if normed else "npu_fused.qk_rope.default"
+    operators = calls(program.graph)
+    assert operators.count(fused) == 1
+    assert not {"aten.rsqrt.default", "aten.neg.default", "aten.sub.Tensor", "aten.mul.Tensor"} & set(operators)
+    (record,) = [record for record in records if record.name == qk_norm_rope.NAME]
+    assert [fired.rule for fired in record.fired] == [fused.split(".")[1]]
+    expected = form(*(arg if arg is None else arg.double() for arg in args))
+    for got, want in zip(program.graph(*tensors), expected, strict=True):
+        torch.testing.assert_close(
+            got.double(), want, rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05, check_dtype=False
+        )
+
+
+def test_dynamic_token_count() -> None:
+    args = arguments(hugging_face, True, torch.float32)
+    for arg in (args[0], *args[3:]):
+        assert arg is not None
+        torch._dynamo.mark_dynamic(arg, 1)
+    program = lowered(hugging_face, *args, dynamic=None)
+    record = apply(PASS, program.graph)
+    assert [fired.rule for fired in record.fired] == ["qk_norm_rope"]
+
+
+def test_layers_are_paired_each_on_its_own() -> None:
+    """All layers share cos and sin, and the second layer's q depends on the first one's k."""
+
+    def two_layers(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        q, k = hugging_face(x, None, None, cos, sin)
+        y = torch.cat((q, k), dim=1).transpose(1, 2).flatten(2)
+        return hugging_face(y, None, None, cos, sin)
+
+    x, _, _, cos, sin = arguments(hugging_face, False, torch.float32)
+    assert x is not None
+    assert cos is not None
+    assert sin is not None
+    program = lowered(two_layers, x, cos, sin)
+    pipeline.run(program.graph, Options())
+    assert calls(program.graph).count("npu_fused.qk_rope.default") == 2
+    for got, want in zip(program.graph(x, cos, sin), two_layers(x, cos, sin), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def left_out(function: Callable[..., object], *args: Tensor) -> tuple[list[str], PassRecord]:
+    program = lowered(function, *args)
+    record = apply(PASS, program.graph)
+    return [refused.reason for refused in record.refused], record
+
+
+def test_one_rotated_tensor_stays() -> None:
+    reasons, record = left_out(
+        lambda x, cos, sin: x * cos + turn(x) * sin, torch.randn(5, 4, 16), torch.randn(5, 1, 16), torch.randn(5, 1, 16)
+    )
+    assert not record.fired
+    assert reasons == ["no second tensor is rotated by the same cos and sin"]
+
+
+def test_chain_of_two_rotations_is_no_pair() -> None:
+    def chain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y = x * cos + turn(x) * sin
+        return y * cos + turn(y) * sin
+
+    reasons, record = left_out(chain, torch.randn(5, 4, 16), torch.randn(5, 1, 16), torch.randn(5, 1, 16))
+    assert not record.fired
+    assert "no independent tensor is rotated by the same cos and sin" in reasons
+
+
+def test_heads_before_tokens_in_memory_stays() -> None:
+    def straight(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return q * cos + turn(q) * sin, k * cos + turn(k) * sin
+
+    reasons, record = left_out(
+        straight, torch.randn(2, 4, 5, 16), torch.randn(2, 4, 5, 16), torch.randn(2, 1, 5, 16), torch.randn(2, 1, 5, 16)
+    )
+    assert not record.fired
+    assert any("heads come before tokens in memory" in reason for reason in reasons)
+
+
+def test_mixed_dtypes_stay() -> None:
+    reasons, record = left_out(
+        lambda x, cos, sin: x * cos + turn(x) * sin,
+        torch.randn(5, 4, 16, dtype=torch.bfloat16),
+        torch.randn(5, 1, 16),
+        torch.randn(5, 1, 16),
+    )
+    assert not record.fired
+    assert any("are mixed" in reason for reason in reasons)
