@@ -107,7 +107,7 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
         partner = waiting.pop(rotated.family, None)
         if partner is None:
             waiting[rotated.family] = rotated
-        elif _first_use(module.graph, partner, rotated) is None:  # rotated is computed from its predecessor
+        elif _first_use(partner, rotated) is None:  # rotated is computed from its predecessor
             record.refuse(NAME, partner.root, "no independent tensor is rotated by the same cos and sin")
             waiting[rotated.family] = rotated
         else:
@@ -196,12 +196,12 @@ def _legal_norm(norm: Match, source: fx.Node) -> bool:
     return bool(same_shape(x.shape, source.meta["val"].shape, "shape") & legal_norm(norm, x.shape[-1]))
 
 
-def _first_use(graph: fx.Graph, first: Rotated, second: Rotated) -> fx.Node | None:
+def _first_use(first: Rotated, second: Rotated) -> fx.Node | None:
     """Where one call for both can stand: everything it reads is known there, and nothing has used its results yet."""
     inputs = [
         part for one in (first, second) for part in (one.source, one.weight, one.cos, one.sin) if part is not None
     ]
-    return insertion_point(graph, inputs, [first.root, second.root])
+    return insertion_point(inputs, [first.root, second.root], [*first.nodes, *second.nodes])
 
 
 def _fuse(graph: fx.Graph, first: Rotated, second: Rotated, record: PassRecord) -> None:
@@ -214,7 +214,7 @@ def _fuse(graph: fx.Graph, first: Rotated, second: Rotated, record: PassRecord) 
     if not verdict:
         record.refuse(NAME, second.root, verdict.text)
         return
-    point = _first_use(graph, first, second)
+    point = _first_use(first, second)
     made: list[fx.Node] = []
     with graph.inserting_before(point):
         cos, sin = (_table(graph, table, first, made) for table in (first.cos, first.sin))

@@ -15,7 +15,7 @@ from torch import fx
 
 from npu_compiler.facts.sizes import Fact, known, same_layout
 from npu_compiler.graph.build import call
-from npu_compiler.graph.effects import tensors
+from npu_compiler.graph.effects import is_pure, tensors
 from npu_compiler.passes.pattern import Match, Pattern, find, root_targets
 from npu_compiler.passes.record import PassRecord
 
@@ -69,9 +69,10 @@ def apply(module: fx.GraphModule, rules: Iterable[Rule], record: PassRecord) -> 
 
 def _rewrite(graph: fx.Graph, rule: Rule, match: Match, record: PassRecord, erased: set[fx.Node]) -> bool:
     replaced = [match.root if name == "root" else match.node(name) for name in rule.results]
-    verdict = rule.legal(match) & private(match.nodes, replaced)
+    verdict = rule.legal(match)
+    verdict = verdict & private(match.nodes, replaced)
     operands = rule.operands(match) if verdict else ()
-    point = insertion_point(graph, operands, replaced)
+    point = insertion_point(operands, replaced, match.nodes)
     if verdict and point is None:
         verdict = known(False, "an operand is computed after a result is first used")
     if not verdict:
@@ -107,11 +108,41 @@ def private(nodes: Sequence[fx.Node], results: Sequence[fx.Node]) -> Fact:
     return known(True, "inner values are private")
 
 
-def insertion_point(graph: fx.Graph, operands: Sequence[object], results: Sequence[fx.Node]) -> fx.Node | None:
-    """The earliest of the results and their users, if all operands are known there; None otherwise."""
-    point = min([*results, *(user for result in results for user in result.users if user not in results)])
+def insertion_point(
+    operands: Sequence[object], results: Sequence[fx.Node], covered: Iterable[fx.Node]
+) -> fx.Node | None:
+    """The first call outside the match that uses a result, with all operands computed before it; None if one can't be.
+
+    An operand that stands behind that call, but needs nothing the match computes, is moved before it.
+
+    Args:
+        covered: the calls of the match, which will be gone.
+    """
+    gone = set(covered)
+    users = [user for result in results for user in result.users if user not in gone]
+    point = min(users, default=min(results))
     inputs = [item for item in operands if isinstance(item, fx.Node)]
-    return point if all(item < point for item in inputs) else None
+    if gone.intersection(inputs):
+        return None
+    late = [item for item in inputs if not item < point]
+    moves: dict[fx.Node, None] = {}
+    if not all(_movable(item, point, gone, moves) for item in late):
+        return None
+    for node in sorted(moves):
+        point.prepend(node)
+    return point
+
+
+def _movable(node: fx.Node, point: fx.Node, gone: set[fx.Node], moves: dict[fx.Node, None]) -> bool:
+    """Whether `node` can be computed before `point`; adds what has to move for it to `moves`."""
+    if node < point or node in moves:
+        return True
+    if node in gone or node is point or not is_pure(node):
+        return False
+    if all(_movable(item, point, gone, moves) for item in node.all_input_nodes):
+        moves[node] = None
+        return True
+    return False
 
 
 def unpack(graph: fx.Graph, fused: fx.Node, made_by: str) -> list[fx.Node]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
 import torch
 
-Size = int | torch.SymInt
+Size: TypeAlias = "int | torch.SymInt"
 
 
 class Truth(enum.Enum):

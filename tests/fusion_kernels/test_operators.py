@@ -79,14 +79,14 @@ def test_operator_leaves_its_arguments_alone_and_its_fake_is_true(entry: FusedOp
 
 @pytest.mark.parametrize("entry", OPERATORS, ids=lambda entry: entry.name)
 def test_provider_follows_availability(entry: FusedOperator) -> None:
-    """On host tensors nothing of CANN's has a kernel; on the device the first provider that takes the arguments runs."""
+    """On host tensors nothing of CANN's has a kernel; on the device the first provider that can takes over."""
     args = entry.example(torch.float32)
     assert entry.provider(*args).name == "composition"
     on_device = place(args, "npu")
     expected = next(provider for provider in entry.providers if not provider.refuses(*on_device))
     assert entry.provider(*on_device) is expected
-    doubles = tuple(arg.double() if isinstance(arg, torch.Tensor) else arg for arg in on_device)
-    assert entry.provider(*doubles).name == "composition"
+    integers = tuple(arg.int() if isinstance(arg, torch.Tensor) else arg for arg in on_device)
+    assert entry.provider(*integers).name == "composition"
 
 
 @pytest.mark.parametrize("entry", [QK_ROPE, QK_NORM_ROPE], ids=lambda entry: entry.name)

@@ -27,7 +27,9 @@ def turn(x: Tensor) -> Tensor:
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
-def hugging_face(x: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+def hugging_face(
+    x: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, ...]:
     """x [B, T, (HEADS + KV_HEADS) * SIZE]; cos, sin [B, T, SIZE]; as in transformers' Qwen3Attention."""
     q, k = x.split([HEADS * SIZE, KV_HEADS * SIZE], dim=-1)
     q, k = q.unflatten(-1, (HEADS, SIZE)), k.unflatten(-1, (KV_HEADS, SIZE))
