@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -313,6 +314,44 @@ def check_objects() -> None:
 def check_names() -> None:
     assert dist.get_backend() == "hccl" and dist.get_world_size() == RANKS and dist.get_rank() == RANK
     assert dist.is_initialized() and dist.is_available()
+
+
+def check_communicator_name() -> None:
+    """What fused communication operators take as their group: the same on all ranks, and not empty."""
+    backend = dist.group.WORLD._get_backend(torch.device("npu"))
+    names: list[object] = [None] * RANKS
+    dist.all_gather_object(names, backend.get_hccl_comm_name(RANK))
+    assert names[0] and len(set(names)) == 1, names
+
+
+def check_data_parallel_gradients() -> None:
+    """DistributedDataParallel's reducer: gradients are the mean over the ranks' batches."""
+    torch.manual_seed(3)
+    model = torch.nn.Linear(6, 4)
+    reference = torch.nn.Linear(6, 4)
+    reference.load_state_dict(model.state_dict())
+    wrapped = torch.nn.parallel.DistributedDataParallel(model.npu())
+    wrapped(values(RANK, 5, 6).npu()).square().mean().backward()
+    torch.stack([reference(batch).square().mean() for batch in everyone(5, 6)]).mean().backward()
+    torch.testing.assert_close(model.weight.grad.cpu(), reference.weight.grad)
+    torch.testing.assert_close(model.bias.grad.cpu(), reference.bias.grad)
+
+
+def check_init_again() -> None:
+    """The last check: after destroying everything a process group can be made again, over TCP this time."""
+    port = 0
+    if RANK == 0:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+    shared: list[object] = [port]
+    dist.broadcast_object_list(shared, src=0)
+    dist.destroy_process_group()
+    assert not dist.is_initialized()
+    dist.init_process_group("hccl", init_method=f"tcp://127.0.0.1:{shared[0]}", rank=RANK, world_size=RANKS)
+    x = values(RANK, 12).npu()
+    dist.all_reduce(x)
+    same(x, torch.stack(everyone(12)).sum(0))
 
 
 def scenario_dead_peer() -> None:
