@@ -70,6 +70,7 @@ def test_steps_are_replays_without_waiting(folder: Path, asynchronous: bool) -> 
     assert data["decode_steps"] == {"total": STEPS, "replayed": STEPS, "piecewise": 0, "eager": 0}
     assert launches == STEPS
     assert sum(graph["replays"] for graph in data["graphs"]) == STEPS
-    # An asynchronous engine runs a step ahead and reuses its host buffers: if the device is that far behind, it waits.
+    # An asynchronous engine runs a step ahead and reuses its host buffers: where the device is that far behind, the
+    # host waits before it fills them. Nothing else may wait, and a synchronous engine not at all.
     assert waits.total == data["input_waits"]
-    assert data["input_waits"] <= (STEPS // 10 if asynchronous else 0)
+    assert asynchronous or waits.total == 0
