@@ -121,7 +121,8 @@ def compile_fx(
         after_passes: called with the functional graph after the passes and before writes go back in place.
 
     Returns:
-        A callable with the graph's own convention, mutations and returned structure included.
+        A callable with the graph's own convention, mutations and returned structure included (a flat tuple comes back
+        as a list, as from every compiler of torch.compile).
 
     Raises:
         OptionError, TrainingError: see there.

@@ -122,11 +122,13 @@ class Buffers:
         """A tensor of example's dtype, shape and strides in the memory of input `position`."""
         extent = 1 + sum((size - 1) * step for size, step in zip(example.shape, example.stride(), strict=True))
         needed = max(0 if example.numel() == 0 else extent, 1) * example.element_size()
-        flat = self._flat.get(position)
-        if flat is None or flat.numel() < needed:
-            flat = self._flat[position] = torch.empty(needed, dtype=torch.uint8, device=example.device)
-        typed = flat[: flat.numel() // example.element_size() * example.element_size()].view(example.dtype)
-        return typed.as_strided(example.shape, example.stride())
+        # A tensor made in inference mode could not be written in a later call outside it.
+        with torch.inference_mode(False):
+            flat = self._flat.get(position)
+            if flat is None or flat.numel() < needed:
+                flat = self._flat[position] = torch.empty(needed, dtype=torch.uint8, device=example.device)
+            typed = flat[: flat.numel() // example.element_size() * example.element_size()].view(example.dtype)
+            return typed.as_strided(example.shape, example.stride())
 
 
 def writable(tensor: torch.Tensor) -> torch.Tensor:

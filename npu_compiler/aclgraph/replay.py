@@ -68,6 +68,7 @@ class Replayer:
         self._why_not = _why_not(program.graph, self._plan, options)
         if not self._why_not:
             refuse_uncapturable(program.graph)
+            self._device = _device(program.graph)
         self._returned_inputs = _returned_inputs(program.graph)
         self._calls = sum(node.op == "call_function" for node in program.graph.nodes)
         self._allowed = frozenset(options.capture_sizes)
@@ -79,6 +80,12 @@ class Replayer:
     def __call__(self, *args: Any) -> Any:
         if self._why_not:
             return self._uncaptured(args, self._why_not)
+        if torch.npu.current_device() != self._device:
+            with torch.npu.device(self._device):
+                return self._serve(args)
+        return self._serve(args)
+
+    def _serve(self, args: Sequence[Any]) -> Any:
         key = tuple([args[position] for position in self._plan.sizes])
         found = self._graphs.get(key)
         if found is None:
@@ -191,6 +198,13 @@ def _why_not(graph: fx.Graph, plan: InputPlan, options: Options) -> str:
     if plan.host:
         return f"scalar in host memory: {', '.join(plan.names[position] for position in plan.host)}"
     return ""
+
+
+def _device(graph: fx.Graph) -> int:
+    """Index of the device the program runs on. A tensor without an index is on the current one."""
+    found = [tensor.device for node in graph.nodes for tensor in tensors(node) if tensor.device.type == "npu"]
+    index = next((device.index for device in found if device.index is not None), None)
+    return torch.npu.current_device() if index is None else index
 
 
 def _returned_inputs(graph: fx.Graph) -> dict[int, int]:

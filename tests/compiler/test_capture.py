@@ -297,3 +297,30 @@ def test_own_memory_on_request_refuses_stale_outputs(dtype: torch.dtype) -> None
         compiled(x)
     del view
     assert compiled(x).cpu().eq(2).all()
+
+
+def test_nothing_but_views() -> None:
+    compiled = Compiled(lambda x: (x.view(-1), x.shape[0]), dynamic=False)
+    x = torch.rand(2, 3).npu()
+    for _ in range(2):
+        flat, rows = compiled(x)
+        assert flat.data_ptr() == x.data_ptr()
+        assert rows == 2
+
+
+def test_inference_mode_and_no_grad_may_alternate() -> None:
+    compiled = Compiled(lambda x: x * 2, dynamic=False)
+    for i in range(4):
+        x = torch.full((3,), float(i)).npu()
+        with torch.inference_mode(i % 2 == 0):
+            assert compiled(x).cpu().tolist() == [2.0 * i] * 3
+
+
+def test_device_that_is_not_the_current_one() -> None:
+    compiled = Compiled(lambda x: x * 2 + 1, dynamic=False)
+    for i in range(3):
+        result = compiled(torch.full((3,), float(i)).to("npu:1"))
+        assert result.device == torch.device("npu:1")
+        assert result.cpu().tolist() == [2.0 * i + 1] * 3
+    assert compiled.ledger.replays == 2
+    assert torch.npu.current_device() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def test_defaults(folder: Path) -> None:
 
 def test_no_model_at_the_path(tmp_path: Path) -> None:
     missing = tmp_path / "nothing"
-    with pytest.raises(ValueError, match=f"(?s){missing}"):
+    # vLLM's ValueError where the hub is offline; otherwise the hub refuses the path as a repository name.
+    with pytest.raises((ValueError, OSError), match=re.escape(str(missing))):
         configure(missing)
 
 

@@ -1,0 +1,37 @@
+"""The examples of docs/compiler.md run as they are printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+PAGE = Path(__file__).parents[2] / "docs" / "compiler.md"
+
+
+def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 3
+    file = tmp_path / "example.py"
+    file.write_text("\n".join(blocks))  # a real file, so that messages can show its lines
+    with torch.enable_grad():
+        exec(compile(file.read_text(), str(file), "exec"), {"__name__": "example"})
+    printed = capsys.readouterr().out
+    for part in ("fired add_rms_norm", "fired swiglu", "2 replays", "captured static", "return x.cpu() + 1"):
+        assert part in printed
+
+
+def test_page_names_every_option_and_pass() -> None:
+    import dataclasses
+
+    from npu_compiler import errors
+    from npu_compiler.config import Options
+    from npu_compiler.passes import pipeline
+
+    text = PAGE.read_text()
+    for name in (*(field.name for field in dataclasses.fields(Options)), *pipeline.names()):
+        assert f"`{name}`" in text
+    for kind in errors.NpuCompilerError.__subclasses__():
+        assert f"`{kind.__name__}`" in text
