@@ -33,6 +33,7 @@ from npu_compiler.graph.effects import is_functionalized, storage, tensors
 from npu_compiler.passes.record import PassRecord
 
 NAME = "reinplace"
+aten = torch.ops.aten
 
 
 def run(module: fx.GraphModule, record: PassRecord) -> None:
@@ -45,15 +46,19 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
     mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
     if mode is None:  # a program over sizes only writes nothing
         return
+    functional = {node: str(node.target) for node in graph.nodes}
+    index_copies = graph.find_nodes(op="call_function", target=aten.index_copy.default)
+    dimensions = {node: _as_index_put(node) for node in index_copies}
     for node in list(graph.nodes):
         if is_functionalized(node):
             _separate_reads(graph, node, _written(node), record)
         elif node.target in inplaceable_ops:
             positions = inplaceable_ops[node.target].mutated_args
             _separate_reads(graph, node, [node.args[position] for position in positions], record)
-    functional = {node: str(node.target) for node in graph.nodes if node.target in inplaceable_ops}
     with V.set_fake_mode(mode):
         reinplace_inplaceable_ops(FakeTensorUpdater(module), graph)
+    for node, dimension in dimensions.items():
+        _as_index_copy(node, dimension)
     for node in graph.nodes:
         if is_functionalized(node):
             _note(node, record)
@@ -62,9 +67,29 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
     with V.set_fake_mode(mode):
         decompose_auto_functionalized(graph)
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten.copy_.default and node.args[0] is node.args[1]:
+        if node.target is aten.copy_.default and node.args[0] is node.args[1]:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _as_index_put(node: fx.Node) -> int:
+    """Makes an index_copy an equal index_put, which Inductor's analysis knows; returns the dimension.
+
+    transformers' static KV cache is written by index_copy_; left functional, it would be copied whole at every token.
+    """
+    source, dimension, index, values = node.args
+    dimension %= max(source.meta["val"].dim(), 1)
+    node.target = aten.index_put.default
+    node.args = (source, [None] * dimension + [index], values)
+    return dimension
+
+
+def _as_index_copy(node: fx.Node, dimension: int) -> None:
+    """Takes `_as_index_put` back; what was found to be in place stays in place."""
+    source, indices, values = node.args
+    in_place = node.target is not aten.index_put.default
+    node.target = aten.index_copy_.default if in_place else aten.index_copy.default
+    node.args = (source, dimension, indices[-1], values)
 
 
 def _note(node: fx.Node, record: PassRecord) -> None:
@@ -91,7 +116,7 @@ def _separate_reads(graph: fx.Graph, node: fx.Node, written: list[Any], record: 
             return arg
         if arg not in done:
             with graph.inserting_before(node):
-                done[arg] = call(graph, torch.ops.aten.clone.default, (arg,), replaces=[arg], made_by=NAME)
+                done[arg] = call(graph, aten.clone.default, (arg,), replaces=[arg], made_by=NAME)
             record.refuse(NAME, node, f"{arg.name} is read from memory that the same call writes; it got a copy")
         return done[arg]
 

@@ -194,7 +194,7 @@ def _why_not(graph: fx.Graph, plan: InputPlan, options: Options) -> str:
     if "npu" not in devices:
         return "no tensor on an npu device"
     if not any("npu" in {tensor.device.type for tensor in tensors(node)} for node in calls):
-        return "nothing to compute"
+        return "nothing to compute on the device"
     if plan.host:
         return f"scalar in host memory: {', '.join(plan.names[position] for position in plan.host)}"
     return ""

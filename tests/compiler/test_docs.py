@@ -19,7 +19,7 @@ def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with torch.enable_grad():
         exec(compile(file.read_text(), str(file), "exec"), {"__name__": "example"})
     printed = capsys.readouterr().out
-    for part in ("fired add_rms_norm", "fired swiglu", "2 replays", "captured static", "return x.cpu() + 1"):
+    for part in ("fired add_rms_norm", "fired swiglu", "2 replays", "captured static", "return (x * 2).cpu() + 1"):
         assert part in printed
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from npu_compiler.passes import dead_code, noop, reinplace
+from npu_compiler.passes import common, dead_code, noop, reinplace
 from npu_compiler.passes.record import Pass
 from tests.passes.lowered import apply, calls, lowered
 
@@ -106,6 +106,32 @@ def test_input_mutation_needs_no_copy(operators: torch.library.Library) -> None:
         *(cache if tuple(fake.shape) == (8,) and index == 0 else y for index, fake in enumerate(program.inputs))
     )
     assert torch.equal(cache, y)
+
+
+def test_index_copy_into_a_cache() -> None:
+    def write(cache: torch.Tensor, position: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        cache.index_copy_(1, position, key)
+        return cache.sum()
+
+    cache, position, key = torch.zeros(2, 8, 4), torch.tensor([1, 5]), torch.randn(2, 2, 4)
+    program = lowered(write, cache.clone(), position, key)
+    apply(PASS, program.graph)
+    assert calls(program.graph) == ["aten.index_copy_.default", "aten.sum.default"]
+    expected = cache.clone().index_copy_(1, position, key)
+    assert torch.equal(program.graph(cache, position, key)[0], expected.sum())
+    assert torch.equal(cache, expected)
+
+
+def test_index_copy_whose_old_value_is_read_stays() -> None:
+    def write(cache: torch.Tensor, position: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return cache.exp().index_copy(0, position, key) + cache.exp()
+
+    cache, position, key = torch.randn(8, 4), torch.tensor([1, 5]), torch.randn(2, 4)
+    program = lowered(write, cache, position, key)
+    apply(Pass(common.NAME, "", common.run), program.graph)
+    apply(PASS, program.graph)
+    assert "aten.index_copy.default" in calls(program.graph)
+    assert torch.equal(program.graph(cache, position, key)[0], write(cache, position, key))
 
 
 def test_index_put_into_a_cache(operators: torch.library.Library) -> None:
