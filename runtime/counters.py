@@ -10,10 +10,10 @@ The names are listed in docs/host_runtime.md. With a real CANN there is no count
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 
-def _function() -> ctypes._CFuncPtr:
+def _function() -> Callable[..., int]:
     try:
         function = ctypes.CDLL(None).hostRuntimeCounters
     except AttributeError:

@@ -31,6 +31,9 @@ logger = init_logger(__name__)
 class NPUModelRunner(GPUModelRunner):
     """Adds to vLLM's runner: ACL graphs, npu streams, the run report. Steps themselves are vLLM's."""
 
+    model: Any
+    async_output_copy_stream: npu.Stream | None
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         with cuda_names_mean_npu():
             super().__init__(vllm_config, device)

@@ -29,9 +29,9 @@ The column `=>` says what the name is in a prepared expression, `=` what it is i
     dtype                         int32_t (aclDataType)  at::ScalarType                             the same
     bool int8 int32 int64 uint64 float double            the C++ type of that name                  the same
 
-**Bodies.** `=> EXPR` runs in phase 1 and gives a `Work` (a prepared `void()` callable that owns all it needs but device
-memory; kernels live in runtime/kernels); an empty Work declines, and then the `=` body is used. `call` in the expression
-is the Call: for refusals and for `call.workspace(bytes)`, device scratch that phase 2 brings. `= EXPR` or
+**Bodies.** `=> EXPR` runs in phase 1 and gives a `Work` (a prepared `void()` callable that owns all it needs but
+device memory; kernels live in runtime/kernels); an empty Work declines, and then the `=` body is used. `call` in the
+expression is the Call: for refusals and for `call.workspace(bytes)`, device scratch that phase 2 brings. `= EXPR` or
 `= { statements }` runs on the stream at each execution, and calls ATen; results must be written in place.
 
 **Constraints**, in brackets, separated by semicolons, are checked in phase 1 (ACLNN_ERR_PARAM_INVALID, 161002):
@@ -520,9 +520,9 @@ def listing(paths: list[Path]) -> str:
     lines = [
         "# Operators of the host runtime",
         "",
-        "Written by `runtime/aclnn/generate.py --list`; do not edit. `prepared`: a kernel with resolved arguments, what",
-        "a captured graph replays; `ATen`: PyTorch's CPU operator; `prepared, ATen`: prepared where the operands allow,",
-        "ATen otherwise. The grammar of the tables is described at the top of `runtime/aclnn/generate.py`.",
+        "Written by `runtime/aclnn/generate.py --list`; do not edit. `prepared`: a kernel with resolved arguments,",
+        "what a captured graph replays; `ATen`: PyTorch's CPU operator; `prepared, ATen`: prepared where the operands",
+        "allow, ATen otherwise. The grammar of the tables is described at the top of `runtime/aclnn/generate.py`.",
     ]
     total = 0
     for path in sorted(paths):

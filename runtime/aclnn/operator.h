@@ -45,7 +45,8 @@ struct Attribute {
       value;
 };
 
-/// Device memory that the caller of phase 2 provides. Phase 2 sets the address; a body that asked for it keeps a share.
+/// Device memory that the caller of phase 2 provides. Phase 2 sets the address; a body that asked for it
+/// keeps a share.
 struct Workspace {
   void* address = nullptr;
 };
@@ -60,7 +61,8 @@ class Operator final : public host_runtime::Task {
   std::vector<host_runtime::MemoryAccess> accesses() const override;
   std::string arguments_json() const override;
 
-  /// Phase 2's memory, for bodies that asked for some. Throws ArgumentError when it is less than phase 1 said.
+  /// Phase 2's memory, for bodies that asked for some. Throws ArgumentError when it is less than phase 1
+  /// said.
   void bring_workspace(void* address, uint64_t bytes);
 
  private:
