@@ -35,6 +35,7 @@ class Builder {
     set_statistics();
     set_sequences();
     set_mask();
+    kernel_.plan();
     auto scratch = call_.workspace(kernels::attention_scratch(kernel_));
     auto kernel = std::make_shared<kernels::Attention>(std::move(kernel_));
     return [kernel, scratch] { kernels::attention(*kernel, scratch->address); };

@@ -414,6 +414,7 @@ class Builder {
     const bool padded = std::any_of(
         kernel_.sequences.begin(), kernel_.sequences.end(),
         [&](const auto& sequence) { return !layout_.packed() && sequence.query_length < query_.tokens; });
+    kernel_.plan();
     auto scratch = call_.workspace(kernels::attention_scratch(kernel_));
     auto kernel = std::make_shared<kernels::Attention>(std::move(kernel_));
     if (!padded && sink_ == nullptr)

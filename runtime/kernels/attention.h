@@ -48,6 +48,13 @@ struct Band {
   int64_t after = 0;
 };
 
+/// Work for one thread: tokens [token, token + tokens) of a request, heads [head, head + heads), which all
+/// share key head `key_head`. Row r of the tile is token r / heads and head r % heads.
+struct Tile {
+  int64_t sequence, token, tokens, head, heads, key_head;
+  int64_t rows() const { return tokens * heads; }
+};
+
 struct Attention {
   Type type;  ///< of query, key, value, ropes, output and bias
   HeadRows query, query_rope, key, key_rope, value;
@@ -71,6 +78,11 @@ struct Attention {
   Band band;
   const uint8_t* causal_probe = nullptr;  ///< a 2048 x 2048 compressed mask, checked to be an upper triangle
   std::vector<Sequence> sequences;
+  std::vector<Tile> tiles;  ///< written by plan()
+  int64_t work = 0;         ///< multiply-adds, written by plan()
+
+  /// Cuts the work into tiles: once for any number of runs.
+  void plan();
 };
 
 /// Bytes of scratch that `attention` needs: it depends on the widths and the number of threads only, not on

@@ -51,14 +51,6 @@ struct TileScratch {
   }
 };
 
-/// Tokens [token, token + tokens) of a request, heads [head, head + heads), which all share key head
-/// `key_head`. Row r of the tile is token r / heads and head r % heads.
-struct Tile {
-  const Sequence* sequence;
-  int64_t token, tokens, head, heads, key_head;
-  int64_t rows() const { return tokens * heads; }
-};
-
 struct KeyRange {
   int64_t begin, end;
 };

@@ -1,0 +1,148 @@
+"""Quantisation and int8 matmuls against references written from the documents' formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch_npu
+from torch import Tensor
+
+from tests.runtime import reference
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(3)
+
+
+def int8(values: Tensor) -> Tensor:
+    return values.round().clamp(-128, 127).to(torch.int8)
+
+
+def near(actual: Tensor, expected: Tensor) -> None:
+    """Int8 results may differ by one where the float32 value lies on a rounding edge."""
+    difference = (actual.cpu().int() - expected.int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 64), (2, 3, 33)])
+def test_dynamic_quant(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    x[0] *= 100
+    y, scale = torch_npu.npu_dynamic_quant(x.npu())
+    expected = x.double().abs().amax(-1) / 127
+    assert y.dtype == torch.int8 and scale.dtype == torch.float32
+    reference.assert_close(scale, expected, torch.float32)
+    near(y, int8(x.double() / expected[..., None]))
+    assert (y.cpu().abs().amax(-1) == 127).all(), "every row uses the whole range"
+
+
+def test_dynamic_quant_of_zeros_and_with_smooth_scales() -> None:
+    x, smooth = torch.randn(3, 16).half(), torch.rand(16).half() + 0.5
+    x[1] = 0
+    y, scale = torch_npu.npu_dynamic_quant(x.npu(), smooth_scales=smooth.npu())
+    smoothed = x.double() * smooth.double()
+    reference.assert_close(scale, smoothed.abs().amax(-1) / 127, torch.float32)
+    assert (y.cpu()[1] == 0).all() and scale.cpu()[1] == 0
+    near(y[::2], int8(smoothed[::2] / (smoothed[::2].abs().amax(-1, True) / 127)))
+
+
+def test_quantize_saturates() -> None:
+    x = torch.tensor([[-300.0, -1.5, 0.5, 2.5, 300.0, 1.0]])
+    scale, zero = torch.tensor([1.0]), torch.tensor([0.0])
+    y = torch_npu.npu_quantize(x.npu(), scale.npu(), zero.npu(), torch.qint8, -1, False)
+    assert y.cpu().to(torch.int8).tolist() == [[-128, -2, 0, 2, 127, 1]], "to nearest even, then saturated"
+
+
+def test_quantize_per_channel() -> None:
+    x, scale, zero = torch.randn(5, 12) * 4, torch.rand(12) * 10, torch.randint(-5, 5, (12,)).float()
+    y = torch_npu.npu_quantize(x.npu(), scale.npu(), zero.npu(), torch.qint8, -1, False)
+    near(y.cpu().to(torch.int8), int8(x.double() * scale.double() + zero.double()))
+
+
+@pytest.mark.parametrize("divide", [True, False])
+def test_add_rms_norm_quant(divide: bool) -> None:
+    x1, x2, gamma = torch.randn(4, 32).half(), torch.randn(4, 32).half(), torch.rand(32).half()
+    scales, zeros = torch.rand(32).half() * 0.1 + 0.02, torch.randint(-3, 4, (32,)).half()
+    factor = scales if divide else 1 / scales
+    y, _, total = torch_npu.npu_add_rms_norm_quant(
+        x1.npu(), x2.npu(), gamma.npu(), factor.npu(), zeros.npu(), epsilon=1e-6, div_mode=divide
+    )
+    assert torch.equal(total.cpu(), x1 + x2)
+    normed = reference.rms_norm(x1 + x2, gamma, 1e-6)[0]
+    scaled = normed / factor.double() if divide else normed * factor.double()
+    near(y, int8(scaled + zeros.double()))
+
+
+def test_add_rms_norm_dynamic_quant() -> None:
+    x1, x2, gamma, smooth = (torch.randn(s).half() for s in ((4, 32), (4, 32), (32,), (32,)))
+    y1, y2, total, scale1, scale2 = torch_npu.npu_add_rms_norm_dynamic_quant(
+        x1.npu(), x2.npu(), gamma.npu(), smooth_scale1=smooth.npu(), smooth_scale2=smooth.abs().npu()
+    )
+    assert torch.equal(total.cpu(), x1 + x2)
+    normed = reference.rms_norm(x1 + x2, gamma, 1e-6)[0]
+    for y, scale, factor in ((y1, scale1, smooth), (y2, scale2, smooth.abs())):
+        values = normed * factor.double()
+        expected = values.abs().amax(-1) / 127
+        reference.assert_close(scale, expected, torch.float32, factor=4)
+        near(y, int8(values / expected[:, None]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("nz", [True, False])
+def test_quant_matmul(nz: bool, per_token: bool, dtype: torch.dtype) -> None:
+    if dtype == torch.float16 and not per_token:
+        pytest.skip("float16 without per-token scales takes a packed scale: test_quant_matmul_with_a_packed_scale")
+    x = torch.randint(-127, 128, (5, 64), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (64, 32), dtype=torch.int8)
+    scale, token = torch.rand(32) * 1e-3, torch.rand(5) + 0.5
+    scale = scale if per_token or dtype != torch.bfloat16 else scale.bfloat16()
+    moved = weight.npu()
+    if nz:
+        torch.npu.config.allow_internal_format = True
+        moved = torch_npu.npu_format_cast(moved, 29)
+    actual = torch_npu.npu_quant_matmul(
+        x.npu(), moved, scale.npu(), pertoken_scale=token.npu() if per_token else None, output_dtype=dtype
+    )
+    expected = x.double() @ weight.double() * scale.double()
+    if per_token:
+        expected = expected * token.double()[:, None]
+    assert actual.dtype == dtype
+    reference.assert_close(actual, expected, dtype)
+
+
+def test_quant_matmul_with_a_packed_scale() -> None:
+    x = torch.randint(-127, 128, (5, 64), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (64, 32), dtype=torch.int8)
+    scale = torch.rand(32) * 1e-3
+    actual = torch_npu.npu_quant_matmul(x.npu(), weight.npu(), scale.npu(), output_dtype=torch.float16)
+    kept = (scale.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    reference.assert_close(actual, x.double() @ weight.double() * kept.double(), torch.float16)
+
+
+def test_packed_scale_layout() -> None:
+    packed = torch_npu.npu_trans_quant_param(torch.tensor([1.0, 2.5]).npu(), torch.tensor([3.0, -2.0]).npu()).cpu()
+    words = [int(v) for v in packed.view(torch.int64)]
+    assert [w & 0xFFFFFFFF for w in words] == [0x3F800000, 0x40200000]
+    assert [(w >> 46) & 1 for w in words] == [1, 1]
+    assert [(w >> 37) & 0x1FF for w in words] == [3, 0x1FE]
+
+
+def test_quant_matmul_int32_and_bias() -> None:
+    x = torch.randint(-127, 128, (3, 48), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (16, 48), dtype=torch.int8)
+    bias = torch.randint(-1000, 1000, (16,), dtype=torch.int32)
+    actual = torch_npu.npu_quant_matmul(
+        x.npu(), weight.npu().t(), torch.ones(1).npu(), bias=bias.npu(), output_dtype=torch.int32
+    )
+    assert torch.equal(actual.cpu(), x.int() @ weight.int().t() + bias)
+
+
+def test_weight_quant_matmul() -> None:
+    x, weight = torch.randn(4, 64).half(), torch.randint(-127, 128, (64, 32), dtype=torch.int8)
+    scale, offset = torch.rand(32).half() * 0.01, torch.randint(-5, 5, (32,)).half()
+    actual = torch_npu.npu_weight_quant_batchmatmul(x.npu(), weight.npu(), scale.npu(), offset.npu())
+    expected = x.double() @ ((weight.double() + offset.double()) * scale.double())
+    reference.assert_close(actual, expected, torch.float16)
