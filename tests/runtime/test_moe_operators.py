@@ -134,17 +134,6 @@ def test_grouped_matmul(transposed: bool, list_type: int, dtype: torch.dtype) ->
     reference.assert_close(actual, expected, dtype)
 
 
-def test_grouped_matmul_of_packed_weights() -> None:
-    torch.npu.config.allow_internal_format = True
-    x, weight = torch.randn(5, 32).half(), torch.randn(2, 32, 16).half()
-    packed = torch_npu.npu_format_cast(weight.npu(), 29)
-    (actual,) = torch_npu.npu_grouped_matmul(
-        [x.npu()], [packed], group_list=torch.tensor([2, 5]).npu(), split_item=3, group_type=0, group_list_type=0
-    )
-    expected = torch.cat((x[:2].double() @ weight[0].double(), x[2:].double() @ weight[1].double()))
-    reference.assert_close(actual, expected, torch.float16)
-
-
 def test_grouped_matmul_of_int8_with_scales() -> None:
     x = torch.randint(-127, 128, (5, 32), dtype=torch.int8)
     weight = torch.randint(-127, 128, (2, 32, 16), dtype=torch.int8)
