@@ -8,6 +8,7 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -65,6 +66,21 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
+/// A segment's pages are taken when they are first touched, and a full file system then kills the process:
+/// better say so while the communicator is made.
+void require_room(int file, size_t bytes) {
+  struct statvfs status{};
+  if (fstatvfs(file, &status) != 0) return;
+  const size_t free = static_cast<size_t>(status.f_bavail) * status.f_frsize;
+  // A file system without a limit reports no blocks at all.
+  if (status.f_blocks == 0 || free >= bytes) return;
+  constexpr size_t kMiB = size_t{1} << 20;
+  throw Error(HCCL_E_MEMORY,
+              "the communicator needs up to " + std::to_string(bytes / kMiB + 1) +
+                  " MiB of shared memory, /dev/shm has " + std::to_string(free / kMiB) +
+                  " MiB free; enlarge it (docker run --shm-size) or destroy other communicators");
+}
+
 std::string errno_text(const char* call) { return std::string(call) + ": " + std::strerror(errno); }
 
 }  // namespace
@@ -108,8 +124,11 @@ void Segment::open(const std::string& name) {
   flock(file, LOCK_EX);
   struct stat status{};
   fstat(file, &status);
-  if (status.st_size == 0 && ftruncate(file, static_cast<off_t>(bytes)) != 0) {
-    throw Error(HCCL_E_MEMORY, errno_text("ftruncate of the shared memory segment"));
+  if (status.st_size == 0) {
+    require_room(file, bytes);
+    if (ftruncate(file, static_cast<off_t>(bytes)) != 0) {
+      throw Error(HCCL_E_MEMORY, errno_text("ftruncate of the shared memory segment"));
+    }
   }
   if (status.st_size != 0 && static_cast<size_t>(status.st_size) != bytes) {
     throw Error(HCCL_E_PARA,

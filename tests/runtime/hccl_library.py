@@ -10,6 +10,7 @@ import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,11 @@ def decode(stored: NDArray[Any], type_name: str) -> NDArray[Any]:
 def contribution(rank: int, count: int, type_name: str) -> NDArray[Any]:
     """What `rank` brings to a collective: every rank can work out everybody's. Small integers and, in the floating
     types, quarters, so that sums over a few ranks are exact and the order of addition cannot hide an error."""
+    return _contribution(rank, count, type_name).copy()
+
+
+@cache
+def _contribution(rank: int, count: int, type_name: str) -> NDArray[Any]:
     values = np.random.default_rng(1000 + rank).integers(-6, 7, size=count).astype(np.float32)
     if type_name.startswith("uint"):
         values = np.abs(values)

@@ -32,7 +32,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     ended = []
     for process in processes:
         try:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
@@ -140,3 +140,14 @@ def test_one_process_can_hold_all_ranks() -> None:
         assert part.tolist() == [3] * 5
     for comm in comms:
         me.call("HcclCommDestroy", ctypes.c_void_p(comm))
+
+
+def test_too_little_shared_memory_is_said_while_joining(tmp_path: Path) -> None:
+    """In a container /dev/shm may be small; touching a page too many would kill the process with SIGBUS."""
+    rank = f"{sys.executable} -m tests.runtime.hccl_checks {tmp_path} 0 1"
+    script = f"mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 77; exec {rank}"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    ended = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=120)
+    if ended.returncode == 77 or "unshare failed" in ended.stderr:
+        pytest.skip("this machine does not let a process mount its own /dev/shm")
+    assert ended.returncode == 1 and "/dev/shm has 1 MiB free" in ended.stderr, ended.stderr
