@@ -11,8 +11,6 @@ import pytest
 SELECTION = (
     "test_rms_norm or test_swiglu or test_rope_from_a_cache or test_head_groups or (test_paged_attention and BSH)"
 )
-    "test_rms_norm or test_swiglu or test_rope_from_a_cache or test_head_groups or (test_paged_attention and BSH)"
-)
 
 
 @pytest.mark.parametrize("instruction_set", ["avx2", "baseline"])
