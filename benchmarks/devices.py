@@ -20,8 +20,14 @@ def needed(what: str) -> Iterator[None]:
     except Missing:
         raise
     except SETUP_ERRORS as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise Missing(f"{what}: {type(error).__name__}: {lines[0].strip() if lines else 'no message'}") from error
+        raise Missing(f"{what}: {type(error).__name__}: {telling_line(str(error))}") from error
+
+
+def telling_line(message: str) -> str:
+    """The line of an error that says most: the host runtime's own, which torch_npu prints last, else the first."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("[host runtime]")]
+    return (own or lines or ["no message"])[0]
 
 
 def npu() -> torch.device:
