@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,7 +33,7 @@ LOG = ROOT / "build" / "demo-server.log"
 MODEL_NAME = "tiny-qwen3"
 QUESTION = "What is an ACL graph?"
 COMPLETION_PROMPT = "A captured graph"
-MAX_TOKENS = 320
+MAX_TOKENS = 512
 REPORT_INTERVAL_S = 0.5
 STOP_GRACE_S = 20.0
 # Lines of the server's log worth a progress line: (text in the log, what it means).
@@ -81,8 +82,12 @@ def check_model(folder: Path) -> None:
         )
 
 
-def tail(path: Path, lines: int) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+def end_of_log(path: Path, lines: int = 25) -> str:
+    """The first error in a server's log, which its later ones follow from, and the last lines."""
+    text = path.read_text(errors="replace")
+    first = re.search(r"\b\w*(?:Error|Exception): .+", text)
+    cause = f"first error: {first.group(0)}\n" if first else ""
+    return f"{cause}the end of {path}:\n" + "\n".join(text.splitlines()[-lines:])
 
 
 @dataclass(frozen=True)
@@ -189,15 +194,9 @@ class Server:
             waited = time.monotonic() - began
             code = self.process.poll()
             if code is not None:
-                raise DemoError(
-                    f"the server ended with exit code {code} after {waited:.0f} s; the end of {self.log}:\n"
-                    f"{tail(self.log, 25)}"
-                )
+                raise DemoError(f"the server ended with exit code {code} after {waited:.0f} s; {end_of_log(self.log)}")
             if waited > timeout:
-                raise DemoError(
-                    f"the server is not up after {timeout:.0f} s (--timeout); the end of {self.log}:\n"
-                    f"{tail(self.log, 25)}"
-                )
+                raise DemoError(f"the server is not up after {timeout:.0f} s (--timeout); {end_of_log(self.log)}")
             reached = milestones_in(self.log.read_text(errors="replace"))
             for name in reached[shown:]:
                 say(f"  {waited:5.1f} s  {name}")
@@ -413,7 +412,7 @@ def serve_on(server: Server) -> None:
     except KeyboardInterrupt:
         say("\nstopping")
         return
-    raise DemoError(f"the server ended by itself; the end of {server.log}:\n{tail(server.log, 25)}")
+    raise DemoError(f"the server ended by itself; {end_of_log(server.log)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,10 +56,10 @@ def test_nothing_survives_an_interrupt_either(tmp_path: Path) -> None:
 
 
 def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    script = "import sys; print('ValueError: unknown model type'); sys.exit(3)"
+    script = "import sys; print('ValueError: unknown model type\\nRuntimeError: see above'); sys.exit(3)"
     with start(script, tmp_path / "server.log") as server, pytest.raises(demo.DemoError) as caught:
         server.wait_until_healthy(30.0)
-    assert "exit code 3" in str(caught.value) and "unknown model type" in str(caught.value)
+    assert "exit code 3" in str(caught.value) and "first error: ValueError: unknown model type\n" in str(caught.value)
 
 
 def test_a_server_that_hangs_is_given_up(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,11 +127,15 @@ def random_model(shape: Shape) -> PreTrainedModel:
     return model.to(DTYPES[shape.dtype]).eval()
 
 
-def save(model: PreTrainedModel, folder: Path) -> Path:
-    """Writes config, generation config, safetensors and the byte tokenizer of `model` into `folder`."""
+def save(model: PreTrainedModel, folder: Path, stop: Sequence[int] = (tokenizer.TURN_END_ID,)) -> Path:
+    """Writes config, generation config, safetensors and the byte tokenizer of `model` into `folder`.
+
+    `stop` are the token ids that end a text, as the generation config names them.
+    """
     config = model.config
+    ends = list(stop) if len(stop) > 1 else stop[0]
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.TURN_END_ID, pad_token_id=tokenizer.END_OF_TEXT_ID, do_sample=False
+        eos_token_id=ends, pad_token_id=tokenizer.END_OF_TEXT_ID, do_sample=False
     )
     model.save_pretrained(folder)
     tokenizer.byte_tokenizer(config.vocab_size, config.max_position_embeddings).save_pretrained(folder)

@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
     options = parser.parse_args()
     model = train(options.steps)
-    checkpoints.save(model, options.output)
+    checkpoints.save(model, options.output, stop=(TURN_END_ID, END_OF_TEXT_ID))
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"wrote {size / 1e6:.2f} M parameters to {options.output}")
 
