@@ -33,7 +33,7 @@ LOG = ROOT / "build" / "demo-server.log"
 MODEL_NAME = "tiny-qwen3"
 QUESTION = "What is an ACL graph?"
 COMPLETION_PROMPT = "A captured graph"
-MAX_TOKENS = 512
+MAX_TOKENS = 320
 REPORT_INTERVAL_S = 0.5
 STOP_GRACE_S = 20.0
 # Lines of the server's log worth a progress line: (text in the log, what it means).
