@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from npu_compiler.backend import AscendBackend
 from npu_compiler.config import Options
 from npu_compiler.passes import pipeline, qk_norm_rope
 from npu_compiler.passes.record import Pass, PassRecord
@@ -162,3 +163,38 @@ def test_mixed_dtypes_stay() -> None:
     )
     assert not record.fired
     assert any("are mixed" in reason for reason in reasons)
+
+
+def test_vllms_own_program() -> None:
+    """vLLM's operators and its rotary embedding, with any number of tokens."""
+    pytest.importorskip("vllm.ir.ops")
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    def attention(
+        x: Tensor, positions: Tensor, q_weight: Tensor, k_weight: Tensor, cache: Tensor
+    ) -> tuple[Tensor, ...]:
+        q, k = x.split([HEADS * SIZE, KV_HEADS * SIZE], dim=-1)
+        normed = []
+        for part, weight in ((q, q_weight), (k, k_weight)):
+            heads = part.view(*part.shape[:-1], part.shape[-1] // SIZE, SIZE)
+            normed.append(torch.ops.vllm_ir.rms_norm(heads, weight, 1e-6, None).view(part.shape))
+        return RotaryEmbedding.forward_static(positions, *normed, SIZE, SIZE, cache, True)
+
+    torch.manual_seed(0)
+    weights_and_cache = torch.rand(SIZE), torch.rand(SIZE), torch.randn(64, SIZE)
+    backend = AscendBackend()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        run = torch.compile(attention, backend=backend, fullgraph=True)
+        for tokens in (5, 7):
+            x, positions = torch.randn(tokens, (HEADS + KV_HEADS) * SIZE), torch.arange(tokens)
+            torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.mark_dynamic(positions, 0)
+            args = (x, positions, *weights_and_cache)
+            for got, want in zip(run(*args), attention(*args), strict=True):
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    (compiled,) = backend.compiled()
+    assert compiled.graph is not None
+    operators = calls(compiled.graph)
+    assert operators.count("npu_fused.qk_norm_rope.default") == 1
+    assert not {"vllm_ir.rms_norm.default", "aten.mul.Tensor"} & set(operators)
