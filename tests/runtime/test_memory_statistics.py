@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,8 +73,10 @@ print("went on")
 """
 
 
-def test_profiler_says_what_is_missing() -> None:
+def test_profiler_says_what_is_missing(tmp_path: Path) -> None:
     """The host runtime has no aclprof: torch_npu reports the missing call, and the profiled program goes on."""
-    ended = subprocess.run([sys.executable, "-c", PROFILE], text=True, capture_output=True, timeout=120, check=True)
+    command = [sys.executable, "-c", PROFILE]
+    # It writes its folders into the current one.
+    ended = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=120, check=True)
     assert "went on" in ended.stdout
     assert "Failed to find function aclprofInit" in ended.stdout + ended.stderr
