@@ -50,6 +50,7 @@ void print(std::ostream& out, const Attribute& attribute) {
 }  // namespace
 
 void Operator::run() {
+  if (workspace_ != nullptr) host_runtime::poison(workspace_->address, workspace_bytes_);
   try {
     if (calls_aten_) {
       // Device tensors are plain CPU tensors to ATen here: no autograd, no version counters.
