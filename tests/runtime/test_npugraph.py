@@ -176,9 +176,10 @@ REFUSED = {
     "npu.current_stream().synchronize()": "107027",
     "npu.current_stream().query()": "107027",
     "npu.synchronize()": "107027",
-    "x.cpu()": "107000",  # CANN cannot capture a copy to memory that is not pinned
-    "x.sum().item()": "107000",
-    "x.copy_(torch.ones(4))": "107000",
+    "x.cpu()": "107030",  # a blocking copy
+    "x.copy_(torch.ones(4))": "107030",
+    "x.copy_(torch.ones(4), non_blocking=True)": "1070",  # memory that is not pinned
+    "x.sum().item()": "107027",
     "event = npu.Event(); event.record(); event.synchronize()": "107028",
 }
 
