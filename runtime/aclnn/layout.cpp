@@ -33,9 +33,8 @@ void each_run(const NzView& v, size_t itemsize, char* packed, char* nd, const Vi
 
 }  // namespace
 
-Dims nz_storage_shape(c10::ArrayRef<int64_t> shape, size_t itemsize) {
+Dims nz_storage_shape(c10::ArrayRef<int64_t> shape, int64_t c0) {
   const size_t rank = shape.size();
-  const int64_t c0 = fractal_columns(itemsize);
   Dims result(shape.begin(), shape.end() - 2);
   result.push_back(ceil_div(shape[rank - 1], c0));
   result.push_back(ceil_div(shape[rank - 2], kFractalRows));

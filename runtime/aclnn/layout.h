@@ -11,11 +11,8 @@ namespace aclnn {
 
 constexpr int64_t kFractalRows = 16;
 
-/// Columns of a fractal: 32 bytes.
-inline int64_t fractal_columns(size_t itemsize) { return 32 / static_cast<int64_t>(itemsize); }
-
-/// Storage shape of an ND shape in FRACTAL_NZ (at least two dimensions).
-Dims nz_storage_shape(c10::ArrayRef<int64_t> shape, size_t itemsize);
+/// Storage shape of an ND shape (at least two dimensions) in FRACTAL_NZ with fractals of `columns` columns.
+Dims nz_storage_shape(c10::ArrayRef<int64_t> shape, int64_t columns);
 
 /// Where a view of an NZ tensor's rows and columns lie: the ND matrix that was packed, and whether the view
 /// is its transpose. Throws std::runtime_error for views that are neither (a slice of packed storage has no

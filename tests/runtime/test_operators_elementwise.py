@@ -9,12 +9,91 @@ import torch
 
 from .operator_cases import assert_same_as_cpu, make
 
-UNARY = """abs acos acosh asin asinh atan atanh ceil cos cosh erf erfc erfinv exp exp2 expm1 floor frac log log10 log1p log2
-neg reciprocal round rsqrt sigmoid sign sin sinc sinh sqrt tan tanh trunc signbit isfinite isinf isnan isposinf isneginf
-nan_to_num relu""".split()
-BINARY = """add sub mul div maximum minimum atan2 fmod remainder floor_divide pow eq ne lt le gt ge logical_and logical_or
-logical_xor logaddexp logaddexp2 xlogy""".split()
-INTEGER = "add sub mul maximum minimum remainder floor_divide eq lt bitwise_and bitwise_or bitwise_xor gcd".split()
+UNARY = [
+    "abs",
+    "acos",
+    "acosh",
+    "asin",
+    "asinh",
+    "atan",
+    "atanh",
+    "ceil",
+    "cos",
+    "cosh",
+    "erf",
+    "erfc",
+    "erfinv",
+    "exp",
+    "exp2",
+    "expm1",
+    "floor",
+    "frac",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "neg",
+    "reciprocal",
+    "round",
+    "rsqrt",
+    "sigmoid",
+    "sign",
+    "sin",
+    "sinc",
+    "sinh",
+    "sqrt",
+    "tan",
+    "tanh",
+    "trunc",
+    "signbit",
+    "isfinite",
+    "isinf",
+    "isnan",
+    "isposinf",
+    "isneginf",
+    "nan_to_num",
+    "relu",
+]
+BINARY = [
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "maximum",
+    "minimum",
+    "atan2",
+    "fmod",
+    "remainder",
+    "floor_divide",
+    "pow",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "logaddexp",
+    "logaddexp2",
+    "xlogy",
+]
+INTEGER = [
+    "add",
+    "sub",
+    "mul",
+    "maximum",
+    "minimum",
+    "remainder",
+    "floor_divide",
+    "eq",
+    "lt",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+    "gcd",
+]
 FLOATING = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(3, 5), (), (0, 4), (2, 1, 7)]
 

@@ -1,0 +1,75 @@
+"""FRACTAL_NZ is physical: raw storage is as a card's, casts round-trip, products read it."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+import torch_npu
+from torch.nn import functional
+
+from .operator_cases import make
+
+NZ, ND = 29, 2
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """All bytes of the tensor's storage, as its dtype."""
+    torch.npu.synchronize()
+    storage = tensor.untyped_storage()
+    data = ctypes.string_at(storage.data_ptr(), storage.nbytes())
+    return torch.frombuffer(bytearray(data), dtype=tensor.dtype)
+
+
+@pytest.fixture(autouse=True)
+def internal_formats() -> None:
+    torch.npu.config.allow_internal_format = True
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (33, 17), (2, 20, 40)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_storage_is_as_the_format_says(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = make(shape, dtype)
+    packed = torch_npu.npu_format_cast(x.npu(), NZ)
+    assert torch_npu.get_npu_format(packed) == NZ
+    rows, columns = -(-shape[-2] // 16), -(-shape[-1] // 16)
+    padded = functional.pad(x, (0, columns * 16 - shape[-1], 0, rows * 16 - shape[-2]))
+    expected = padded.reshape(-1, rows, 16, columns, 16).permute(0, 3, 1, 2, 4).reshape(-1)
+    assert torch.equal(raw(packed)[: expected.numel()], expected)
+    assert torch.equal(torch_npu.npu_format_cast(packed, ND).cpu(), x)
+    assert torch.equal(packed.cpu(), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("m", [1, 5, 20])
+def test_product_with_packed_weight(dtype: torch.dtype, m: int) -> None:
+    x = make((m, 40), dtype)
+    by_rows = make((50, 40), dtype, seed=1)
+    expected = x.double() @ by_rows.double().t() / 40
+    results = [
+        functional.linear(x.npu(), torch_npu.npu_format_cast(by_rows.npu(), NZ)),
+        x.npu() @ torch_npu.npu_format_cast(by_rows.t().contiguous().npu(), NZ),
+    ]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for result in results:
+        torch.testing.assert_close(result.cpu().double() / 40, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_captured_product_sees_a_rewritten_weight() -> None:
+    x = make((2, 32), torch.float16).npu()
+    first, second = make((32, 48), torch.float16, seed=1), make((32, 48), torch.float16, seed=2)
+    weight = torch_npu.npu_format_cast(first.npu(), NZ)
+    x @ weight
+    torch.npu.synchronize()
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        y = x @ weight
+    replacement = torch_npu.npu_format_cast(second.npu(), NZ)
+    size = weight.untyped_storage().nbytes()
+    torch.npu.synchronize()
+    ctypes.memmove(weight.untyped_storage().data_ptr(), replacement.untyped_storage().data_ptr(), size)
+    graph.replay()
+    torch.npu.synchronize()
+    expected = x.cpu().double() @ second.double()
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-2, atol=5e-2)
