@@ -41,7 +41,7 @@ def test_storage_is_as_the_format_says(shape: tuple[int, ...], dtype: torch.dtyp
     assert torch.equal(packed.cpu(), x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("m", [1, 5, 20])
 def test_product_with_packed_weight(dtype: torch.dtype, m: int) -> None:
     x = make((m, 40), dtype)
@@ -51,9 +51,8 @@ def test_product_with_packed_weight(dtype: torch.dtype, m: int) -> None:
         functional.linear(x.npu(), torch_npu.npu_format_cast(by_rows.npu(), NZ)),
         x.npu() @ torch_npu.npu_format_cast(by_rows.t().contiguous().npu(), NZ),
     ]
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for result in results:
-        torch.testing.assert_close(result.cpu().double() / 40, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(result.cpu().double() / 40, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_a_captured_product_sees_a_rewritten_weight() -> None:
