@@ -98,6 +98,12 @@ def test_import_torch_npu_first_works_too() -> None:
     assert result.stdout.splitlines()[-1:] == ["True"], result.stderr
 
 
+def test_looking_for_torch_npu_loads_nothing() -> None:
+    code = "import importlib.util, sys; importlib.util.find_spec('torch_npu'); print('torch' in sys.modules)"
+    result = in_fresh_interpreter(code)
+    assert result.stdout.splitlines()[-1:] == ["False"], result.stderr
+
+
 def test_interpreters_without_torch_do_not_pay_for_the_hook() -> None:
     result = in_fresh_interpreter("import sys; print('torch' in sys.modules, 'ctypes' in sys.modules)")
     assert result.stdout.strip() == "False False", result.stderr
