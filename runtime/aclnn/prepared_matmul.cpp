@@ -1,0 +1,128 @@
+#include <ATen/core/ATen_fwd.h>
+
+#include <utility>
+
+#include "runtime/aclnn/prepared.h"
+#include "runtime/aclnn/prepared_support.h"
+#include "runtime/kernels/gemv.h"
+#include "runtime/kernels/row_product.h"
+
+namespace aclnn::prepared {
+namespace {
+
+// From more rows on, ATen's blocked products win, unless the whole product is about as small as their call.
+constexpr int64_t kMaxRows = 8;
+constexpr int64_t kSmallProduct = 32 * 1024;
+
+/// The batch dimensions of an operand as one: how far its matrices lie apart.
+struct Batch {
+  int64_t count = 1;
+  int64_t stride = 0;
+};
+std::optional<Batch> batch_of(const Tensor& tensor) {
+  Batch batch;
+  for (int64_t i = tensor.dim() - 3; i >= 0; --i) {
+    if (tensor.shape[i] == 1) continue;
+    if (batch.count == 1) {
+      batch.stride = tensor.strides[i];
+    } else if (tensor.strides[i] != batch.count * batch.stride) {
+      return std::nullopt;
+    }
+    batch.count *= tensor.shape[i];
+  }
+  return batch;
+}
+
+/// Sizes and strides of self [.., M, K] @ mat2 [.., K, N] -> out [.., M, N].
+struct Product {
+  kernels::Gemv gemv{};
+  kernels::Type type{};
+  bool transposed = false;
+};
+
+bool is_row_contiguous(const Tensor& tensor) { return tensor.stride(-1) == 1 || tensor.size(-1) == 1; }
+
+bool sets_weight(Product& product, const Tensor& mat2) {
+  kernels::Gemv& g = product.gemv;
+  if (mat2.stride(-2) == 1 || g.inner == 1) {
+    product.transposed = true;
+    g.w_stride = mat2.stride(-1);
+    // One row only, or one column: both ways are contiguous, and whole rows are the quicker.
+    if (mat2.stride(-1) == 1 && g.columns > 1) product.transposed = false, g.w_stride = mat2.stride(-2);
+    return true;
+  }
+  g.w_stride = mat2.stride(-2);
+  return mat2.stride(-1) == 1 || g.columns == 1;
+}
+
+bool sets_batches(kernels::Gemv& g, const Tensor& self, const Tensor& mat2, const Tensor& out) {
+  const auto x = batch_of(self), w = batch_of(mat2), y = batch_of(out);
+  if (!x || !w || !y || x->count != y->count || (w->count != 1 && w->count != y->count)) return false;
+  g.batches = y->count;
+  g.x_batch = x->stride;
+  g.w_batch = w->count == 1 ? 0 : w->stride;
+  g.out_batch = y->stride;
+  // One matrix for all batches: more rows instead, so that it is read once.
+  const bool mergeable = g.rows == 1 || (g.x_batch == g.rows * g.x_row && g.out_batch == g.rows * g.out_row);
+  if (g.w_batch == 0 && g.batches > 1 && mergeable) {
+    if (g.rows == 1) g.x_row = g.x_batch, g.out_row = g.out_batch;
+    g.rows *= std::exchange(g.batches, 1);
+  }
+  return true;
+}
+
+std::optional<Product> product_of(const Tensor& self, const Tensor& mat2, const Tensor& out) {
+  if (!self.is_plain() || !out.is_plain()) return std::nullopt;
+  const auto type = float_type(self);
+  if (!type || mat2.dtype != self.dtype || out.dtype != self.dtype) return std::nullopt;
+  if (self.dim() < 2 || mat2.dim() < 2 || out.dim() != self.dim()) return std::nullopt;
+  Product product;
+  product.type = *type;
+  kernels::Gemv& g = product.gemv;
+  g.rows = self.size(-2);
+  g.inner = self.size(-1);
+  g.columns = mat2.size(-1);
+  if (mat2.size(-2) != g.inner || out.size(-2) != g.rows || out.size(-1) != g.columns) return std::nullopt;
+  if (g.rows == 0 || g.inner == 0 || g.columns == 0) return std::nullopt;
+  if (!is_row_contiguous(self) || !is_row_contiguous(out) || !sets_weight(product, mat2)) return std::nullopt;
+  g.x = self.data();
+  g.w = mat2.data();
+  g.out = out.data();
+  g.x_row = self.stride(-2);
+  g.out_row = out.stride(-2);
+  if (!sets_batches(g, self, mat2, out) || g.batches == 0) return std::nullopt;
+  if (g.rows > kMaxRows && g.rows * g.inner * g.columns > kSmallProduct) return std::nullopt;
+  g.alpha = 1.0f;
+  g.beta = 1.0f;
+  return product;
+}
+
+Work run(const Product& product) {
+  return bind(kernels::gemv_kernel(product.type, product.transposed), product.gemv);
+}
+
+}  // namespace
+
+Work matmul(const Tensor& self, const Tensor& mat2, const Tensor& out) {
+  if (!mat2.is_plain()) return aclnn::kernels::small_matmul(self, mat2, nullptr, out);
+  const auto product = product_of(self, mat2, out);
+  return product ? run(*product) : nullptr;
+}
+
+Work addmm(const Tensor& self, const Tensor& mat1, const Tensor& mat2, const at::Scalar& beta,
+           const at::Scalar& alpha, const Tensor& out) {
+  if (!mat2.is_plain()) return aclnn::kernels::small_addmm(self, mat1, mat2, beta, alpha, out);
+  if (!self.is_plain() || beta.isComplex() || alpha.isComplex() || self.dtype != out.dtype || out.dim() != 2)
+    return nullptr;
+  auto product = product_of(mat1, mat2, out);
+  const auto strides = broadcast_strides(self, out.shape);
+  if (!product || !strides || ((*strides)[1] != 1 && out.shape[1] != 1)) return nullptr;
+  // Without beta the bias is not even read: it may hold NaN.
+  product->gemv.beta = beta.to<float>();
+  product->gemv.bias = product->gemv.beta == 0.0f ? nullptr : self.data();
+  product->gemv.bias_row = (*strides)[0];
+  product->gemv.alpha = alpha.to<float>();
+  return run(*product);
+}
+
+}  // namespace aclnn::prepared
