@@ -67,7 +67,7 @@ void describe_as(Tensor& copy, const Tensor& tensor) {
   copy.storage = tensor.storage;
 }
 
-/// Slices of `from` to slices of `to`; positions apply to the side that `indexed` names.
+/// Slices of `from` to slices of `to`; positions apply to `to` with `writes_at_positions`, else to `from`.
 Work move(const Tensor& to, const Tensor& from, int64_t axis, const Tensor& index, bool writes_at_positions,
           bool negative) {
   if (!is_index(index) || index.dim() > 1 || to.dtype != from.dtype || to.dim() != from.dim()) return nullptr;
@@ -88,6 +88,7 @@ Work move(const Tensor& to, const Tensor& from, int64_t axis, const Tensor& inde
                          (writes_at_positions ? to : from).shape[axis]};
   arguments.position_step = index.dim() == 1 ? index.strides[0] : 0;
   arguments.count = count;
+  arguments.writes_at_positions = writes_at_positions;
   arguments.to_stride = target.stride * item;
   arguments.from_stride = source.stride * item;
   // A single slice of values is written to every position.
