@@ -6,16 +6,15 @@
 namespace host_runtime::kernels {
 namespace {
 
-[[noreturn]] void refuse(int64_t position, int64_t limit) {
-  throw std::out_of_range("index " + std::to_string(position) + " is out of range for a dimension of size " +
-                          std::to_string(limit));
-}
-
-int64_t position_at(const Positions& positions, int64_t i) {
-  int64_t position = positions.wide ? static_cast<const int64_t*>(positions.values)[i]
-                                    : static_cast<const int32_t*>(positions.values)[i];
-  if (position < 0 && positions.negative) position += positions.limit;
-  if (position < 0 || position >= positions.limit) refuse(position, positions.limit);
+/// The position stored `offset` elements into the index, which is the `ordinal`th that is read.
+int64_t position_at(const Positions& positions, int64_t offset, int64_t ordinal) {
+  const int64_t given = positions.wide ? static_cast<const int64_t*>(positions.values)[offset]
+                                       : static_cast<const int32_t*>(positions.values)[offset];
+  const int64_t position = given < 0 && positions.negative ? given + positions.limit : given;
+  if (position < 0 || position >= positions.limit) {
+    throw std::out_of_range("index " + std::to_string(given) + " at position " + std::to_string(ordinal) +
+                            " is outside of 0.." + std::to_string(positions.limit - 1));
+  }
   return position;
 }
 
@@ -28,7 +27,8 @@ void move_elements(const ElementMove& p) {
     T* to = static_cast<T*>(p.to) + at.offsets[0];
     const T* from = static_cast<const T*>(p.from) + at.offsets[1];
     for (int64_t i = 0; i < p.nest.width; ++i) {
-      const int64_t shift = p.stride * position_at(p.positions, at.offsets[2] + i * step[2]);
+      const int64_t place = at.offsets[2] + i * step[2];
+      const int64_t shift = p.stride * position_at(p.positions, place, place);
       to[i * step[0] + (scatters ? shift : 0)] = from[i * step[1] + (scatters ? 0 : shift)];
     }
   } while (at.advance(p.nest));
@@ -46,7 +46,7 @@ void move_slices(const SliceMove& p) {
   auto* to = static_cast<char*>(p.slice.to);
   const auto* from = static_cast<const char*>(p.slice.from);
   for (int64_t k = 0; k < p.count; ++k) {
-    const int64_t position = position_at(p.positions, k * p.position_step);
+    const int64_t position = position_at(p.positions, k * p.position_step, k);
     slice.to = to + (p.writes_at_positions ? position : k) * p.to_stride;
     slice.from = from + (p.writes_at_positions ? k : position) * p.from_stride;
     p.kernel(slice);

@@ -336,7 +336,7 @@ def test_index_outside_is_an_error_at_the_next_synchronisation() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    assert "index 4 is out of range for a dimension of size 4" in done.stdout + done.stderr
+    assert "index 4 at position 1 is outside of 0..3" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
