@@ -52,7 +52,7 @@ Work fill(const Tensor& self, const at::Scalar& value) {
   if (!type || !nest || value.isComplex()) return nullptr;
   const uint64_t bits = value.isFloatingPoint() ? kernels::constant_of(*type, value.to<double>())
                                                 : kernels::constant_of(*type, value.to<int64_t>());
-  if (bits == 0 && self.is_contiguous()) return kernels::zero(self);
+  if (bits == 0 && self.is_contiguous()) return aclnn::kernels::zero(self);
   return bind(kernels::fill_kernel(static_cast<int64_t>(self.itemsize())),
               {self.data(), nullptr, bits, *nest});
 }
