@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from npu_compiler.runtime import loader
 
+ACL_ERROR_REPEAT_INITIALIZE = 100002
+
 ROOT_INFO_BYTES = 4108
 TYPES = {
     "int8": 0, "int16": 1, "int32": 2, "float16": 3, "float32": 4, "int64": 5, "uint64": 6, "uint8": 7,
@@ -70,7 +72,9 @@ class Rank:
         self.acl.aclGetRecentErrMsg.restype = ctypes.c_char_p
         self.stream = ctypes.c_void_p()
         self.comm = ctypes.c_void_p()
-        self.check("aclInit", self.acl.aclInit(None))
+        initialised = self.acl.aclInit(None)
+        if initialised != ACL_ERROR_REPEAT_INITIALIZE:  # torch_npu may have done it in this process
+            self.check("aclInit", initialised)
         self.check("aclrtSetDevice", self.acl.aclrtSetDevice(self.rank))
         self.check("aclrtCreateStream", self.acl.aclrtCreateStream(ctypes.byref(self.stream)))
 
