@@ -45,12 +45,11 @@ class BuildHostRuntime(build_ext):
     """Runs CMake; the libraries go beside the loader, as `npu_compiler/runtime/lib/*.so`."""
 
     def build_extension(self, ext: Extension) -> None:
-        output = (
-            ROOT / "runtime" / "lib"
-            if self.inplace or self.editable_mode
-            else Path(self.build_lib) / "npu_compiler" / "runtime" / "lib"
-        )
-        build_dir = Path(os.environ.get("NPU_COMPILER_BUILD_DIR", ROOT / "build" / "runtime"))
+        in_tree = self.inplace or self.editable_mode
+        package = ROOT / "runtime" if in_tree else Path(self.build_lib) / "npu_compiler" / "runtime"
+        output = package / "lib"
+        # A wheel has a CMake tree of its own: the one of an editable install must go on writing into the sources.
+        build_dir = ROOT / "build" / ("runtime" if in_tree else "wheel")
         build_dir.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
