@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.models import checkpoints
+from tests.serving.engine import engine
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,19 @@ def test_unknown_model_type(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen99", "architectures": ["Qwen99ForCausalLM"]}))
     with pytest.raises(ValueError, match=r"(?s)qwen99"):
         configure(tmp_path)
+
+
+def test_more_memory_than_the_device_has(folder: Path) -> None:
+    too_much = torch.npu.get_device_properties(0).total_memory + 1
+    with (
+        pytest.raises(ValueError, match=r"--kv-cache-memory-bytes asks for .* lower it"),
+        engine(folder, kv_cache_memory_bytes=too_much, enforce_eager=True),
+    ):
+        pass
+
+
+def test_more_ranks_than_devices() -> None:
+    ranks = 2 * torch.npu.device_count()
+    divisible = checkpoints.cached(checkpoints.Shape(family="qwen3", heads=ranks, kv_heads=ranks, head_dim=16))
+    with pytest.raises(ValueError, match=f"{ranks} ranks .* but {ranks // 2} are visible; lower it"):
+        configure(divisible, tensor_parallel_size=ranks)

@@ -21,6 +21,8 @@ def test_defaults() -> None:
         ({"report_interval": True}, "report_interval must be seconds"),
         ({"compile": ["fast"]}, "compile must be a JSON object"),
         (["report_path"], "expected a JSON object, got list"),
+        ({"compile": {"disable_passes": []}}, "(?s)compile: unknown option 'disable_passes'.*disabled_passes"),
+        ({"compile": {"capture_limit": 3}}, "(?s)compile: capture=False contradicts capture_limit"),
     ],
 )
 def test_refused(given: object, message: str) -> None:
