@@ -10,8 +10,9 @@ from tests.models import checkpoints
 from tests.serving import oracle
 from tests.serving.engine import engine, graphs
 
-# Largest and mean distance of log-probabilities over all prompt positions and the whole vocabulary.
-TOLERANCE = {"bfloat16": (1.0, 0.12), "float16": (0.15, 0.02)}
+# Largest and mean distance of log-probabilities over all prompt positions and the whole vocabulary. transformers itself
+# is 0.35 and 0.036 off in bfloat16, 0.032 and 0.0042 in float16.
+TOLERANCE = {"bfloat16": (0.5, 0.06), "float16": (0.08, 0.01)}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
