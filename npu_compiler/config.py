@@ -34,6 +34,8 @@ class Options:
     replay with StaleOutputError while one of them is still in use."""
     disabled_passes: tuple[str, ...] = ()
     """Names of passes to leave out (npu_compiler.passes.pipeline lists them), to find out which one is to blame."""
+    disabled_rules: tuple[str, ...] = ()
+    """Names of rules to leave out of their passes, for the same purpose."""
     dump_dir: str = ""
     """Folder for the program before the first and after every pass, as text. Empty: no dump."""
 

@@ -25,18 +25,11 @@ import torch
 from torch import Tensor, fx
 
 from npu_compiler.facts.sizes import Fact, equal, known, same_shape
-from npu_compiler.fusion_kernels import register
 from npu_compiler.passes.norm_patterns import legal_norm, rms_norm
 from npu_compiler.passes.pattern import Any, Call, Exactly, Match, Number
-from npu_compiler.passes.record import PassRecord
-from npu_compiler.passes.rewrite import Rule, apply
+from npu_compiler.passes.rewrite import NearMiss, Rule
 
 NAME = "add_rms_norm"
-
-
-def run(module: fx.GraphModule, record: PassRecord) -> None:
-    register()
-    apply(module, RULES, record)
 
 
 def _legal_add(match: Match) -> Fact:
@@ -70,7 +63,7 @@ def _legal_vllm(match: Match) -> Fact:
 
 
 def _norm_program(x: Tensor, weight: Tensor) -> Tensor:
-    wide = x.to(torch.float32)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
     return weight * wide.to(x.dtype)
 
@@ -92,6 +85,35 @@ def _add_norm_example(dtype: torch.dtype) -> tuple[object, ...]:
     return torch.randn(3, 5, 64, dtype=dtype), torch.randn(3, 5, 64, dtype=dtype), torch.randn(64, dtype=dtype)
 
 
+def _no_weight(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.vllm_ir.fused_add_rms_norm(x, residual, None, 1e-6, None)
+
+
+def _other_dimension(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-6))
+
+
+def _scale_kept(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return weight * (x * scale), scale
+
+
+def _sum_of_squares(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6))
+
+
+def _broadcast_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 5, 64, dtype=dtype), torch.randn(64, dtype=dtype), torch.randn(64, dtype=dtype)
+
+
+def _two_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 64, dtype=dtype), torch.randn(3, 64, dtype=dtype)
+
+
+def _scalar_weight_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 5, 64, dtype=dtype), torch.randn(1, dtype=dtype)
+
+
 def _operands(match: Match) -> tuple[object, ...]:
     return tuple(match.bindings[name] for name in ("x", "residual", "weight", "epsilon"))
 
@@ -109,6 +131,8 @@ RULES = (
         legal=_legal_vllm,
         reference=_vllm_program,
         example=_add_norm_example,
+        oracle=_add_norm_program,
+        near_misses=(NearMiss(_no_weight, _two_example, "the norm has no weight"),),
     ),
     Rule(
         "add_rms_norm",
@@ -119,6 +143,7 @@ RULES = (
         legal=_legal_add,
         reference=_add_norm_program,
         example=_add_norm_example,
+        near_misses=(NearMiss(_add_norm_program, _broadcast_example, "the addition broadcasts"),),
     ),
     Rule(
         "rms_norm",
@@ -129,5 +154,11 @@ RULES = (
         legal=_legal_lone,
         reference=_norm_program,
         example=_norm_example,
+        near_misses=(
+            NearMiss(_norm_program, _scalar_weight_example, "weight and last dimension: 1 is not 64"),
+            NearMiss(_other_dimension, reason="the mean is over dimensions [0]"),
+            NearMiss(_scale_kept, reason="inner value rsqrt is also used by output"),
+            NearMiss(_sum_of_squares, reason="sum_1 is aten.sum.dim_IntList, the rule wants aten.mean.dim"),
+        ),
     ),
 )  # fmt: skip

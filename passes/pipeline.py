@@ -13,13 +13,14 @@ from npu_compiler.config import Options, check_names
 from npu_compiler.graph.digest import of_text
 from npu_compiler.passes import add_rms_norm, common, dead_code, noop, qk_norm_rope, reinplace, swiglu
 from npu_compiler.passes.record import Pass, PassRecord
+from npu_compiler.passes.rewrite import apply
 
 PASSES: tuple[Pass, ...] = (
     Pass(noop.NAME, "first: patterns need not look through clones and views that do nothing", noop.run),
     Pass(common.NAME, "before the rules: one cos a model, not one a layer, is what pairs q with k", common.run),
     Pass(qk_norm_rope.NAME, "before add_rms_norm, which would claim the norms of q and k alone", qk_norm_rope.run),
-    Pass(add_rms_norm.NAME, "any place among the rules", add_rms_norm.run),
-    Pass(swiglu.NAME, "any place among the rules", swiglu.run),
+    Pass(add_rms_norm.NAME, "any place among the rules", rules=add_rms_norm.RULES),
+    Pass(swiglu.NAME, "any place among the rules", rules=swiglu.RULES),
     Pass(common.NAME, "again: the rules repeat small work, such as widening cos, in every layer", common.run),
     Pass(dead_code.NAME, "before reinplace: an unread view must not keep a clone alive", dead_code.run),
     Pass(reinplace.NAME, "last: all before it may assume a functional program", reinplace.run),
@@ -30,9 +31,10 @@ def selected(options: Options) -> tuple[Pass, ...]:
     """The passes left after `disabled_passes`.
 
     Raises:
-        OptionError: a disabled pass does not exist.
+        OptionError: a disabled pass or rule does not exist.
     """
-    check_names("disabled_passes", options.disabled_passes, [entry.name for entry in PASSES])
+    check_names("disabled_passes", options.disabled_passes, names())
+    check_names("disabled_rules", options.disabled_rules, [rule.name for entry in PASSES for rule in entry.rules])
     return tuple(entry for entry in PASSES if entry.name not in options.disabled_passes)
 
 
@@ -55,16 +57,24 @@ def run(
         if entry.name == reinplace.NAME and after_rules is not None:
             after_rules(module.graph)
             dump("after_rules", module)
-        record = PassRecord(entry.name, nodes_before=count_calls(module.graph))
-        start = time.perf_counter()
-        entry.run(module, record)
-        module.graph.lint()
-        module.recompile()
-        record.seconds = time.perf_counter() - start
-        record.nodes_after = count_calls(module.graph)
-        records.append(record)
+        records.append(run_pass(entry, module, options))
         dump(entry.name, module)
     return records
+
+
+def run_pass(entry: Pass, module: fx.GraphModule, options: Options) -> PassRecord:
+    """Runs one pass on `module` in place."""
+    record = PassRecord(entry.name, frozenset(options.disabled_rules), nodes_before=count_calls(module.graph))
+    start = time.perf_counter()
+    if entry.run is not None:
+        entry.run(module, record)
+    else:
+        apply(module, entry.rules, record)
+    module.graph.lint()
+    module.recompile()
+    record.seconds = time.perf_counter() - start
+    record.nodes_after = count_calls(module.graph)
+    return record
 
 
 def count_calls(graph: fx.Graph) -> int:
@@ -74,7 +84,7 @@ def count_calls(graph: fx.Graph) -> int:
 
 def fingerprint(options: Options) -> str:
     """Identity of what `run` would do: the options that reach the passes, and the passes in order."""
-    return of_text([entry.name for entry in selected(options)])
+    return of_text([entry.name for entry in selected(options)], options.disabled_rules)
 
 
 def _dumper(folder: str, name: str) -> Callable[[str, fx.GraphModule], None]:

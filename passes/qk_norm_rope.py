@@ -234,7 +234,7 @@ def _fuse(graph: fx.Graph, first: Rotated, second: Rotated, record: PassRecord) 
             made += outputs
     layout = same_layouts(roots, outputs)
     if not layout:
-        record.refuse(NAME, second.root, f"{layout.text}; the rest of the program relies on the old one")
+        record.refuse(NAME, second.root, layout.text)
         for node in reversed(made):
             graph.erase_node(node)
         return

@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import sympy
 from torch import fx
 
 from npu_compiler.graph.source import where
+from npu_compiler.graph.traffic import launches, moved_bytes
+
+if TYPE_CHECKING:
+    from npu_compiler.passes.rewrite import Rule
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a rewrite saves at every run: kernel launches, and bytes moved as an expression of the program's symbolic
+    sizes. A negative number is a loss."""
+
+    kernels: int
+    bytes: sympy.Expr
+
+    @classmethod
+    def between(cls, before: Iterable[fx.Node], after: Iterable[fx.Node]) -> Saving:
+        """The difference of two lists of calls; views and arithmetic on sizes cost nothing."""
+        old, new = list(before), list(after)
+        kernels = sum(map(launches, old)) - sum(map(launches, new))
+        return cls(kernels, sympy.expand(sympy.Add(*map(moved_bytes, old)) - sympy.Add(*map(moved_bytes, new))))
+
+    def __str__(self) -> str:
+        return f"saves {self.kernels} kernels and {self.bytes} bytes"
 
 
 @dataclass(frozen=True)
 class Fired:
-    """A rewrite that was made: the rule, the place in the user's model, the nodes that went away."""
+    """A rewrite that was made: the rule, the place in the user's model, the nodes that went away, what that saves
+    (None where it was not worked out)."""
 
     rule: str
     place: str
     nodes: tuple[str, ...]
+    saves: Saving | None = None
 
 
 @dataclass(frozen=True)
@@ -30,18 +57,22 @@ class Refused:
 
 @dataclass
 class PassRecord:
-    """What one pass did to one graph. Node counts are calls (no inputs, no output)."""
+    """What one pass did to one graph. Node counts are calls (no inputs, no output).
+
+    `disabled` holds the names of rules the user switched off; `rewrite.apply` leaves them out.
+    """
 
     name: str
+    disabled: frozenset[str] = frozenset()
     fired: list[Fired] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     nodes_before: int = 0
     nodes_after: int = 0
     seconds: float = 0.0
 
-    def fire(self, rule: str, anchor: fx.Node, nodes: list[fx.Node]) -> None:
+    def fire(self, rule: str, anchor: fx.Node, nodes: Sequence[fx.Node], saves: Saving | None = None) -> None:
         """Notes a rewrite at `anchor` that replaces or removes `nodes`; call it before they are erased."""
-        self.fired.append(Fired(rule, where(anchor), tuple(node.name for node in nodes)))
+        self.fired.append(Fired(rule, where(anchor), tuple(node.name for node in nodes), saves))
 
     def refuse(self, rule: str, anchor: fx.Node, reason: str) -> None:
         """Notes that `rule` was left out at `anchor`, and why."""
@@ -49,21 +80,26 @@ class PassRecord:
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.nodes_before} -> {self.nodes_after} calls, {self.seconds * 1e3:.1f} ms"]
-        lines += [f"  fired {entry.rule} ({len(entry.nodes)} nodes) {entry.place}" for entry in self.fired]
+        for entry in self.fired:
+            saves = f", {entry.saves}" if entry.saves is not None else ""
+            lines.append(f"  fired {entry.rule} ({len(entry.nodes)} nodes{saves}) {entry.place}")
         lines += [f"  left out {entry.rule}: {entry.reason} ({entry.place})" for entry in self.refused]
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass as a value.
+    """A pass as a value: an ordered set of rules, or a function that does as it likes.
 
     Attributes:
         name: a user switches it off by this name (`disabled_passes`).
         place: why it stands where it stands in the pipeline.
-        run: rewrites the graph module in place and notes in the record what it did.
+        run: rewrites the graph module in place and notes in the record what it did; None for a pass of rules alone.
+        rules: tried in this order at every call of the program, by `rewrite.apply`. A pass that has `run` too applies
+            them itself; they are listed so that they are tested and can be switched off by name (`disabled_rules`).
     """
 
     name: str
     place: str
-    run: Callable[[fx.GraphModule, PassRecord], None]
+    run: Callable[[fx.GraphModule, PassRecord], None] | None = None
+    rules: tuple[Rule, ...] = ()

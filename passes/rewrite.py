@@ -1,98 +1,214 @@
 """Rules, and their application to a program.
 
-A rule is data: what to look for, what to put there, when that is legal. One function applies all of them alike, so
-every rewrite keeps the user's source line, checks the layout of its results, and notes why it was left out.
+A rule is data: what to look for, what to put there, when that is legal, what it saves, what it means, on which program
+it fires and on which it must not. One function applies all of them alike, so every rewrite keeps the user's source
+line, checks the layout of its results, and notes why it was left out; one test,
+tests/passes/test_rules.py, runs them all.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 
 from npu_compiler.facts.sizes import Fact, known, same_layout
+from npu_compiler.fusion_kernels import register
 from npu_compiler.graph.build import call
 from npu_compiler.graph.effects import is_pure, tensors
+from npu_compiler.graph.traffic import is_view
 from npu_compiler.passes.pattern import Match, Pattern, find, root_targets
-from npu_compiler.passes.record import PassRecord
+from npu_compiler.passes.record import PassRecord, Saving
 
 NEAR_MISS = 3
 """A failed attempt that got this many calls deep is worth reporting."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
+class NearMiss:
+    """A program on which a rule must not fire.
+
+    Attributes:
+        program: a function in plain PyTorch.
+        example: makes its arguments, given a dtype; None takes the rule's own example.
+        reason: part of the reason that the record must give. Empty only where the match fails before NEAR_MISS calls,
+            which leaves no reason behind.
+    """
+
+    program: Callable[..., object]
+    example: Callable[[torch.dtype], tuple[object, ...]] | None = None
+    reason: str = ""
+
+
+def always(match: Match) -> Fact:
+    """The legality of a rule whose pattern says it all."""
+    return known(True, "the pattern says it all")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rule:
     """One rewrite.
 
+    How to write one: put the pattern, and what takes its place as either `operator` + `operands` (a fused operator) or
+    `replacement` (a function that builds calls); answer legality from facts (npu_compiler.facts), `a & b & c`, so that
+    the first part that is not proven gives the reason; give `reference` and `example`, the program before, and `after`,
+    the operators the program has afterwards; list near misses, at least one, each one step away from a match. Put the
+    rule into the `rules` of a Pass in pipeline.py: the tests then run it, on its example in every dtype, against the
+    oracle in float64, and on its near misses.
+
     Attributes:
-        name: for the record.
+        name: for the record, and for `disabled_rules`.
         pattern: what to look for; its root is the last call.
-        operator: the fused operator of `torch.ops.npu_fused` that takes its place.
+        operator: the fused operator that takes its place: a name in `torch.ops.npu_fused`, or "namespace::name".
         operands: the fused operator's arguments, from a match.
-        results: which bound names the fused operator's outputs replace, in order; "root" is the match's root. A name
-            stands for a call of the pattern that may be used elsewhere too.
+        replacement: builds what takes the pattern's place with `Build` and returns one node for each of `results`.
+        results: which bound names the new outputs replace, in order; "root" is the match's root. A name stands for a
+            call of the pattern that may be used elsewhere too.
         legal: whether the match may be rewritten; only a proven True allows it.
+        cost: what a firing saves, from the match and the new calls. None: counted from the calls that go and come,
+            where a fused operator counts as one kernel.
         reference: a function in plain PyTorch that contains the pattern; the test traces and compares it.
         example: makes tensors for `reference`, given a dtype.
+        after: the operators of the example's program after the rewrite, in order (getitem and arithmetic on sizes left
+            out). Empty: just `operator`.
+        near_misses: programs on which the rule must not fire.
+        oracle: the meaning of `reference`, for float64 arguments, where `reference` itself can't say it.
+        dtypes: what `example` is tested in.
+        tolerance: largest error by dtype, as a part of the largest value. None: one rounding of that dtype.
     """
 
-    name: str
+    name: str = field(kw_only=False)
     pattern: Pattern
-    operator: str
-    operands: Callable[[Match], Sequence[object]]
-    results: tuple[str, ...]
-    legal: Callable[[Match], Fact]
+    operator: str = ""
+    operands: Callable[[Match], Sequence[object]] | None = None
+    replacement: Callable[[Build, Match], fx.Node | Sequence[fx.Node]] | None = None
+    results: tuple[str, ...] = ("root",)
+    legal: Callable[[Match], Fact] = always
+    cost: Callable[[Match, Sequence[fx.Node]], Saving] | None = None
     reference: Callable[..., object]
     example: Callable[[torch.dtype], tuple[object, ...]]
+    after: tuple[str, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+    oracle: Callable[..., object] | None = None
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    tolerance: Mapping[torch.dtype, float] | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.operator) == (self.replacement is not None):
+            raise ValueError(f"rule {self.name}: give either operator and operands, or replacement")
+        if self.operator and self.operands is None:
+            raise ValueError(f"rule {self.name}: operator {self.operator} without operands")
+
+
+class Build:
+    """Adds calls in place of a match: `build(torch.ops.aten.add.Tensor, a, b)`; each gets its fake value and the origin
+    of what the match covers. `made` lists them."""
+
+    def __init__(self, graph: fx.Graph, replaces: Sequence[fx.Node], made_by: str) -> None:
+        self.made: list[fx.Node] = []
+        self._graph, self._replaces, self._made_by = graph, replaces, made_by
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        node = call(self._graph, target, args, replaces=self._replaces, made_by=self._made_by, kwargs=kwargs)
+        self.made.append(node)
+        return node
+
+    def unpack(self, node: fx.Node) -> list[fx.Node]:
+        """The outputs of a call, one node each."""
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            return [node]
+        return [self(operator.getitem, node, index) for index in range(len(value))]
+
+    def undo(self) -> None:
+        """Takes the calls out again."""
+        for node in reversed(self.made):
+            self._graph.erase_node(node)
+        self.made.clear()
 
 
 def apply(module: fx.GraphModule, rules: Iterable[Rule], record: PassRecord) -> None:
     """Applies the rules wherever they match and are legal; the first that fires at a call wins."""
-    graph = module.graph
-    anchored = [(rule, root_targets(rule.pattern)) for rule in rules]
+    rules = [rule for rule in rules if rule.name not in record.disabled]
+    if any(rule.operator and "::" not in rule.operator for rule in rules):
+        register()
+    anchored: dict[str, list[Rule]] = {}
+    for rule in rules:
+        for target in root_targets(rule.pattern):
+            anchored.setdefault(target, []).append(rule)
     erased: set[fx.Node] = set()
-    for root in list(graph.nodes):
-        for rule, targets in anchored:
-            if root in erased or str(root.target) not in targets:
-                continue
+    for root in list(module.graph.nodes):
+        for rule in anchored.get(str(root.target), ()):
+            if root in erased:
+                break
             match, miss = find(rule.pattern, root)
             if match is None:
                 if miss.depth >= NEAR_MISS:
                     record.refuse(rule.name, root, f"matched {miss.depth} calls, then: {miss.reason}")
                 continue
-            if _rewrite(graph, rule, match, record, erased):
+            verdict = _rewrite(module.graph, rule, match, record, erased)
+            if verdict:
                 break
+            record.refuse(rule.name, root, verdict.text)
 
 
-def _rewrite(graph: fx.Graph, rule: Rule, match: Match, record: PassRecord, erased: set[fx.Node]) -> bool:
+def _rewrite(graph: fx.Graph, rule: Rule, match: Match, record: PassRecord, erased: set[fx.Node]) -> Fact:
+    """Replaces the match if that is legal; returns whether, and why not. What is refused leaves no trace."""
     replaced = [match.root if name == "root" else match.node(name) for name in rule.results]
     verdict = rule.legal(match)
     verdict = verdict & private(match.nodes, replaced)
-    operands = rule.operands(match) if verdict else ()
-    point = insertion_point(operands, replaced, match.nodes)
-    if verdict and point is None:
-        verdict = known(False, "an operand is computed after a result is first used")
     if not verdict:
-        record.refuse(rule.name, match.root, verdict.text)
-        return False
+        return verdict
+    point = insertion_point(_needed(rule, match), replaced, match.nodes)
+    if point is None:
+        return known(False, "an operand is computed after a result is first used")
+    build = Build(graph, match.nodes, rule.name)
     with graph.inserting_before(point):
-        target = getattr(torch.ops.npu_fused, rule.operator).default
-        fused = call(graph, target, operands, replaces=match.nodes, made_by=rule.name)
-        outputs = [fused] if isinstance(match.root.meta["val"], tuple) else unpack(graph, fused, rule.name)
-    layout = same_layouts(replaced, outputs)
-    if not layout:
-        record.refuse(rule.name, match.root, f"{layout.text}; the rest of the program relies on the old one")
-        for node in dict.fromkeys([*outputs, fused]):
-            graph.erase_node(node)
-        return False
-    record.fire(rule.name, match.root, list(match.nodes))
+        outputs = _replacement(rule, match, build)
+    verdict = _in_order(build.made, point) & same_layouts(replaced, outputs)
+    if not verdict:
+        build.undo()
+        return verdict
+    saves = rule.cost(match, build.made) if rule.cost else Saving.between(match.nodes, build.made)
+    record.fire(rule.name, match.root, match.nodes, saves)
     for old, new in zip(replaced, outputs, strict=True):
         old.replace_all_uses_with(new)
     erased |= erase_unused(graph, match.nodes)
-    return True
+    return verdict
+
+
+def _needed(rule: Rule, match: Match) -> list[object]:
+    """What has to be computed before the replacement: its operands, or all that the match binds outside of itself."""
+    if rule.operands is not None:
+        return list(rule.operands(match))
+    bound: list[fx.Node] = []
+    fx.node.map_arg(tuple(match.bindings.values()), bound.append)
+    return [node for node in dict.fromkeys(bound) if node not in match.nodes]
+
+
+def _replacement(rule: Rule, match: Match, build: Build) -> Sequence[fx.Node]:
+    if rule.replacement is not None:
+        outputs = rule.replacement(build, match)
+        return [outputs] if isinstance(outputs, fx.Node) else list(outputs)
+    assert rule.operands is not None, "Rule.__post_init__ checks it"
+    namespace, _, name = rule.operator.rpartition("::")
+    target = getattr(getattr(torch.ops, namespace or "npu_fused"), name).default
+    fused = build(target, *rule.operands(match))
+    return [fused] if isinstance(match.root.meta["val"], tuple) else build.unpack(fused)
+
+
+def _in_order(made: Sequence[fx.Node], point: fx.Node) -> Fact:
+    """Whether the new calls read only what is computed before them."""
+    for node in made:
+        for source in node.all_input_nodes:
+            if source not in made and not source < point:
+                return known(False, f"{source.name} is computed after a result is first used")
+    return known(True, "everything read is computed before")
 
 
 def private(nodes: Sequence[fx.Node], results: Sequence[fx.Node]) -> Fact:
@@ -100,7 +216,7 @@ def private(nodes: Sequence[fx.Node], results: Sequence[fx.Node]) -> Fact:
     shared; a computed value would be computed twice."""
     inside = set(nodes)
     for node in nodes:
-        if node in results or _is_view(node):
+        if node in results or is_view(node):
             continue
         for user in node.users:
             if user not in inside:
@@ -161,7 +277,7 @@ def same_layouts(old: Sequence[fx.Node], new: Sequence[fx.Node]) -> Fact:
     for before, after in zip(old, new, strict=True):
         for left, right in zip(tensors(before), tensors(after), strict=True):
             verdict = verdict & same_layout(left, right, f"result {before.name}")
-    return verdict
+    return verdict if verdict else Fact(verdict.truth, f"{verdict.text}; the rest of the program relies on the old one")
 
 
 def erase_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -172,14 +288,3 @@ def erase_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
             graph.erase_node(node)
             gone.add(node)
     return gone
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a call only looks at memory in another way (split and getitem included)."""
-    if node.target is operator.getitem:
-        return True
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    returns = target._schema.returns
-    return bool(returns) and all(entry.alias_info is not None for entry in returns)

@@ -16,21 +16,16 @@ Where gate and up are results of two linears, they become `npu_fused.silu_mul(ga
 
 from __future__ import annotations
 
+import sympy
 import torch
 from torch import Tensor, fx
 
 from npu_compiler.facts.sizes import Fact, known, same_shape
-from npu_compiler.fusion_kernels import register
 from npu_compiler.passes.pattern import Any, Call, Half, Match
-from npu_compiler.passes.record import PassRecord
-from npu_compiler.passes.rewrite import Rule, apply
+from npu_compiler.passes.record import Saving
+from npu_compiler.passes.rewrite import NearMiss, Rule
 
 NAME = "swiglu"
-
-
-def run(module: fx.GraphModule, record: PassRecord) -> None:
-    register()
-    apply(module, RULES, record)
 
 
 def _legal_joined(match: Match) -> Fact:
@@ -56,6 +51,23 @@ def _apart_program(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def _one_element_gate(x: Tensor) -> Tensor:
+    return torch.nn.functional.silu(x[..., :1]) * x[..., 1:]
+
+
+def _broadcast_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 5, 32, dtype=dtype), torch.randn(32, dtype=dtype)
+
+
+def _mixed_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 5, 32, dtype=dtype), torch.randn(3, 5, 32, dtype=torch.float64)
+
+
+def _activation_kept(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    active = torch.nn.functional.silu(gate)
+    return active * up, active
+
+
 RULES = (
     Rule(
         "swiglu",
@@ -66,6 +78,8 @@ RULES = (
         legal=_legal_joined,
         reference=_joined_program,
         example=lambda dtype: (torch.randn(3, 5, 64, dtype=dtype),),
+        # unequal parts leave no reason: the failed attempt is two calls deep
+        near_misses=(NearMiss(_one_element_gate),),
     ),
     Rule(
         "silu_mul",
@@ -76,5 +90,11 @@ RULES = (
         legal=_legal_apart,
         reference=_apart_program,
         example=lambda dtype: (torch.randn(3, 5, 32, dtype=dtype), torch.randn(3, 5, 32, dtype=dtype)),
+        cost=lambda match, made: Saving(0, sympy.Integer(0)),  # a buffer, no kernel: see fusion_kernels/swiglu.py
+        near_misses=(
+            NearMiss(_apart_program, _broadcast_example, "the product broadcasts"),
+            NearMiss(_apart_program, _mixed_example, "torch.float64 are multiplied"),
+            NearMiss(_activation_kept, reason="inner value silu is also used by output"),
+        ),
     ),
 )

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from npu_compiler.config import Options
 from npu_compiler.lowering.functional import Functional, lower
+from npu_compiler.passes import pipeline
 from npu_compiler.passes.record import Pass, PassRecord
 
 
@@ -32,11 +34,7 @@ def lowered(function: Callable[..., Any], *args: Any, dynamic: bool | None = Fal
 
 def apply(entry: Pass, module: fx.GraphModule) -> PassRecord:
     """Runs one pass as the pipeline does."""
-    record = PassRecord(entry.name)
-    entry.run(module, record)
-    module.graph.lint()
-    module.recompile()
-    return record
+    return pipeline.run_pass(entry, module, Options())
 
 
 def calls(module: fx.GraphModule) -> list[str]:

@@ -10,7 +10,7 @@ from npu_compiler.passes import add_rms_norm, noop
 from npu_compiler.passes.record import Pass, PassRecord
 from tests.passes.lowered import apply, calls, lowered
 
-PASS = Pass(add_rms_norm.NAME, "", add_rms_norm.run)
+PASS = Pass(add_rms_norm.NAME, "", rules=add_rms_norm.RULES)
 
 
 def norm(x: Tensor, weight: Tensor, dim: int = -1) -> Tensor:

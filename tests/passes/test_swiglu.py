@@ -11,7 +11,7 @@ from npu_compiler.passes import noop, swiglu
 from npu_compiler.passes.record import Pass, PassRecord
 from tests.passes.lowered import apply, calls, lowered
 
-PASS = Pass(swiglu.NAME, "", swiglu.run)
+PASS = Pass(swiglu.NAME, "", rules=swiglu.RULES)
 
 
 def after(function: object, *args: Tensor, dynamic: bool = False) -> tuple[list[str], PassRecord]:

@@ -1,0 +1,41 @@
+"""What a call costs to run, read off its fake values: whether it launches a kernel at all, and the bytes it moves."""
+
+from __future__ import annotations
+
+import operator
+
+import sympy
+import torch
+from torch import fx
+
+from npu_compiler.facts.sizes import expression
+from npu_compiler.graph.effects import tensors
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a call only looks at memory in another way (split and getitem included)."""
+    if node.target is operator.getitem:
+        return True
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    returns = target._schema.returns
+    return bool(returns) and all(entry.alias_info is not None for entry in returns)
+
+
+def launches(node: fx.Node) -> bool:
+    """Whether a call runs something on the device: neither a view nor arithmetic on sizes."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OperatorBase) and not is_view(node)
+
+
+def size_in_bytes(tensor: torch.Tensor) -> sympy.Expr:
+    """Elements times item size, in the symbols of the tensor's shape."""
+    return sympy.Mul(tensor.element_size(), *(expression(size) for size in tensor.shape))
+
+
+def moved_bytes(node: fx.Node) -> sympy.Expr:
+    """Bytes that a call reads and writes: each argument once, each result once. 0 for what launches nothing."""
+    if not launches(node):
+        return sympy.Integer(0)
+    read = [tensor for source in node.all_input_nodes for tensor in tensors(source)]
+    return sympy.Add(*(size_in_bytes(tensor) for tensor in (*read, *tensors(node))))
