@@ -1,0 +1,215 @@
+"""The graphs that upstream vLLM's model code gives, of shrunken models with random weights, without an engine.
+
+    graph = vllm_graphs.graph(vllm_graphs.Shape("qwen3"))
+    graph.lowered()                  # the functional program that the passes receive
+    graph.compiled()                 # what compile_fx makes of it: .records, .graph
+    layer(graph.compiled().graph)    # the operators of one decoder layer, by name
+
+A graph is traced once a process (vLLM itself takes 15 seconds to import, a model 2 to 5 to trace) and handed out in
+copies. It is what `AscendCompiler.compile` receives where nothing runs in pieces (FULL_DECODE_ONLY): the whole model,
+tokens dynamic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+import torch
+import transformers
+from torch import fx
+from vllm.compilation.passes.inductor_pass import pass_context
+from vllm.compilation.passes.ir.inplace_functionalization import VllmIRInplaceFunctionalizationPass
+from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.config.utils import Range
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.model_loader import get_model
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+
+from npu_compiler.backend import CompiledGraph, compile_fx
+from npu_compiler.graph.effects import tensors
+from npu_compiler.lowering.functional import Functional, lower
+
+TOKENS = 4
+ATTENTION = "vllm.unified_attention_with_output.default"
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 512,
+    "vocab_size": 320,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GLOBAL = ["full_attention"] * SMALL["num_hidden_layers"]
+# What each family's configuration adds: head sizes are those of the published models.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 128}),
+    "llama": ("Llama", {"head_dim": 128}),
+    "mistral": ("Mistral", {"head_dim": 128, "sliding_window": None}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 256, "query_pre_attn_scalar": 256, "attn_logit_softcapping": None, "layer_types": GLOBAL},
+    ),
+    "gemma3": ("Gemma3", {"head_dim": 256, "query_pre_attn_scalar": 256, "layer_types": GLOBAL}),
+    "glm4": ("Glm4", {"head_dim": 128, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3", {}),
+    "bert": ("Bert", {}),
+}
+CLASSES = {"gemma3": "Gemma3TextConfig"}
+ARCHITECTURES = {"bert": "BertModel"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What decides a graph. `changes` are settings of the transformers configuration, as a tuple of pairs."""
+
+    family: str
+    dtype: str = "bfloat16"
+    changes: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedGraph:
+    """A dynamo graph with its fake inputs, as vLLM hands it to a compiler."""
+
+    dynamo: fx.GraphModule
+    inputs: tuple[Any, ...]
+
+    def lowered(self) -> Functional:
+        """The functional program, no passes run; a new one at every call."""
+        programs: list[Functional] = []
+
+        def finish(functional: Functional) -> Callable[..., Any]:
+            programs.append(functional)
+            return functional.graph.forward
+
+        with torch.inference_mode():
+            lower(copy.deepcopy(self.dynamo), self.inputs, finish)
+        (program,) = programs
+        return program
+
+    def compiled(self, options: Mapping[str, Any] | None = None) -> CompiledGraph:
+        """The result of compile_fx, by default with default options; a new one at every call."""
+        with torch.inference_mode():
+            return compile_fx(copy.deepcopy(self.dynamo), self.inputs, options)
+
+
+@functools.cache
+def graph(shape: Shape) -> TracedGraph:
+    """The graph of a model of `shape`. Parameters are among its inputs, as vLLM's compiler sees them."""
+    _collected.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        config = _configuration(shape, Path(folder))
+        with _process_groups(config):
+            _run(config)
+            (traced,) = _collected
+            _functionalize(traced.dynamo, config)
+    return traced
+
+
+_collected: list[TracedGraph] = []
+
+
+def collect(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """A torch.compile backend, named to vLLM by its path, that keeps what it is given and runs it as it is."""
+    fakes = tuple(node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder"))
+    _collected.append(TracedGraph(copy.deepcopy(gm), fakes))
+    return gm.forward
+
+
+def _configuration(shape: Shape, folder: Path) -> VllmConfig:
+    """vLLM's configuration of a model whose weights exist nowhere: load_format "dummy" makes them up."""
+    name, settings = FAMILIES[shape.family]
+    family = getattr(transformers, CLASSES.get(shape.family, f"{name}Config"))
+    config = family(**(SMALL | settings | dict(shape.changes)), dtype=shape.dtype)
+    config.architectures = [ARCHITECTURES.get(shape.family, f"{name}ForCausalLM")]
+    config.save_pretrained(folder)
+    return EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype=shape.dtype,
+        max_model_len=SMALL["max_position_embeddings"],
+        max_num_seqs=TOKENS,
+        kv_cache_memory_bytes=64 << 20,
+        compilation_config={"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": f"{__name__}.{collect.__name__}"},
+    ).create_engine_config()
+
+
+@contextlib.contextmanager
+def _process_groups(config: VllmConfig) -> Iterator[None]:
+    """The groups of one rank, which vLLM's layers ask for when they are made; gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(config):
+        try:
+            init_worker_distributed_environment(config, 0, f"file://{folder}/store", 0, current_platform.dist_backend)
+            yield
+        finally:
+            cleanup_dist_env_and_memory()
+
+
+def _run(config: VllmConfig) -> None:
+    """Loads the model and calls it once, as vLLM's own profiling run does: without attention metadata."""
+    torch._dynamo.reset()
+    device = torch.device("npu:0")
+    config.kernel_config.ir_op_priority.set_default()
+    model = get_model(vllm_config=config)
+    with torch.inference_mode(), set_forward_context(None, config, num_tokens=TOKENS):
+        model(*(torch.arange(TOKENS, device=device) for _ in range(2)))
+
+
+def _functionalize(dynamo: fx.GraphModule, config: VllmConfig) -> None:
+    """What vLLM does to a graph before a compiler lowers it: operators that may reuse an input no longer do."""
+    with pass_context(Range(1, TOKENS)):
+        VllmIRInplaceFunctionalizationPass(config)(dynamo.graph)
+    dynamo.recompile()
+
+
+def fired(compiled: CompiledGraph) -> dict[str, int]:
+    """How often each rule fired, over all passes."""
+    counts: dict[str, int] = {}
+    for record in compiled.records:
+        for entry in record.fired:
+            counts[entry.rule] = counts.get(entry.rule, 0) + 1
+    return counts
+
+
+def layer(module: fx.GraphModule) -> list[str]:
+    """The operators of one decoder layer, in order: from behind the first attention up to and with the second.
+
+    Views, getitem and arithmetic on sizes are left out: they are no work for the device.
+    """
+    names = [name for name in map(_operator, module.graph.nodes) if name]
+    marks = [index for index, name in enumerate(names) if name == ATTENTION]
+    return names[marks[0] + 1 : marks[1] + 1]
+
+
+def _operator(node: fx.Node) -> str:
+    """The operator that a call runs on the device; empty for everything else."""
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):  # a functionalised operator: its target is an argument
+        target = node.args[0]
+    if not isinstance(target, torch._ops.OpOverload) or _is_view(target) or not tensors(node):
+        return ATTENTION if str(target) == ATTENTION else ""
+    return str(target)
+
+
+def _is_view(target: torch._ops.OpOverload) -> bool:
+    returns = [entry.alias_info for entry in target._schema.returns]
+    return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
