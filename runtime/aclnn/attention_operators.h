@@ -5,6 +5,7 @@
 
 #include "runtime/aclnn/aten.h"
 #include "runtime/aclnn/operator.h"
+#include "runtime/kernels/kv_cache.h"
 
 namespace aclnn::fused {
 
@@ -99,5 +100,37 @@ struct GatherPaKvCache {
   bool is_seq_lens_cumsum = false;
 };
 Work gather_pa_kv_cache(const Call& call, const GatherPaKvCache& arguments);
+
+/// A cache as cacheMode names it: plain [blocks, block size, heads, head size], or NZ [blocks, row size / c,
+/// block size, c] with c elements of 32 bytes, whether the tensor says ND (it was made with that shape) or
+/// FRACTAL_NZ.
+host_runtime::kernels::PagedCache paged_cache(const Call& call, const char* name, const Tensor& cache,
+                                              bool nz);
+
+/// aclnnQkvRmsNormRopeCache: qkv [tokens, (Nq + Nk + Nv) * D] split, queries and keys normalised and rotated
+/// by halves, keys and values (quantised where scales are given) written to PA_NZ caches.
+struct QkvRmsNormRopeCache {
+  const Tensor* qkv = nullptr;
+  const Tensor* query_gamma = nullptr;
+  const Tensor* key_gamma = nullptr;
+  const Tensor* cos = nullptr;
+  const Tensor* sin = nullptr;
+  const Tensor* index = nullptr;
+  const Tensor* query_out = nullptr;
+  const Tensor* key_cache = nullptr;
+  const Tensor* value_cache = nullptr;
+  const Tensor* key_scale = nullptr;
+  const Tensor* value_scale = nullptr;
+  const Tensor* key_offset = nullptr;
+  const Tensor* value_offset = nullptr;
+  at::IntArrayRef qkv_size;
+  at::IntArrayRef head_nums;
+  double epsilon = 0.0;
+  std::string cache_mode;
+  const Tensor* query_rows = nullptr;
+  const Tensor* key_rows = nullptr;
+  const Tensor* value_rows = nullptr;
+};
+Work qkv_rms_norm_rope_cache(const Call& call, const QkvRmsNormRopeCache& arguments);
 
 }  // namespace aclnn::fused

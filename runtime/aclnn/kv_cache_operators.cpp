@@ -12,9 +12,28 @@ bool is_nz(const Call& call, const std::string& mode) {
   return true;
 }
 
-/// Plain: [blocks, block size, heads, head size]. NZ: [blocks, row size / c, block size, c] with c elements
-/// of 32 bytes, whether the tensor says ND (it was made with that shape) or FRACTAL_NZ.
-kernels::PagedCache cache_of(const Call& call, const char* name, const Tensor& cache, bool nz) {
+kernels::CacheWrite write_of(const Call& call, const char* name, const Tensor& rows, const char* cache_name,
+                             const Tensor& cache, const Tensor& slots, bool nz) {
+  require_rank(call, name, rows, 3, 3);
+  require_same_dtype(call, cache_name, cache, name, rows);
+  require_contiguous(call, name, rows);
+  kernels::CacheWrite write;
+  write.cache = paged_cache(call, cache_name, cache, nz);
+  write.rows = rows.data<char>();
+  write.row_stride = rows.size(1) * rows.size(2) * static_cast<int64_t>(rows.itemsize());
+  write.slots = slots.data();
+  write.slots_are_64bit = slots.dtype == c10::ScalarType::Long;
+  write.tokens = rows.size(0);
+  if (write.cache.row_bytes() != write.row_stride)
+    call.refuse(cache_name, "has rows of " + std::to_string(write.cache.row_bytes()) + " bytes, " + name +
+                                " of " + std::to_string(write.row_stride) + ": " + describe(cache) + " and " +
+                                describe(rows));
+  return write;
+}
+
+}  // namespace
+
+kernels::PagedCache paged_cache(const Call& call, const char* name, const Tensor& cache, bool nz) {
   require_rank(call, name, cache, 4, 4);
   if (cache.is_plain()) {
     require_contiguous(call, name, cache);
@@ -40,27 +59,6 @@ kernels::PagedCache cache_of(const Call& call, const char* name, const Tensor& c
   result.piece_stride = result.block_size * 32;
   return result;
 }
-
-kernels::CacheWrite write_of(const Call& call, const char* name, const Tensor& rows, const char* cache_name,
-                             const Tensor& cache, const Tensor& slots, bool nz) {
-  require_rank(call, name, rows, 3, 3);
-  require_same_dtype(call, cache_name, cache, name, rows);
-  require_contiguous(call, name, rows);
-  kernels::CacheWrite write;
-  write.cache = cache_of(call, cache_name, cache, nz);
-  write.rows = rows.data<char>();
-  write.row_stride = rows.size(1) * rows.size(2) * static_cast<int64_t>(rows.itemsize());
-  write.slots = slots.data();
-  write.slots_are_64bit = slots.dtype == c10::ScalarType::Long;
-  write.tokens = rows.size(0);
-  if (write.cache.row_bytes() != write.row_stride)
-    call.refuse(cache_name, "has rows of " + std::to_string(write.cache.row_bytes()) + " bytes, " + name +
-                                " of " + std::to_string(write.row_stride) + ": " + describe(cache) + " and " +
-                                describe(rows));
-  return write;
-}
-
-}  // namespace
 
 Work scatter_pa_kv_cache(const Call& call, const ScatterPaKvCache& a) {
   for (const auto& [name, tensor] : {std::pair{"compressLens", a.compress_lens},
@@ -103,7 +101,7 @@ Work gather_pa_kv_cache(const Call& call, const GatherPaKvCache& a) {
     require_same_dtype(call, rows_name, rows, name, cache);
     require_contiguous(call, rows_name, rows);
     kernels::CacheRead read;
-    read.cache = cache_of(call, name, cache, nz);
+    read.cache = paged_cache(call, name, cache, nz);
     read.rows = rows.data<char>();
     read.room = rows.size(0);
     read.row_stride = read.cache.row_bytes();

@@ -12,6 +12,7 @@ import torch
 import torch_npu
 
 from tests.runtime.test_attention_operators import BLOCK, Paged
+from tests.runtime.test_qkv_operators import Projection
 
 
 def position_behind_the_cache() -> None:
@@ -23,6 +24,10 @@ def slot_behind_the_cache() -> None:
     caches = [torch.zeros(1, BLOCK, 1, 16).npu() for _ in range(2)]
     row = torch.zeros(1, 1, 16).npu()
     torch_npu.npu_scatter_pa_kv_cache(row, row, *caches, torch.tensor([BLOCK]).npu(), cache_mode="Norm")
+
+
+def index_behind_the_cache() -> None:
+    torch_npu.npu_qkv_rms_norm_rope_cache(**Projection(2, 1, 1, torch.float16, slots=[4, 160]).arguments())
 
 
 def attention_with(change: dict[str, torch.Tensor]) -> Callable[[], None]:
@@ -37,6 +42,7 @@ def attention_with(change: dict[str, torch.Tensor]) -> Callable[[], None]:
 CASES: dict[str, Callable[[], None]] = {
     "position": position_behind_the_cache,
     "slot": slot_behind_the_cache,
+    "index": index_behind_the_cache,
     "mask": attention_with({"atten_mask": torch.ones(2048, 2048, dtype=torch.bool).tril()}),
     "block": attention_with({"block_table": torch.tensor([[0, 1, 2], [3, 99, 1]], dtype=torch.int32)}),
 }

@@ -435,6 +435,7 @@ def test_wrong_device_contents_fail_the_stream() -> None:
     for name, expected in {
         "position": "position 9 of token 1 is outside the cos/sin cache of 9 rows",
         "slot": "slot_mapping has 128 for token 0",
+        "index": "index has 160 for token 1",
         "mask": "has to be 1 above the diagonal",
         "block": "names block 99",
     }.items():

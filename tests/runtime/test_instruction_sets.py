@@ -10,12 +10,13 @@ import pytest
 
 SELECTION = (
     "test_rms_norm or test_swiglu or test_rope_from_a_cache or test_head_groups or (test_paged_attention and BSH)"
+    " or test_queries_and_caches or test_caches_are_quantised"
 )
 
 
 @pytest.mark.parametrize("instruction_set", ["avx2", "baseline"])
 def test_narrower_instruction_sets_agree_with_the_references(instruction_set: str) -> None:
-    files = [f"tests/runtime/test_{name}_operators.py" for name in ("norm_rope", "attention")]
+    files = [f"tests/runtime/test_{name}_operators.py" for name in ("norm_rope", "attention", "qkv")]
     child = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", SELECTION],
         env=os.environ | {"NPU_COMPILER_HOST_ISA": instruction_set},
