@@ -37,7 +37,7 @@ class CompiledGraph:
         name: a label for reports and dumps.
         options: the options it was compiled with.
         records: what each pass did, in order.
-        graph: the program after the passes.
+        graph: the program after the passes; None where gradients are needed: it is neither rewritten nor captured.
         ledger: captures and replays; None where nothing is captured (compile_fx).
     """
 
@@ -54,7 +54,9 @@ class CompiledGraph:
         return self._call(*args)
 
     def __str__(self) -> str:
-        parts = [*self.records, *([self.ledger] if self.ledger else [])]
+        parts: list[object] = [*self.records, *([self.ledger] if self.ledger else [])]
+        if self.graph is None:
+            parts.append("gradients are needed: no passes, no captures")
         return "\n".join([self.name, *(f"  {line}" for part in parts for line in str(part).splitlines())])
 
 
@@ -125,7 +127,7 @@ def compile_fx(
         as a list, as from every compiler of torch.compile).
 
     Raises:
-        OptionError, TrainingError: see there.
+        OptionError: see there.
     """
     compiled = CompiledGraph(name, Options.of(options))
     if before_lowering is not None:

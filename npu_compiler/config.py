@@ -27,8 +27,9 @@ class Options:
     """How many captured graphs (one a shape) a compiled graph keeps; the least recently used one goes first."""
     capture_sizes: tuple[int, ...] = ()
     """Capture only calls whose dynamic sizes are all in this list; others are called uncaptured. Empty: all."""
-    capture_error_mode: str = "global"
-    """What other threads may do during a capture: "global", "thread_local" or "relaxed" (aclmdlRICaptureMode)."""
+    capture_error_mode: str = "thread_local"
+    """Which threads CANN bars from blocking copies during a capture (aclmdlRICaptureMode): all ("global"), the one
+    that captures ("thread_local"), none ("relaxed")."""
     clone_outputs: bool = True
     """Hand out copies of a captured graph's outputs. False: hand out the graph's own tensors, and refuse the next
     replay with StaleOutputError while one of them is still in use."""

@@ -35,10 +35,6 @@ class OptionError(NpuCompilerError):
     """An option is unknown, has a wrong type or value, or contradicts another."""
 
 
-class TrainingError(NpuCompilerError):
-    """The graph needs gradients; the backend compiles inference only."""
-
-
 class DeviceError(NpuCompilerError):
     """Tensors of the graph lie on devices that one captured graph can't serve together."""
 
@@ -49,3 +45,7 @@ class CaptureError(NpuCompilerError):
 
 class StaleOutputError(NpuCompilerError):
     """With clone_outputs=False: a replay would overwrite an output that is still in use."""
+
+
+class TrainingWarning(UserWarning):
+    """A compiled function needs gradients, so it runs without passes and without capture."""

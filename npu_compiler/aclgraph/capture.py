@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from npu_compiler.graph.source import where
 
 UNCAPTURED = 'use options={"capture": False} to call the compiled graph without capture'
 MIB = 1 << 20
+EXCLUSIVE = threading.Lock()
+"""Held while a thread captures: a capture starts with a wait for the whole device, which CANN refuses while another
+thread captures."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,13 @@ def capture(
     Raises:
         CaptureError: a call was refused; it names the call and its source line.
     """
+    with EXCLUSIVE:
+        return _capture(program, arguments, name, pool, stream, error_mode)
+
+
+def _capture(
+    program: fx.GraphModule, arguments: Sequence[Any], name: str, pool: Any, stream: Any, error_mode: str
+) -> Captured:
     npu = torch.npu
     # A capture must not meet work that is still running, and can't free cached memory to make room.
     npu.synchronize()

@@ -8,6 +8,7 @@ inputs in, launches the graph and copies the outputs out.
 from __future__ import annotations
 
 import functools
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from npu_compiler.aclgraph.capture import capture, refuse_uncapturable
+from npu_compiler.aclgraph.capture import EXCLUSIVE, capture, refuse_uncapturable
 from npu_compiler.aclgraph.inputs import Buffers, InputPlan, writable
 from npu_compiler.aclgraph.ledger import Capture, Ledger
 from npu_compiler.aclgraph.outputs import OutputPlan
 from npu_compiler.config import Options
-from npu_compiler.graph.effects import tensors
+from npu_compiler.graph.effects import draws_on_host, tensors
+from npu_compiler.graph.source import where
 
 Key = tuple[Any, ...]
 MOVES_BEFORE_COPY = 2
@@ -76,14 +78,17 @@ class Replayer:
         self._moves: Counter[int] = Counter()
         self._buffers = Buffers()
         self._last_stream: Any = None
+        # Copies in, launch and copies out of one call must not mix with another thread's: they share the buffers.
+        self._lock = threading.RLock()
 
     def __call__(self, *args: Any) -> Any:
         if self._why_not:
             return self._uncaptured(args, self._why_not)
         if torch.npu.current_device() != self._device:
-            with torch.npu.device(self._device):
+            with torch.npu.device(self._device), self._lock:
                 return self._serve(args)
-        return self._serve(args)
+        with self._lock:
+            return self._serve(args)
 
     def _serve(self, args: Sequence[Any]) -> Any:
         key = tuple([args[position] for position in self._plan.sizes])
@@ -119,9 +124,10 @@ class Replayer:
         results = self._uncaptured(args, "first call of a shape, before its capture")
         self._graphs.pop(key, None)
         while len(self._graphs) >= self._options.capture_limit:
-            torch.npu.synchronize()  # the evicted graph may still be running
             evicted, gone = self._graphs.popitem(last=False)
-            gone.graph.reset()
+            with EXCLUSIVE:
+                torch.npu.synchronize()  # the evicted graph may still be running
+                gone.graph.reset()
             self.ledger.evicted.append(self._key_text(evicted))
         self._graphs[key] = self._capture(key, args, reason)
         return results
@@ -197,6 +203,9 @@ def _why_not(graph: fx.Graph, plan: InputPlan, options: Options) -> str:
         return "nothing to compute on the device"
     if plan.host:
         return f"scalar in host memory: {', '.join(plan.names[position] for position in plan.host)}"
+    draw = next((node for node in calls if draws_on_host(node)), None)
+    if draw is not None:
+        return f"{draw.target} draws random numbers in a way that a captured graph can't repeat ({where(draw)})"
     return ""
 
 

@@ -9,6 +9,16 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
+GRAPH_SAFE_DRAWS = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "uniform", "normal_functional"),
+        *("random", "exponential", "multinomial", "native_dropout"),
+    )
+)
+"""Random operators that, in a capture, read seed and offset from the generator's device memory, so that every replay
+draws what eager would (op-plugin: those that call philox_npu_state; exponential_ is made of uniform_). The others are
+refused by torch_npu in a capture, or, like aten.normal, record nothing at all."""
 FUNCTIONALIZED = ("auto_functionalized", "auto_functionalized_v2")
 
 
@@ -47,6 +57,14 @@ def is_pure(node: fx.Node) -> bool:
 def storage(tensor: torch.Tensor) -> int:
     """Identity of a fake tensor's storage: equal for views of one another."""
     return tensor.untyped_storage()._cdata
+
+
+def draws_on_host(node: fx.Node) -> bool:
+    """Whether `node` draws random numbers with a seed that the host decides, which a replay would repeat or lose."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    return str(target.overloadpacket).removesuffix("_") not in GRAPH_SAFE_DRAWS
 
 
 def host_dependence(node: fx.Node) -> str:

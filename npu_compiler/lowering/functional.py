@@ -11,6 +11,7 @@ operator of a vendor's or vLLM's namespace) keeps its name, which is what the ru
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,13 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from npu_compiler.errors import TrainingError
+from npu_compiler.errors import TrainingWarning
+
+NEEDS_GRADIENTS = (
+    "a function compiled by backend='ascend' needs gradients: it runs operator by operator, neither rewritten nor "
+    "captured. For inference call it under torch.inference_mode() or torch.no_grad(), or freeze the parameters "
+    "(requires_grad_(False)). npu_compiler.report() lists the graphs that this concerns."
+)
 
 
 @dataclass(frozen=True)
@@ -48,22 +55,23 @@ def lower(
 ) -> Callable[..., Any]:
     """Lowers `dynamo`, hands the functional graph to `finish` and returns the callable with dynamo's convention.
 
+    Where gradients are needed, AOTAutograd splits the graph into forward and backward. Both run operator by operator as
+    they are, `finish` is not called, and a TrainingWarning says so.
+
     Args:
         example_inputs: what `dynamo` would be called with: fake or real tensors, and sizes.
         finish: makes the executable of the functional graph; it is called with a flat list of inputs.
-
-    Raises:
-        TrainingError: the graph needs gradients.
     """
 
     def inference(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
-        run = finish(Functional(graph, inputs, _stable_inputs(len(inputs))))
+        return _boxed(finish(Functional(graph, inputs, _stable_inputs(len(inputs)))))
 
-        def boxed(args: list[Any]) -> Any:
-            return run(*args)
+    def forward(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
+        warnings.warn(NEEDS_GRADIENTS, TrainingWarning, stacklevel=2)
+        return _boxed(graph.forward)
 
-        boxed._boxed_call = True  # type: ignore[attr-defined]  # how AOTAutograd is told that args is one list
-        return boxed
+    def backward(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
+        return _boxed(graph.forward)
 
     # The autograd cache stores Inductor's artifact types only.
     uncached = {"enable_autograd_cache": False, "bundled_autograd_cache": False, "strict_autograd_cache": False}
@@ -71,19 +79,22 @@ def lower(
         return aot_module_simplified(
             dynamo,
             example_inputs,
-            fw_compiler=_refuse_training,
+            fw_compiler=forward,
+            bw_compiler=backward,
             inference_compiler=inference,
             decompositions={},
             keep_inference_input_mutations=True,
         )
 
 
-def _refuse_training(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    raise TrainingError(
-        "the compiled function would have to compute gradients",
-        rule="backend='ascend' compiles inference only",
-        fix="call it under torch.inference_mode() or torch.no_grad(), or freeze the parameters (requires_grad_(False))",
-    )
+def _boxed(run: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+    """`run` in AOTAutograd's convention: all arguments in one list."""
+
+    def boxed(args: list[Any]) -> Any:
+        return run(*args)
+
+    boxed._boxed_call = True  # type: ignore[attr-defined]  # how AOTAutograd is told that args is one list
+    return boxed
 
 
 def _stable_inputs(count: int) -> tuple[int, ...]:

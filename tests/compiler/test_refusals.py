@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 from npu_compiler.config import Options
-from npu_compiler.errors import CaptureError, DeviceError, NpuCompilerError, OptionError, TrainingError
+from npu_compiler.errors import CaptureError, DeviceError, NpuCompilerError, OptionError
 
 
 def refusal(function: Callable[..., Any], *args: Any, **kwargs: Any) -> NpuCompilerError:
@@ -23,13 +23,6 @@ def refusal(function: Callable[..., Any], *args: Any, **kwargs: Any) -> NpuCompi
     assert isinstance(inner, NpuCompilerError)
     assert str(inner) in str(error)
     return inner
-
-
-def test_training() -> None:
-    with torch.enable_grad():
-        error = refusal(torch.nn.Linear(3, 3), torch.rand(2, 3))
-    assert isinstance(error, TrainingError)
-    assert "inference_mode" in error.fix
 
 
 @pytest.mark.parametrize(
