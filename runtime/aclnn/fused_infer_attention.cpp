@@ -170,8 +170,8 @@ class Builder {
     }
   }
 
-  /// A cache [blocks, block size, heads * d], [blocks, heads, block size, d] or [blocks, heads, d / 16, block
-  /// size, 16].
+  /// A cache [blocks, block size, heads * d], [blocks, heads, block size, d] or, in pieces of 32 bytes,
+  /// [blocks, heads, d / 16, block size, 16].
   kernels::HeadRows paged_rows(const char* name, const Tensor& cache) {
     require_contiguous(call_, name, cache);
     require_rank(call_, name, cache, 3, 5);
@@ -205,6 +205,7 @@ class Builder {
       rows.width = cache.size(2) * cache.size(4);
       rows.chunk_stride = cache.stride(2);
       rows.head_stride = cache.stride(1);
+      check_nz(name, cache, rows.width);
     }
     if (block_size != a_.block_size)
       call_.refuse("blockSize", "is " + text(a_.block_size) + ", but " + name + " " + describe(cache) +
@@ -213,6 +214,24 @@ class Builder {
                                     "[blocks, heads, block size, d] are the layouts)");
     check_key(name, cache, heads, rows.width);
     return rows;
+  }
+
+  /// Keys in the order of FRACTAL_NZ: what CANN takes them for.
+  void check_nz(const char* name, const Tensor& cache, int64_t width) {
+    const int64_t piece = 32 / static_cast<int64_t>(cache.itemsize());
+    if (cache.size(4) != piece)
+      call_.refuse(name, "of five dimensions has to be [blocks, heads, head size / " + text(piece) +
+                             ", block size, " + text(piece) + "] (pieces of 32 bytes), not " +
+                             describe(cache));
+    const bool latent = a_.query_rope != nullptr;
+    if (!latent && width != 64 && width != 128)
+      call_.refuse(name, "of five dimensions (FRACTAL_NZ) needs head size 64 or 128, not " + text(width) +
+                             "; use [blocks, block size, heads * head size]");
+    if (layout_.query == "NSD" || (latent && layout_.query == "BNSD"))
+      call_.refuse(name, "of five dimensions (FRACTAL_NZ) does not go with layout " + a_.input_layout);
+    if (latent && a_.block_size != 128)
+      call_.refuse("blockSize", "has to be 128 for latent attention with keys of five dimensions, not " +
+                                    text(a_.block_size));
   }
 
   void set_rope() {

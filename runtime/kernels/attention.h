@@ -10,8 +10,8 @@
 namespace host_runtime::kernels {
 
 /// Where row (token) s of head n lies: base + s * row_stride + n * head_stride, in elements. A row is `width`
-/// elements, contiguous when chunk == width; FRACTAL_NZ keeps it in chunks of `chunk` elements, chunk_stride
-/// apart.
+/// elements, contiguous when chunk == width; FRACTAL_NZ keeps it in chunks of 32 bytes (`chunk` elements),
+/// chunk_stride apart.
 struct HeadRows {
   const void* base = nullptr;
   int64_t width = 0;

@@ -9,6 +9,10 @@
 #include <string>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define KERNEL_INLINE inline __attribute__((always_inline))
 
 namespace host_runtime::kernels {

@@ -66,7 +66,7 @@ class Paged:
         elif cache_layout == "BNSD":
             caches = [c.transpose(1, 2).contiguous() for c in caches]
         else:
-            piece = 16
+            piece = 32 // self.dtype.itemsize
             caches = [c.unflatten(-1, (-1, piece)).permute(0, 2, 3, 1, 4).contiguous() for c in caches]
         return {
             "query": self.query.npu(),
@@ -111,7 +111,7 @@ class Paged:
 def test_paged_attention(
     query_lengths: list[int], key_lengths: list[int], cache_layout: str, dtype: torch.dtype
 ) -> None:
-    case = Paged(query_lengths, key_lengths, dtype)
+    case = Paged(query_lengths, key_lengths, dtype, width=64 if cache_layout == "NZ" else 32)
     output, lse = torch_npu.npu_fused_infer_attention_score(**case.arguments(cache_layout), softmax_lse_flag=True)
     expected, expected_lse = case.expected()
     assert output.dtype == dtype
@@ -127,6 +127,42 @@ def test_head_groups(heads: int, key_heads: int, width: int, query_length: int) 
     case = Paged([query_length, 2], [140, 257], torch.float32, heads, key_heads, width)
     output, _ = torch_npu.npu_fused_infer_attention_score(**case.arguments())
     reference.assert_close(output, case.expected()[0], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "width"), [(2, 2, 64), (5, 1, 128), (7, 1, 64), (16, 2, 128), (32, 2, 64)]
+)
+def test_head_groups_with_keys_in_fractal_order(heads: int, key_heads: int, width: int, dtype: torch.dtype) -> None:
+    """Groups of 1 to 16 query heads a key head; decode steps and a chunk of three tokens."""
+    case = Paged([1, 3], [140, 257], dtype, heads, key_heads, width)
+    output, _ = torch_npu.npu_fused_infer_attention_score(**case.arguments("NZ"))
+    reference.assert_close(output, case.expected()[0], dtype)
+
+
+def test_one_cache_for_the_fused_write_and_attention() -> None:
+    """What npu_scatter_pa_kv_cache writes as [blocks, heads * d / 16, block size, 16] attention reads as five
+    dimensions."""
+    key, value = (torch.randn(3, 2, 64).half() for _ in range(2))
+    query = torch.randn(1, 4, 64).half()
+    caches = [torch.zeros(2, 2 * 64 // 16, BLOCK, 16).half().npu() for _ in range(2)]
+    slots = torch.tensor([BLOCK, BLOCK + 1, BLOCK + 2]).npu()
+    torch_npu.npu_scatter_pa_kv_cache(key.npu(), value.npu(), *caches, slots, cache_mode="PA_NZ")
+    keys, values = (cache.view(2, 2, 4, BLOCK, 16) for cache in caches)
+    output, _ = torch_npu.npu_fused_infer_attention_score(
+        query.npu(),
+        keys,
+        values,
+        actual_seq_lengths=[1],
+        actual_seq_lengths_kv=[3],
+        block_table=torch.tensor([[1]], dtype=torch.int32).npu(),
+        num_heads=4,
+        num_key_value_heads=2,
+        scale=0.125,
+        input_layout="TND",
+        block_size=BLOCK,
+    )
+    reference.assert_close(output, reference.attention(query, key, value, 0.125)[0], torch.float16)
 
 
 def test_request_without_keys_gives_zeros_and_infinity() -> None:
@@ -342,9 +378,9 @@ def test_cache_write_in_fractal_order() -> None:
         assert torch.equal(actual.cpu(), cache)
 
 
-def captured(case: Paged) -> tuple[Any, Any, Any, dict[str, Any], Tensor]:
+def captured(case: Paged, cache_layout: str) -> tuple[Any, Any, Any, dict[str, Any], Tensor]:
     """A graph that holds one attention task group behind an external event."""
-    arguments = case.arguments()
+    arguments = case.arguments(cache_layout)
     workspace = torch_npu._npu_fused_infer_attention_score_get_max_workspace(**arguments)
     output, lse = torch.empty_like(arguments["query"]), torch.empty(1).npu()
     arguments |= {"workspace": workspace, "out": [output, lse]}
@@ -360,9 +396,10 @@ def captured(case: Paged) -> tuple[Any, Any, Any, dict[str, Any], Tensor]:
     return graph, event, handle, arguments, output
 
 
-def test_lengths_of_a_captured_call_are_updated() -> None:
-    case = Paged([1, 1], [7, 300], torch.float32)
-    graph, event, handle, arguments, output = captured(case)
+@pytest.mark.parametrize("cache_layout", ["BSH", "NZ"])
+def test_lengths_of_a_captured_call_are_updated(cache_layout: str) -> None:
+    case = Paged([1, 1], [7, 300], torch.float16, width=64)
+    graph, event, handle, arguments, output = captured(case, cache_layout)
     assert arguments["workspace"].numel() > 0
     updates = torch.npu.Stream()
     for lengths in ([7, 300], [3, 129], [5, 1]):
@@ -373,7 +410,7 @@ def test_lengths_of_a_captured_call_are_updated() -> None:
             torch.npu.graph_task_update_end(updates)
             event.record(updates)
         torch.npu.synchronize()
-        reference.assert_close(output, case.expected(lengths)[0], torch.float32)
+        reference.assert_close(output, case.expected(lengths)[0], torch.float16)
 
 
 def test_lengths_are_updated_through_torch_npus_own_graph_class() -> None:
@@ -414,6 +451,22 @@ def test_illegal_arguments_are_refused(change: dict[str, Any], message: str) -> 
     moved = {k: v.npu() if isinstance(v, Tensor) else v for k, v in change.items()}
     with pytest.raises(RuntimeError, match=message):
         torch_npu.npu_fused_infer_attention_score(**(case.arguments() | moved))
+
+
+FRACTAL_REFUSALS: list[tuple[int, dict[str, Any], str]] = [
+    (32, {}, "needs head size 64 or 128"),
+    (64, {"key": torch.zeros(9, 2, 2, BLOCK, 32).half()}, "pieces of 32 bytes"),
+    (64, {"block_size": 256}, "has blocks of 128"),
+    (64, {"num_key_value_heads": 4}, "numKeyValueHeads is 4"),
+]
+
+
+@pytest.mark.parametrize(("width", "change", "message"), FRACTAL_REFUSALS, ids=[m for *_, m in FRACTAL_REFUSALS])
+def test_keys_in_fractal_order_that_are_refused(width: int, change: dict[str, Any], message: str) -> None:
+    case = Paged([1, 1], [7, 300], torch.float16, width=width)
+    moved = {k: v.npu() if isinstance(v, Tensor) else v for k, v in change.items()}
+    with pytest.raises(RuntimeError, match=message):
+        torch_npu.npu_fused_infer_attention_score(**(case.arguments("NZ") | moved))
 
 
 def test_strided_cache_is_refused() -> None:
