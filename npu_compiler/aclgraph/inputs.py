@@ -2,7 +2,7 @@
 
 A captured graph reads and writes fixed addresses. A parameter is there already; an input that the program writes must
 be written where the caller has it; every other tensor is copied into a buffer that the graph reads. A size is not an
-input of a captured graph at all: it is its key.
+input of a captured graph at all: it is its key (see sizes.py for the exception).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from npu_compiler.aclgraph.sizes import deciding
 from npu_compiler.errors import DeviceError
 from npu_compiler.graph.effects import storage, tensors
 
@@ -26,7 +27,7 @@ class InputPlan:
 
     Attributes:
         names: for messages, one an input.
-        sizes: not tensors: they are the key of a captured graph.
+        sizes: numbers that decide what is captured: they are the key of a captured graph.
         stable: tensors on the device whose address is expected to stay.
         written: tensors on the device that the program writes.
         copied: all other tensors on the device.
@@ -63,7 +64,7 @@ class InputPlan:
         _refuse_mixed(names, values, on_device, host)
         return cls(
             names=names,
-            sizes=tuple(i for i, value in enumerate(values) if not isinstance(value, torch.Tensor)),
+            sizes=tuple(sorted(deciding(graph))),
             stable=tuple(sorted(fixed)),
             written=tuple(sorted(written)),
             copied=tuple(sorted(on_device - fixed - written)),

@@ -21,13 +21,17 @@ from npu_compiler.aclgraph.capture import EXCLUSIVE, capture, refuse_uncapturabl
 from npu_compiler.aclgraph.inputs import Buffers, InputPlan, writable
 from npu_compiler.aclgraph.ledger import Capture, Ledger
 from npu_compiler.aclgraph.outputs import OutputPlan
+from npu_compiler.aclgraph.sizes import NumberOutputs
 from npu_compiler.config import Options
 from npu_compiler.graph.effects import draws_on_host, tensors
 from npu_compiler.graph.source import where
 
 Key = tuple[Any, ...]
 MOVES_BEFORE_COPY = 2
-"""After this many recaptures because a written input moved, it is copied in and back instead."""
+"""After this many recaptures that did not pay because a written input moved, it is copied in and back instead."""
+PAYING_REPLAYS = 4
+"""A capture replayed this often has paid: a KV cache that moves once a generation is better captured again than copied
+at every token."""
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Replayable:
         bound: positions whose address is part of the graph, and `addresses` there.
         feeds: (argument position, the buffer to copy it to).
         returns: (argument position, the buffer to copy back from).
+        replays: how often it was replayed.
     """
 
     graph: Any
@@ -46,6 +51,7 @@ class Replayable:
     feeds: list[tuple[int, torch.Tensor]]
     returns: list[tuple[int, torch.Tensor]]
     outputs: OutputPlan
+    replays: int = 0
 
 
 class Replayer:
@@ -71,6 +77,7 @@ class Replayer:
         if not self._why_not:
             refuse_uncapturable(program.graph)
             self._device = _device(program.graph)
+        self._numbers = NumberOutputs(program.graph, set(self._plan.sizes))
         self._returned_inputs = _returned_inputs(program.graph)
         self._calls = sum(node.op == "call_function" for node in program.graph.nodes)
         self._allowed = frozenset(options.capture_sizes)
@@ -112,8 +119,9 @@ class Replayer:
         found.graph.replay()
         for position, buffer in found.returns:
             args[position].copy_(buffer, non_blocking=True)
+        found.replays += 1
         self.ledger.replays += 1
-        return found.outputs.hand_out(args)
+        return self._numbers.fill(found.outputs.hand_out(args), args)
 
     def _uncaptured(self, args: Sequence[Any], reason: str) -> Any:
         self.ledger.uncaptured[reason] += 1
@@ -180,7 +188,7 @@ class Replayer:
     def _what_moved(self, found: Replayable, args: Sequence[Any]) -> str:
         moved = [i for i, address in zip(found.bound, found.addresses, strict=True) if args[i].data_ptr() != address]
         for position in moved:
-            if position in self._plan.written:
+            if position in self._plan.written and found.replays < PAYING_REPLAYS:
                 self._moves[position] += 1
         copied = [i for i in moved if self._moves[i] >= MOVES_BEFORE_COPY]
         note = "; it is copied in and back from now on" if copied else ""

@@ -229,6 +229,56 @@ def test_written_input_that_moves_is_copied_after_two_recaptures() -> None:
     assert compiled.ledger.replays == 3
 
 
+def test_written_input_that_moves_rarely_is_never_copied() -> None:
+    """A KV cache that a generation allocates anew, and every token writes: a capture a generation, no copies."""
+
+    def step(cache: Tensor, x: Tensor) -> Tensor:
+        cache.add_(x)
+        return cache * 2
+
+    compiled = Compiled(step, dynamic=False)
+    kept = []
+    for _ in range(4):
+        expected = torch.zeros(4)
+        kept.append(expected.npu())
+        for _ in range(6):
+            x = torch.rand(4)
+            assert_same(compiled(kept[-1], x.npu()), step(expected, x))
+        torch.testing.assert_close(kept[-1].cpu(), expected)
+    assert [entry.reason for entry in compiled.ledger.captures[1:]] == ["moved in memory: cache"] * 3
+
+
+def test_number_that_no_operator_reads_is_not_in_the_key() -> None:
+    """A count that the model keeps in Python (transformers' sliding window cache) and that only numbers come from."""
+
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 3
+
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:
+            self.count += 2
+            return x + x.shape[0], self.count * 3
+
+    module, expected = Counting(), Counting()
+    compiled = Compiled(module)
+    for size in (2, 2, 2, 2, 4, 4, 2):
+        x = torch.rand(size, 3)
+        assert_same(compiled(x.npu()), expected(x))
+        assert module.count == expected.count
+    # dynamo compiles three graphs: all static, count dynamic, rows too; the last is captured for 4 rows and for 2
+    assert sum(len(graph.ledger.captures) for graph in compiled.backend.compiled() if graph.ledger) == 4
+
+
+def test_number_that_an_operator_reads_is_in_the_key() -> None:
+    sizes = (2, 5, 2, 7, 5)
+    compiled = Compiled(lambda x, count: (x * count, count + 1))
+    for size in sizes:
+        x = torch.rand(3)
+        assert_same(compiled(x.npu(), size), (x * size, size + 1))
+    assert sum(len(graph.ledger.captures) for graph in compiled.backend.compiled() if graph.ledger) == 4
+
+
 def test_parameter_that_is_replaced_is_noticed() -> None:
     reference = torch.nn.Linear(4, 4)
     module = torch.nn.Linear(4, 4).to("npu")
