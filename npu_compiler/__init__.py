@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from npu_compiler.backend import report
     from npu_compiler.config import Options
     from npu_compiler.errors import NpuCompilerError
+    from npu_compiler.passes.record import Pass
+    from npu_compiler.passes.rewrite import Rule
 
 _HOMES = {
     "Options": "npu_compiler.config",
     "NpuCompilerError": "npu_compiler.errors",
+    "Pass": "npu_compiler.passes.record",
+    "Rule": "npu_compiler.passes.rewrite",
     "report": "npu_compiler.backend",
 }
-__all__ = ["NpuCompilerError", "Options", "__version__", "report"]
+__all__ = ["NpuCompilerError", "Options", "Pass", "Rule", "__version__", "report"]
 
 
 def __getattr__(name: str) -> Any:

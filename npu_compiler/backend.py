@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +160,21 @@ def _compile(
 
 
 def fingerprint(options: Mapping[str, Any] | Options | None = None) -> str:
-    """A hash of everything that decides what compile_fx makes of a graph: options, passes and their order, the
-    compiler's own sources, and the versions of torch and torch_npu. Equal on every machine with the same set-up."""
+    """A hash of everything that decides what compile_fx makes of a graph: options, passes and their order, the content
+    of the user's own rules and passes, the compiler's own sources, and the versions of Python, torch and torch_npu.
+    Equal on every machine with the same set-up.
+
+    Raises:
+        OptionError: an option is wrong, or a user's rule or pass can't be hashed.
+    """
     chosen = Options.of(options)
     package = Path(npu_compiler.__file__).parent
     folders = [package / "lowering", package / "graph", package / "facts", Path(pipeline.__file__).parent]
-    decisive = {key: value for key, value in asdict(chosen).items() if key != "dump_dir"}
-    return digest.of_text(sorted(decisive.items()), pipeline.names(), digest.versions(), digest.of_sources(folders))
+    elsewhere = ("dump_dir", "check", "rules", "passes", "disabled_passes", "disabled_rules")  # in pipeline.fingerprint
+    decisive = {entry.name: getattr(chosen, entry.name) for entry in fields(chosen) if entry.name not in elsewhere}
+    return digest.of_text(
+        sorted(decisive.items()), pipeline.fingerprint(chosen), digest.versions(), digest.of_sources(folders)
+    )
 
 
 def _return_flat_tuple(gm: fx.GraphModule) -> Callable[[Any], Any] | None:

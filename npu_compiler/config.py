@@ -37,6 +37,13 @@ class Options:
     """Names of passes to leave out (npu_compiler.passes.pipeline lists them), to find out which one is to blame."""
     disabled_rules: tuple[str, ...] = ()
     """Names of rules to leave out of their passes, for the same purpose."""
+    rules: tuple[Any, ...] = ()
+    """Your own rewrite rules (passes.rewrite.Rule), or "module:name" of a rule or a list of them. They run as the pass
+    `user_rules`, in front of the built-in rules."""
+    passes: tuple[Any, ...] = ()
+    """Your own passes (passes.record.Pass, placed by `before` or `after`), or "module:name" of a pass or a list."""
+    check: bool = False
+    """Check the program after every pass (graph/spec.py); a pass that breaks it is named in a SpecError."""
     dump_dir: str = ""
     """Folder for the program before the first and after every pass, as text. Empty: no dump."""
 
@@ -119,8 +126,8 @@ def check_names(option: str, given: Iterable[str], valid: Iterable[str]) -> None
 
 def _typed(name: str, default: Any, value: Any) -> Any:
     if isinstance(default, tuple):
-        inner = int if name == "capture_sizes" else str
-        if isinstance(value, (list, tuple)) and all(type(item) is inner for item in value):
+        inner = {"capture_sizes": int, "rules": object, "passes": object}.get(name, str)
+        if isinstance(value, (list, tuple)) and all(inner is object or type(item) is inner for item in value):
             return tuple(value)
         expected = f"a list of {inner.__name__}"
     elif type(value) is type(default):

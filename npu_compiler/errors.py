@@ -39,6 +39,10 @@ class DeviceError(NpuCompilerError):
     """Tensors of the graph lie on devices that one captured graph can't serve together."""
 
 
+class SpecError(NpuCompilerError):
+    """A pass left a program that breaks what holds between passes (npu_compiler/graph/spec.py)."""
+
+
 class CaptureError(NpuCompilerError):
     """A graph holds something that can't be captured, or the capture itself failed."""
 

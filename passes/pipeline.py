@@ -10,14 +10,19 @@ from pathlib import Path
 from torch import fx
 
 from npu_compiler.config import Options, check_names
+from npu_compiler.errors import OptionError
+from npu_compiler.graph.content import of_content
 from npu_compiler.graph.digest import of_text
-from npu_compiler.passes import add_rms_norm, common, dead_code, noop, qk_norm_rope, reinplace, swiglu
+from npu_compiler.graph.spec import SpecCheck, refresh_aliases
+from npu_compiler.passes import add_rms_norm, common, dead_code, noop, qk_norm_rope, reinplace, swiglu, users
 from npu_compiler.passes.record import Pass, PassRecord
 from npu_compiler.passes.rewrite import apply
 
+USER_RULES = "user_rules"
 PASSES: tuple[Pass, ...] = (
     Pass(noop.NAME, "first: patterns need not look through clones and views that do nothing", noop.run),
     Pass(common.NAME, "before the rules: one cos a model, not one a layer, is what pairs q with k", common.run),
+    Pass(USER_RULES, "before the built-in rules: a user's own rule wins", rules=()),
     Pass(qk_norm_rope.NAME, "before add_rms_norm, which would claim the norms of q and k alone", qk_norm_rope.run),
     Pass(add_rms_norm.NAME, "any place among the rules", rules=add_rms_norm.RULES),
     Pass(swiglu.NAME, "any place among the rules", rules=swiglu.RULES),
@@ -28,14 +33,20 @@ PASSES: tuple[Pass, ...] = (
 
 
 def selected(options: Options) -> tuple[Pass, ...]:
-    """The passes left after `disabled_passes`.
+    """The passes of one compilation: the built-in ones, the user's in their places, without the disabled ones.
 
     Raises:
-        OptionError: a disabled pass or rule does not exist.
+        OptionError: a disabled pass or rule does not exist, or a user's rule or pass can't be placed.
     """
-    check_names("disabled_passes", options.disabled_passes, names())
-    check_names("disabled_rules", options.disabled_rules, [rule.name for entry in PASSES for rule in entry.rules])
-    return tuple(entry for entry in PASSES if entry.name not in options.disabled_passes)
+    rules, passes = users.rules_of(options), users.passes_of(options)
+    order = users.placed(users.with_rules(PASSES, USER_RULES, rules), passes, functional_until=reinplace.NAME)
+    check_names("disabled_passes", options.disabled_passes, names(order))
+    known = [rule.name for entry in order for rule in entry.rules]
+    twice = next((rule.name for rule in rules if known.count(rule.name) > 1), None)
+    if twice:
+        raise OptionError(f"rule {twice!r} exists already", rule="names are used once", fix="choose another name")
+    check_names("disabled_rules", options.disabled_rules, known)
+    return tuple(entry for entry in order if entry.name not in options.disabled_passes)
 
 
 def run(
@@ -53,17 +64,18 @@ def run(
     records = []
     dump = _dumper(options.dump_dir, dump_name)
     dump("lowered", module)
+    check = SpecCheck(module) if options.check else None
     for entry in selected(options):
         if entry.name == reinplace.NAME and after_rules is not None:
             after_rules(module.graph)
             dump("after_rules", module)
-        records.append(run_pass(entry, module, options))
+        records.append(run_pass(entry, module, options, check))
         dump(entry.name, module)
     return records
 
 
-def run_pass(entry: Pass, module: fx.GraphModule, options: Options) -> PassRecord:
-    """Runs one pass on `module` in place."""
+def run_pass(entry: Pass, module: fx.GraphModule, options: Options, check: SpecCheck | None = None) -> PassRecord:
+    """Runs one pass on `module` in place, and checks what it left if `check` is given."""
     record = PassRecord(entry.name, frozenset(options.disabled_rules), nodes_before=count_calls(module.graph))
     start = time.perf_counter()
     if entry.run is not None:
@@ -71,9 +83,12 @@ def run_pass(entry: Pass, module: fx.GraphModule, options: Options) -> PassRecor
     else:
         apply(module, entry.rules, record)
     module.graph.lint()
+    refresh_aliases(module.graph)
     module.recompile()
     record.seconds = time.perf_counter() - start
     record.nodes_after = count_calls(module.graph)
+    if check is not None:
+        check.after(entry.name, module)
     return record
 
 
@@ -83,8 +98,15 @@ def count_calls(graph: fx.Graph) -> int:
 
 
 def fingerprint(options: Options) -> str:
-    """Identity of what `run` would do: the options that reach the passes, and the passes in order."""
-    return of_text([entry.name for entry in selected(options)], options.disabled_rules)
+    """Identity of what `run` would do: the passes in order, with the content of the user's own, and disabled rules.
+
+    Raises:
+        OptionError: a user's rule or pass has no content to go by (graph/content.py).
+    """
+    own = (users.rules_of(options), users.passes_of(options))
+    return of_text(
+        names(selected(options)), sorted(options.disabled_rules), of_content(own, "the user's rules and passes")
+    )
 
 
 def _dumper(folder: str, name: str) -> Callable[[str, fx.GraphModule], None]:

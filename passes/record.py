@@ -97,9 +97,16 @@ class Pass:
         run: rewrites the graph module in place and notes in the record what it did; None for a pass of rules alone.
         rules: tried in this order at every call of the program, by `rewrite.apply`. A pass that has `run` too applies
             them itself; they are listed so that they are tested and can be switched off by name (`disabled_rules`).
+        before, after: of a pass that a user adds (options={"passes": [...]}): the pass it stands in front of or behind.
     """
 
     name: str
     place: str
     run: Callable[[fx.GraphModule, PassRecord], None] | None = None
     rules: tuple[Rule, ...] = ()
+    before: str = ""
+    after: str = ""
+
+    def __post_init__(self) -> None:
+        if self.run is None and not isinstance(self.rules, tuple):
+            raise TypeError(f"pass {self.name}: rules is a tuple of rules")

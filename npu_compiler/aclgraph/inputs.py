@@ -16,7 +16,7 @@ from torch import fx
 
 from npu_compiler.aclgraph.sizes import deciding
 from npu_compiler.errors import DeviceError
-from npu_compiler.graph.effects import storage, tensors
+from npu_compiler.graph.effects import storage, tensors, written_storages
 
 DEVICE = "npu"
 
@@ -78,17 +78,7 @@ def written_inputs(graph: fx.Graph) -> set[int]:
     for position, node in enumerate(graph.find_nodes(op="placeholder")):
         for tensor in tensors(node):
             owner[storage(tensor)] = position
-    written = set()
-    for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-            continue
-        for index, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            for item in value if isinstance(value, (list, tuple)) else [value]:
-                written |= {owner[storage(tensor)] for tensor in tensors(item) if storage(tensor) in owner}
-    return written
+    return {owner[found] for node in graph.nodes for found in written_storages(node) if found in owner}
 
 
 def _refuse_mixed(names: Sequence[str], values: Sequence[Any], on_device: set[int], host: Sequence[int]) -> None:

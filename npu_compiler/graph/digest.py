@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def of_text(*parts: object) -> str:
 
 
 def versions() -> str:
-    """Versions of the packages that take part in compilation, "absent" where one is not installed."""
-    found = []
+    """Versions of Python and of the packages that take part in compilation, "absent" where one is not installed."""
+    found = [f"python={platform.python_version()}"]
     for name in VERSIONED:
         try:
             found.append(f"{name}={importlib.metadata.version(name)}")

@@ -67,6 +67,20 @@ def draws_on_host(node: fx.Node) -> bool:
     return str(target.overloadpacket).removesuffix("_") not in GRAPH_SAFE_DRAWS
 
 
+def written_storages(node: fx.Node) -> set[int]:
+    """The storages that a call writes, by its operator's schema; the functional wrapper of a write counts as none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return set()
+    written = set()
+    for index, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            for item in given if isinstance(given, (list, tuple)) else [given]:
+                written |= {storage(tensor) for tensor in tensors(item)}
+    return written
+
+
 def host_dependence(node: fx.Node) -> str:
     """Why `node` can't be captured: it brings tensor data to the host or takes it from there. Empty if it doesn't."""
     if node.op != "call_function":

@@ -1,4 +1,4 @@
-"""The examples of docs/compiler.md run as they are printed."""
+"""The examples of docs/compiler.md and docs/passes.md run as they are printed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 
-PAGE = Path(__file__).parents[2] / "docs" / "compiler.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "compiler.md"
+COMPILER = ("fired add_rms_norm", "fired swiglu", "2 replays", "captured static", "return (x * 2).cpu() + 1")
+PASSES = (
+    "fired sigmoid_to_silu (2 nodes, saves 1 kernels and 384 bytes)",
+    "pass broken broke the program",
+    "dtypes torch.float64 and torch.float32",
+)
 
 
-def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+@pytest.mark.parametrize(("page", "expected"), [("compiler.md", COMPILER), ("passes.md", PASSES)])
+def test_examples(page: str, expected: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 3
     file = tmp_path / "example.py"
     file.write_text("\n".join(blocks))  # a real file, so that messages can show its lines
     with torch.enable_grad():
         exec(compile(file.read_text(), str(file), "exec"), {"__name__": "example"})
     printed = capsys.readouterr().out
-    for part in ("fired add_rms_norm", "fired swiglu", "2 replays", "captured static", "return (x * 2).cpu() + 1"):
+    for part in expected:
         assert part in printed
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from npu_compiler.config import Options
+from npu_compiler.graph.spec import SpecCheck
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
 from npu_compiler.passes.record import Pass, PassRecord
@@ -34,7 +35,7 @@ def lowered(function: Callable[..., Any], *args: Any, dynamic: bool | None = Fal
 
 def apply(entry: Pass, module: fx.GraphModule) -> PassRecord:
     """Runs one pass as the pipeline does."""
-    return pipeline.run_pass(entry, module, Options())
+    return pipeline.run_pass(entry, module, Options(), SpecCheck(module))
 
 
 def calls(module: fx.GraphModule) -> list[str]:

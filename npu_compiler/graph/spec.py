@@ -1,0 +1,187 @@
+"""What holds for a program between two passes, checked.
+
+* Every value is defined once and before its use (fx's own lint), and every call has its fake value.
+* Inferring a call again from its arguments' fake values gives the recorded one: shape, strides, dtype, device.
+* A result shares memory with an argument if and only if the recorded values say so; liveness and re-inplacing rely on
+  it.
+* Random draws are as many and in the same order as before the pass, and the inputs that are written are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._pytree import tree_leaves, tree_map
+
+from npu_compiler.errors import SpecError
+from npu_compiler.facts.sizes import expression, same_layout
+from npu_compiler.graph.effects import storage, tensors, value, written_storages
+from npu_compiler.graph.source import where
+from npu_compiler.graph.traffic import is_view
+
+RULE = "graph/spec.py: what holds for a program between two passes"
+
+
+class SpecCheck:
+    """Checks a program after each pass; a call that has not changed since its last check is not inferred again."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._seen: dict[fx.Node, Hashable] = {}
+        self._draws = _draws(module.graph)
+        self._written = _written_inputs(module.graph)
+
+    def after(self, stage: str, module: fx.GraphModule) -> None:
+        """Checks `module` as `stage` (a pass) left it.
+
+        Raises:
+            SpecError: names the node, the place and what is wrong with it.
+        """
+        module.graph.lint()
+        for node in module.graph.nodes:
+            if node.op == "call_function":
+                self._check_value(stage, node)
+        draws, written = _draws(module.graph), _written_inputs(module.graph)
+        if draws != self._draws:
+            raise SpecError(
+                _broke(stage, f"random draws were {self._draws} and are {draws}"), rule=RULE, fix=_fix(stage)
+            )
+        if written != self._written:
+            text = f"written inputs were {sorted(self._written)} and are {sorted(written)}"
+            raise SpecError(_broke(stage, text), rule=RULE, fix=_fix(stage))
+
+    def _check_value(self, stage: str, node: fx.Node) -> None:
+        signature = (node.target, node.args, tuple(node.kwargs.items()), id(value(node)), _storages_in(node))
+        if self._seen.get(node) == repr(signature):
+            return
+        wrong = _wrong_value(node)
+        if wrong:
+            raise SpecError(
+                _broke(stage, f"{node.format_node()}: {wrong}"), where=where(node), rule=RULE, fix=_fix(stage)
+            )
+        self._seen[node] = repr(signature)
+
+
+def refresh_aliases(graph: fx.Graph) -> None:
+    """Brings the recorded values of views and in-place calls up to date. After `a` was replaced by `b`, a view of `a`
+    reads `b`; after `index_put` became `index_put_`, its result is its argument: the fake values have to say so."""
+    for node in graph.nodes:
+        if not (is_view(node) or _is_in_place(node)):
+            continue
+        inputs = {storage(tensor) for source in node.all_input_nodes for tensor in tensors(source)}
+        if not list(tensors(node)) or any(storage(tensor) not in inputs for tensor in tensors(node)):
+            inferred = None if _returns_nothing(node) else _infer(node)
+            shared = {storage(tensor) for tensor in tree_leaves(inferred) if isinstance(tensor, torch.Tensor)}
+            if shared <= inputs:  # a reshape may copy: then the recorded value was right
+                node.meta["val"] = inferred
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    """Whether a call writes and its results, if it has any, are what it wrote."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return False
+    return all(entry.alias_info is not None for entry in target._schema.returns)
+
+
+def _returns_nothing(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
+
+
+def _broke(stage: str, text: str) -> str:
+    return f"pass {stage} broke the program: {text}"
+
+
+def _fix(stage: str) -> str:
+    return f'leave it out with options={{"disabled_passes": ["{stage}"]}}, and correct or report the pass'
+
+
+def _wrong_value(node: fx.Node) -> str:
+    """What is wrong with the recorded value of a call; empty if nothing is."""
+    if _returns_nothing(node):
+        return "" if value(node) is None else f"it returns nothing, recorded is {value(node)!r}"
+    if "val" not in node.meta:
+        return "it has no fake value"
+    if not isinstance(node.target, torch._ops.OpOverload) and not is_view(node):
+        return ""  # a higher-order operator, or arithmetic on sizes
+    recorded, inferred = tree_leaves(value(node)), tree_leaves(_infer(node))
+    if len(recorded) != len(inferred):
+        return f"{len(recorded)} results are recorded, {len(inferred)} are inferred"
+    inputs = [tensor for source in node.all_input_nodes for tensor in tensors(source)]
+    for left, right in zip(recorded, inferred, strict=True):
+        wrong = _difference(left, right) or _alias_difference(left, right, inputs)
+        if wrong:
+            return wrong
+    return ""
+
+
+def _infer(node: fx.Node) -> Any:
+    args, kwargs = tree_map(value, (node.args, dict(node.kwargs)), is_leaf=lambda item: isinstance(item, fx.Node))
+    mode = detect_fake_mode((args, kwargs)) or detect_fake_mode(node.meta.get("val"))
+    if mode is None:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    environment = mode.shape_env
+    with mode, torch.no_grad():
+        if environment is None:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        with environment.suppress_guards(), environment.ignore_fresh_unbacked_symbols():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _difference(recorded: Any, inferred: Any) -> str:
+    if isinstance(recorded, torch.Tensor) and isinstance(inferred, torch.Tensor):
+        if recorded.device.type != inferred.device.type:
+            return f"it is recorded on {recorded.device} and inferred on {inferred.device}"
+        if free_unbacked_symbols(recorded) or free_unbacked_symbols(inferred):
+            same = recorded.dtype == inferred.dtype and recorded.dim() == inferred.dim()
+            return "" if same else f"recorded {_short(recorded)}, inferred {_short(inferred)}"
+        layout = same_layout(recorded, inferred, "recorded and inferred value")
+        return "" if layout else layout.text
+    if isinstance(recorded, torch.SymInt) or isinstance(inferred, torch.SymInt):
+        sizes = all(isinstance(item, (int, torch.SymInt)) for item in (recorded, inferred))
+        same = sizes and expression(recorded) == expression(inferred)
+        return "" if same else f"recorded {recorded}, inferred {inferred}"
+    return "" if type(recorded) is type(inferred) else f"recorded {recorded!r}, inferred {inferred!r}"
+
+
+def _alias_difference(recorded: Any, inferred: Any, inputs: list[torch.Tensor]) -> str:
+    if not isinstance(recorded, torch.Tensor):
+        return ""
+    for tensor in inputs:
+        says, does = storage(recorded) == storage(tensor), storage(inferred) == storage(tensor)
+        if says != does:
+            return f"it {'shares' if does else 'does not share'} memory with an argument, the record says otherwise"
+    return ""
+
+
+def _short(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _storages_in(node: fx.Node) -> tuple[int, ...]:
+    return tuple(storage(tensor) for source in node.all_input_nodes for tensor in tensors(source))
+
+
+def _draws(graph: fx.Graph) -> list[str]:
+    """The operators that draw random numbers, in order."""
+    return [str(node.target) for node in graph.nodes if _is_draw(node)]
+
+
+def _is_draw(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _written_inputs(graph: fx.Graph) -> set[str]:
+    """Names of the inputs that the program writes."""
+    return set(_names_of_written(graph))
+
+
+def _names_of_written(graph: fx.Graph) -> Iterator[str]:
+    written = {found for node in graph.nodes for found in written_storages(node)}
+    for node in graph.find_nodes(op="placeholder"):
+        if any(storage(tensor) in written for tensor in tensors(node)):
+            yield node.name

@@ -1,0 +1,154 @@
+"""A user's own rules and passes: where they go, that they belong to one compilation, and what the cache key sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import npu_compiler
+from npu_compiler import Pass, Rule
+from npu_compiler.backend import compile_fx, fingerprint
+from npu_compiler.config import Options
+from npu_compiler.errors import OptionError
+from npu_compiler.passes import pipeline
+from npu_compiler.passes.pattern import Any as Value
+from npu_compiler.passes.pattern import Call, Number
+from npu_compiler.passes.record import PassRecord
+from tests.compiler import user_rules
+from tests.compiler.test_compile_fx import compiled_by
+
+
+def targets(piece: Any) -> list[str]:
+    return [str(node.target) for node in piece.graph.graph.nodes if node.op == "call_function"]
+
+
+def scale_by(factor: float) -> Rule:
+    """x * 1.0, one rule a factor: what an engine with its own scale would add."""
+
+    return Rule(
+        "scaled",
+        pattern=Call("aten.mul.Tensor", Value("x"), Number("one")),
+        replacement=lambda build, match: build(torch.ops.aten.mul.Tensor, match.bindings["x"], factor),
+        reference=lambda x: x * 1.5,
+        example=lambda dtype: (torch.randn(2, dtype=dtype),),
+    )
+
+
+def test_rule_fires_on_the_device() -> None:
+    x = torch.rand(4, 8).to("npu")
+    compiled = torch.compile(user_rules.silu_program, backend="ascend", options={"rules": [user_rules.SILU]})
+    results = [compiled(x) for _ in range(3)]
+    expected = torch.nn.functional.silu(x)
+    assert all(torch.equal(result, expected) for result in results)
+    assert "fired sigmoid_to_silu (2 nodes, saves 1 kernels and" in npu_compiler.report()
+
+
+@pytest.mark.parametrize("given", [{"rules": [user_rules.SILU]}, {"rules": ["tests.compiler.user_rules:SILU"]}])
+def test_rule_by_value_and_by_name(given: dict[str, Any]) -> None:
+    piece = compiled_by(user_rules.silu_program, torch.rand(3), options=given)
+    assert targets(piece) == ["aten.silu.default"]
+
+
+def test_two_compilations_keep_their_own_rules() -> None:
+    """Two engines in one process, each with its own scale: neither sees the other's, in either order."""
+    x = torch.rand(3)
+    for factor in (2.0, 3.0, 2.0):
+        piece = compiled_by(lambda x: x * 1.5, x, options={"rules": [scale_by(factor)]})
+        torch.testing.assert_close(piece(x)[0], x * factor)
+    torch.testing.assert_close(compiled_by(lambda x: x * 1.5, x)(x)[0], x * 1.5)
+
+
+def test_two_compilations_through_torch_compile() -> None:
+    x = torch.rand(3).to("npu")
+
+    def scaled(x: Tensor) -> Tensor:
+        return x * 1.5
+
+    first = torch.compile(scaled, backend="ascend", options={"rules": [scale_by(2.0)]})
+    second = torch.compile(scaled, backend="ascend", options={"rules": [scale_by(3.0)]})
+    for _ in range(3):
+        torch.testing.assert_close(first(x), x * 2)
+        torch.testing.assert_close(second(x), x * 3)
+
+
+def test_passes_stand_where_they_say() -> None:
+    order = pipeline.names(pipeline.selected(Options(passes=("tests.compiler.user_rules:BOTH",))))
+    assert order.index("negations") == order.index("dead_code") - 1
+    assert order.index("silu") == order.index("swiglu") + 1
+    assert "user_rules" not in order, "an empty pass is left out"
+    piece = compiled_by(lambda x: x.exp().neg().neg(), torch.rand(3), options={"passes": [user_rules.NEGATIONS]})
+    assert targets(piece) == ["aten.exp.default"]
+    assert [fired.rule for record in piece.records for fired in record.fired] == ["double_negation", "dead_code"]
+
+
+def test_passes_in_one_place_keep_the_order_given() -> None:
+    entries = [Pass(name, "", lambda module, record: None, after="noop") for name in ("one", "two")]
+    entries += [Pass(name, "", lambda module, record: None, before="reinplace") for name in ("three", "four")]
+    entries.append(Pass("five", "", lambda module, record: None, before="one"))
+    order = pipeline.names(pipeline.selected(Options(passes=tuple(entries))))
+    assert order[:4] == ["noop", "five", "one", "two"]
+    assert order[-3:] == ["three", "four", "reinplace"]
+
+
+def test_disabled_rules() -> None:
+    given = {"rules": [user_rules.SILU], "disabled_rules": ["sigmoid_to_silu"]}
+    assert "aten.silu.default" not in targets(compiled_by(user_rules.silu_program, torch.rand(3), options=given))
+    piece = compiled_by(
+        lambda x: torch.nn.functional.silu(x[..., :4]) * x[..., 4:],
+        torch.rand(2, 8),
+        options={"disabled_rules": ["swiglu"]},
+    )
+    assert "npu_fused.silu_mul.default" in targets(piece), "the next rule gets its turn"
+
+
+def nothing(module: fx.GraphModule, record: PassRecord) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"disabled_rules": ["swigul"]}, "did you mean 'swiglu'?"),
+        ({"rules": ["tests.compiler.user_rules:SILLU"]}, "can't be imported"),
+        ({"rules": ["no_such_module:RULE"]}, "No module named 'no_such_module'"),
+        ({"rules": ["SILU"]}, "can't be imported"),
+        ({"rules": [user_rules.NEGATIONS]}, "which is no Rule"),
+        ({"passes": [user_rules.SILU]}, "which is no Pass"),
+        ({"rules": [user_rules.SILU, user_rules.SILU]}, "the name 'sigmoid_to_silu' is taken"),
+        ({"rules": [dataclasses.replace(user_rules.SILU, name="swiglu")]}, "rule 'swiglu' exists already"),
+        ({"passes": [Pass("mine", "", nothing)]}, "names no place"),
+        ({"passes": [Pass("mine", "", nothing, before="noop", after="noop")]}, "names two places"),
+        ({"passes": [Pass("mine", "", nothing, before="swigul")]}, "did you mean 'swiglu'?"),
+        ({"passes": [Pass("noop", "", nothing, before="swiglu")]}, "the name 'noop' is taken"),
+        ({"passes": [Pass("mine", "", rules=(user_rules.SILU,), after="reinplace")]}, "stands behind reinplace"),
+    ],
+)
+def test_refusals(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        compile_fx(fx.GraphModule({}, fx.Graph()), [], given)
+
+
+def test_fingerprint_follows_the_content_of_rules() -> None:
+    """Neither names nor a constant: two rules of one name and other numbers have other keys, equal ones the same."""
+    keys = [fingerprint({"rules": [scale_by(factor)]}) for factor in (2.0, 3.0, 2.0)]
+    assert keys[0] == keys[2] != keys[1]
+    assert fingerprint({"passes": [user_rules.NEGATIONS]}) != fingerprint()
+    moved = dataclasses.replace(user_rules.NEGATIONS, before="swiglu")
+    assert fingerprint({"passes": [moved]}) != fingerprint({"passes": [user_rules.NEGATIONS]})
+    assert fingerprint({"disabled_rules": ["swiglu"]}) != fingerprint()
+    by_name, by_value = fingerprint({"rules": ["tests.compiler.user_rules:SILU"]}), {"rules": [user_rules.SILU]}
+    assert by_name == fingerprint(by_value)
+
+
+def test_fingerprint_refuses_what_it_cannot_read() -> None:
+    hidden = iter([2.0])
+    rule = dataclasses.replace(
+        user_rules.SILU, replacement=lambda build, match: build(torch.ops.aten.mul.Tensor, match.root, next(hidden))
+    )
+    with pytest.raises(OptionError, match=r"hidden, which .*replacement closes over can't enter the cache key"):
+        fingerprint({"rules": [rule]})
