@@ -19,6 +19,7 @@ from torch import fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import npu_compiler
+from npu_compiler.aclgraph import npugraph_ex
 from npu_compiler.aclgraph.ledger import Ledger
 from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.config import Options, refuse_mode
@@ -57,6 +58,8 @@ class CompiledGraph:
         parts: list[object] = [*self.records, *([self.ledger] if self.ledger else [])]
         if self.graph is None:
             parts.append("gradients are needed: no passes, no captures")
+        elif self.options.capture_with != "ascend":
+            parts.append(f"captured by {self.options.capture_with}, which keeps no ledger")
         return "\n".join([self.name, *(f"  {line}" for part in parts for line in str(part).splitlines())])
 
 
@@ -83,6 +86,8 @@ class AscendBackend:
         names = [_input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
 
         def serve(functional: Functional) -> Callable[..., Any]:
+            if chosen.capture_with == "npugraph_ex":
+                return npugraph_ex.serve(functional.graph, functional.inputs, functional.stable, chosen.npugraph_ex)
             replayer = Replayer(functional.graph, functional.stable, chosen, compiled.name, names)
             compiled.ledger = replayer.ledger
             return replayer

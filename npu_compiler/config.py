@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from npu_compiler.errors import OptionError
 
+CAPTURERS = ("ascend", "npugraph_ex")
 CAPTURE_ERROR_MODES = ("global", "thread_local", "relaxed")
 
 
@@ -30,6 +31,10 @@ class Options:
     capture_error_mode: str = "thread_local"
     """Which threads CANN bars from blocking copies during a capture (aclmdlRICaptureMode): all ("global"), the one
     that captures ("thread_local"), none ("relaxed")."""
+    capture_with: str = "ascend"
+    """Who captures and replays the rewritten program: "ascend", or "npugraph_ex", torch_npu's own backend."""
+    npugraph_ex: Mapping[str, Any] = field(default_factory=dict)
+    """npugraph_ex's options, where it captures; for example {"static_kernel_compile": True}."""
     clone_outputs: bool = True
     """Hand out copies of a captured graph's outputs. False: hand out the graph's own tensors, and refuse the next
     replay with StaleOutputError while one of them is still in use."""
@@ -61,11 +66,9 @@ class Options:
                 fix="list each dynamic size to capture once, for example capture_sizes=(1, 2, 4, 8)",
             )
         if self.capture_error_mode not in CAPTURE_ERROR_MODES:
-            raise OptionError(
-                f"capture_error_mode={self.capture_error_mode!r} is unknown",
-                rule=f"it is one of {', '.join(CAPTURE_ERROR_MODES)}",
-                fix=_nearest(self.capture_error_mode, CAPTURE_ERROR_MODES),
-            )
+            raise _unknown_value("capture_error_mode", self.capture_error_mode, CAPTURE_ERROR_MODES)
+        if self.capture_with not in CAPTURERS:
+            raise _unknown_value("capture_with", self.capture_with, CAPTURERS)
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | Options | None) -> Options:
@@ -83,17 +86,38 @@ class Options:
                 raise OptionError(
                     f"unknown option {name!r}", rule=f"options are {', '.join(fields)}", fix=_nearest(name, fields)
                 )
-        values = {name: _typed(name, fields[name].default, value) for name, value in given.items()}
-        if values.get("capture") is False:
-            of_captures = ("capture_limit", "capture_sizes", "capture_error_mode", "clone_outputs")
-            needless = [name for name in of_captures if name in values]
-            if needless:
-                raise OptionError(
-                    f"capture=False contradicts {', '.join(needless)}",
-                    rule="these options describe captured graphs, and capture=False makes none",
-                    fix="drop one side",
-                )
+        values = {name: _typed(name, getattr(DEFAULTS, name), value) for name, value in given.items()}
+        _refuse_contradictions(values)
         return cls(**values)
+
+
+DEFAULTS = Options()
+OF_CAPTURES = ("capture_limit", "capture_sizes", "capture_error_mode", "clone_outputs")
+"""Options that describe the captured graphs of this backend."""
+
+
+def _refuse_contradictions(values: Mapping[str, Any]) -> None:
+    sides: list[tuple[str, tuple[str, ...], str]] = []
+    if values.get("capture") is False:
+        sides.append(("capture=False", (*OF_CAPTURES, "capture_with", "npugraph_ex"), "capture=False makes none"))
+    if values.get("capture_with") == "npugraph_ex":
+        sides.append(("capture_with='npugraph_ex'", OF_CAPTURES, "npugraph_ex has options of its own for that"))
+    elif values.get("npugraph_ex"):
+        sides.append(("capture_with='ascend'", ("npugraph_ex",), "only npugraph_ex reads them"))
+    for side, others, why in sides:
+        needless = [name for name in others if name in values]
+        if needless:
+            raise OptionError(
+                f"{side} contradicts {', '.join(needless)}",
+                rule=f"these options describe captured graphs, and {why}",
+                fix="drop one side",
+            )
+
+
+def _unknown_value(option: str, value: str, valid: Iterable[str]) -> OptionError:
+    return OptionError(
+        f"{option}={value!r} is unknown", rule=f"it is one of {', '.join(valid)}", fix=_nearest(value, valid)
+    )
 
 
 def refuse_mode(mode: str | None) -> None:
@@ -132,6 +156,8 @@ def _typed(name: str, default: Any, value: Any) -> Any:
         expected = f"a list of {inner.__name__}"
     elif type(value) is type(default):
         return value
+    elif isinstance(default, Mapping):
+        expected = "a dict of npugraph_ex's options"
     else:
         expected = type(default).__name__
     raise OptionError(f"option {name}={value!r} has a wrong type", rule=f"{name} is {expected}", fix="correct the type")

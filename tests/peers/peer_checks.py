@@ -16,6 +16,7 @@ import torch
 import torch_npu
 from torch import Tensor
 
+from npu_compiler.backend import ascend
 from npu_compiler.runtime import counters
 from tests.peers.qwen3_decode import CONFIG, DecodeStep, FusedOps, PlainOps, reference_logits
 
@@ -85,6 +86,29 @@ def check_force_eager(backend: str) -> None:
     """npugraph_ex without capture: its FX passes only."""
     step = compile_step(FusedOps(), 2, backend, dynamic=False, options={"force_eager": True})
     assert decode(step, some_tokens(2, seed=3))["graph_launches"] == 0
+
+
+def check_captures_for_ascend(backend: str) -> None:
+    """backend="ascend" rewrites the step and hands it over: replayed the same way, in fewer tasks than without."""
+    alone = decode(compile_step(PlainOps(), 2, backend, dynamic=False), some_tokens(2, seed=4))
+    step = compile_step(PlainOps(), 2, "ascend", dynamic=False, options={"capture_with": backend})
+    handed_over = decode(step, some_tokens(2, seed=4))
+    assert_replayed(handed_over)
+    assert handed_over["graph_nodes"] < alone["graph_nodes"], (handed_over, alone)
+    (compiled,) = ascend.compiled()
+    assert "captured by npugraph_ex" in str(compiled)
+
+
+def check_unknown_option_is_refused(backend: str) -> None:
+    """An option that npugraph_ex lacks is refused before it runs."""
+    options = {"capture_with": backend, "npugraph_ex": {"static_kernels": True}}
+    try:
+        decode(compile_step(PlainOps(), 2, "ascend", dynamic=False, options=options), some_tokens(2))
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        assert "known: " in str(error)
+        assert "static_kernel_compile" in str(error)
+    else:
+        raise AssertionError("an unknown option was accepted")
 
 
 class Attention(torch.nn.Module):

@@ -12,6 +12,8 @@ CHECKS = [
     "check_two_batch_sizes",
     "check_force_eager",
     "check_attention_lengths_are_updated",
+    "check_captures_for_ascend",
+    "check_unknown_option_is_refused",
 ]
 
 
