@@ -147,6 +147,16 @@ void matmul_out(at::Tensor& out, const at::Tensor& self, const at::Tensor& other
   }
 }
 
+void transpose_matmul_out(at::Tensor& out, const at::Tensor& x1, const at::Tensor& x2,
+                          at::IntArrayRef perm_x1, at::IntArrayRef perm_x2, int64_t batch_split) {
+  const at::Tensor product = at::matmul(x1.permute(perm_x1), x2.permute(perm_x2)).transpose(0, 1);
+  if (batch_split == 1) {
+    out.copy_(product);
+  } else {
+    out.copy_(product.reshape({product.size(0), batch_split, -1}).transpose(0, 1));
+  }
+}
+
 void addmm_out(at::Tensor& out, const at::Tensor& self, const at::Tensor& mat1, const at::Tensor& mat2,
                const at::Scalar& beta, const at::Scalar& alpha) {
   if (out.dtype() == mat1.dtype() && self.dtype() == mat1.dtype() && mat1.dtype() == mat2.dtype()) {

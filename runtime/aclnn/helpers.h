@@ -53,6 +53,9 @@ void layer_norm(const at::Tensor& input, at::IntArrayRef shape, const std::optio
 
 /// Products whose result may have another dtype than the operands (bf16 operands with a fp32 result).
 void matmul_out(at::Tensor& out, const at::Tensor& self, const at::Tensor& other);
+/// aclnnTransposeBatchMatMul: see prepared::transpose_matmul.
+void transpose_matmul_out(at::Tensor& out, const at::Tensor& x1, const at::Tensor& x2,
+                          at::IntArrayRef perm_x1, at::IntArrayRef perm_x2, int64_t batch_split);
 void addmm_out(at::Tensor& out, const at::Tensor& self, const at::Tensor& mat1, const at::Tensor& mat2,
                const at::Scalar& beta, const at::Scalar& alpha);
 

@@ -143,4 +143,20 @@ Work geglu(const Call& call, const Tensor& x, int64_t dim, int64_t approximate, 
   return std::move(staging).around([gated] { kernels::gated_activation(gated); });
 }
 
+Work gelu_mul(const Call& call, const Tensor& input, const std::string& approximate, const Tensor& out) {
+  if (!approximate.empty() && approximate != "none" && approximate != "tanh")
+    call.refuse("approximate", "has to be none or tanh, not " + approximate);
+  require_rank(call, "input", input, 2, 8);
+  constexpr int64_t kWidest = 1024, kMostRows = 200000;
+  if (input.size(-1) > kWidest || (input.size(-1) > 0 && input.numel() / input.size(-1) > kMostRows))
+    call.refuse("input", "has to have a last dimension of at most 1024 and at most 200000 rows, not " +
+                             describe(input) + "; npu_geglu takes wider ones");
+  Staging staging;
+  const TensorRef in = staging.in(input, input.dim());
+  const TensorRef result = staging.out(out, out.dim());
+  kernels::GatedActivation gated = halves_of(call, *in, -1, true, *result);
+  gated.gate = approximate == "tanh" ? kernels::Gate::kGeluTanh : kernels::Gate::kGeluErf;
+  return std::move(staging).around([gated] { kernels::gated_activation(gated); });
+}
+
 }  // namespace aclnn::fused

@@ -17,6 +17,32 @@ Work rms_norm(const Call& call, const Tensor& x, const Tensor& gamma, double eps
 Work add_rms_norm(const Call& call, const Tensor& x1, const Tensor& x2, const Tensor& gamma, double epsilon,
                   const Tensor& y, const Tensor* rstd, const Tensor& x, const Tensor* y_float = nullptr);
 
+/// aclnnLayerNorm and aclnnAddLayerNorm: normalises x (+ residual + bias, bias of gamma's or x's shape) over
+/// gamma's dimensions. Declines operands of mixed dtypes.
+struct LayerNorm {
+  const Tensor* x = nullptr;
+  const Tensor* residual = nullptr;
+  const Tensor* bias = nullptr;
+  const Tensor* gamma = nullptr;
+  const Tensor* beta = nullptr;
+  int64_t inner = 1;  ///< dimensions that are normalised
+  double epsilon = 0.0;
+  const Tensor* y = nullptr;
+  const Tensor* mean = nullptr;
+  const Tensor* rstd = nullptr;
+  const Tensor* sum = nullptr;
+};
+Work layer_norm(const LayerNorm& arguments);
+/// Refuses what the document of aclnnAddLayerNorm forbids.
+void check_add_layer_norm(const Call& call, const LayerNorm& arguments);
+/// The same in ATen, for mixed dtypes.
+void add_layer_norm(const at::Tensor& x1, const at::Tensor& x2, const at::Tensor& gamma,
+                    const at::Tensor& beta, const std::optional<at::Tensor>& bias, double epsilon,
+                    at::Tensor& y, at::Tensor& mean, at::Tensor& rstd, at::Tensor& x);
+
+/// aclnnGeluMul: gelu of the first half of the last dimension, times the second.
+Work gelu_mul(const Call& call, const Tensor& input, const std::string& approximate, const Tensor& out);
+
 /// aclnnSwiGlu: the halves of `x` along `dim` are a and b; out = silu(a) * b.
 Work swiglu(const Call& call, const Tensor& x, int64_t dim, const Tensor& out);
 

@@ -7,7 +7,7 @@
 
 #include <optional>
 
-#include "runtime/aclnn/tensor.h"
+#include "runtime/aclnn/operator.h"
 #include "runtime/kernels/discrete.h"
 #include "runtime/kernels/pointwise.h"
 
@@ -81,6 +81,16 @@ Work softmax(const Tensor& self, int64_t dim, const Tensor& out);
 /// self [.., M, K] @ mat2 [.., K, N]; batch dimensions equal, of self and out mergeable. mat2 may be in
 /// FRACTAL_NZ.
 Work matmul(const Tensor& self, const Tensor& mat2, const Tensor& out);
+struct TransposeMatmul {
+  const Tensor* x1;
+  const Tensor* x2;
+  at::IntArrayRef perm_x1, perm_x2, perm_y;
+  int64_t batch_split;
+  const Tensor* out;
+};
+/// aclnnTransposeBatchMatMul: x1 and x2 in the order of their permutations, [B, M, K] @ [B, K, N], to out [M,
+/// B, N] (or [batch_split, M, B / batch_split * N]). Refuses what the document forbids.
+Work transpose_matmul(const Call& call, const TransposeMatmul& arguments);
 Work addmm(const Tensor& self, const Tensor& mat1, const Tensor& mat2, const at::Scalar& beta,
            const at::Scalar& alpha, const Tensor& out);
 

@@ -113,6 +113,12 @@ void trans_quant_param(const at::Tensor& scale, const OptionalTensor& offset, at
   std::memcpy(out.mutable_data_ptr(), result.const_data_ptr(), static_cast<size_t>(result.nbytes()));
 }
 
+void rms_norm_quant(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& beta,
+                    const at::Tensor& scale, const at::Tensor& offset, double epsilon, at::Tensor& y) {
+  const at::Tensor normed = normed_float(x, gamma.reshape({-1}), beta.reshape({-1}), epsilon);
+  y.copy_(quantized((normed / scale.to(at::kFloat) + offset.to(at::kFloat)).nan_to_num(0.0)));
+}
+
 void add_rms_norm_quant(const at::Tensor& x1, const at::Tensor& x2, const at::Tensor& gamma,
                         const AddRmsNormQuant& o, at::Tensor& y1, at::Tensor& y2, at::Tensor& x,
                         at::Tensor& normed) {
@@ -196,6 +202,37 @@ void dequant_swiglu_quant(const at::Tensor& x, const DequantSwigluQuant& o, at::
       dynamically_quantized(o.quant_scale ? gated * o.quant_scale->to(at::kFloat) : gated);
   y.copy_(rows);
   scale.copy_(scales.view(scale.sizes()));
+}
+
+void swiglu_quant(const at::Tensor& x, const SwigluQuant& o, at::Tensor& y, at::Tensor& scale) {
+  const int64_t width = x.size(-1) / 2;
+  const auto halves = x.to(at::kFloat).reshape({-1, 2 * width}).chunk(2, -1);
+  at::Tensor rows = at::silu(halves[o.activate_left ? 0 : 1]) * halves[o.activate_left ? 1 : 0];
+  const int64_t count = rows.size(0);
+  at::Tensor group = at::zeros({count}, at::kLong);
+  int64_t grouped = count;
+  if (o.group_index) {
+    const at::Tensor listed = o.group_index->to(at::kLong);
+    const at::Tensor ends = o.counts ? listed.cumsum(0) : listed;
+    group = at::searchsorted(ends, at::arange(count, at::kLong), false, /*right=*/true);
+    grouped = std::min(count, ends[-1].item<int64_t>());
+    group.clamp_max_(ends.size(0) - 1);
+  }
+  /// Rows of [groups, H] or [groups], one a row of x.
+  const auto spread = [&](const at::Tensor& t) {
+    const bool per_channel = t.dim() == 2 || (!o.group_index && t.numel() == width);
+    return t.reshape({-1, per_channel ? width : 1}).index_select(0, group.narrow(0, 0, grouped));
+  };
+  at::Tensor smoothed = rows.narrow(0, 0, grouped);
+  if (o.smooth) smoothed.mul_(spread(*o.smooth));
+  if (!o.dynamic) {
+    smoothed.add_(spread(*o.offsets));
+    y.copy_(quantized(rows).view(y.sizes()));
+    return;
+  }
+  const at::Tensor factors = kInt8Max / rows.abs().amax(-1, true);
+  y.copy_(quantized((rows * factors).nan_to_num(0.0)).view(y.sizes()));
+  scale.copy_(factors.view(scale.sizes()));
 }
 
 }  // namespace aclnn::fused

@@ -29,6 +29,10 @@ void ascend_quant(const at::Tensor& x, const at::Tensor& scale, const OptionalTe
 /// aclnnTransQuantParamV2: the scale's bits without the low 13, a 9-bit offset at bit 37, bit 46 set.
 void trans_quant_param(const at::Tensor& scale, const OptionalTensor& offset, at::Tensor& out);
 
+/// aclnnRmsNormQuant: round((norm(x) * gamma + beta) / scale + offset), one scale; NaN gives 0.
+void rms_norm_quant(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& beta,
+                    const at::Tensor& scale, const at::Tensor& offset, double epsilon, at::Tensor& y);
+
 struct AddRmsNormQuant {
   OptionalTensor scales1, scales2, zero_points1, zero_points2, beta;
   double epsilon;
@@ -66,5 +70,14 @@ struct DequantSwigluQuant {
 /// aclnnDequantSwigluQuant: int32 sums (or floats) back to floats, SwiGLU over halves, int8 again.
 void dequant_swiglu_quant(const at::Tensor& x, const DequantSwigluQuant& options, at::Tensor& y,
                           at::Tensor& scale);
+
+struct SwigluQuant {
+  OptionalTensor smooth, offsets;  ///< [groups, H] or [groups]; [H], [1, H] or [1] without groups
+  OptionalTensor group_index;      ///< ends of the groups of rows, or their sizes
+  bool activate_left, dynamic, counts;
+};
+/// aclnnSwiGluQuantV2. Dynamic: rows times their smooth scales, then times scale = 127 / max(|row|), which is
+/// what `scale` returns (the inverse of aclnnDynamicQuant's). Rows behind the last group are not smoothed.
+void swiglu_quant(const at::Tensor& x, const SwigluQuant& options, at::Tensor& y, at::Tensor& scale);
 
 }  // namespace aclnn::fused

@@ -21,4 +21,15 @@ void rms_norm(const RmsNorm& arguments) {
   });
 }
 
+void layer_norm(const LayerNorm& arguments) {
+  visit(arguments.type, [&](auto zero) {
+    using T = decltype(zero);
+    if (arguments.gamma_type == arguments.type) {
+      PER_ISA(layer_norm_rows<T, T>)(arguments);
+    } else {
+      PER_ISA(layer_norm_rows<T, float>)(arguments);
+    }
+  });
+}
+
 }  // namespace host_runtime::kernels

@@ -1,4 +1,4 @@
-// RMSNorm and its fusions with the residual sum: float accumulation for every element type.
+// RMSNorm, LayerNorm and their fusions with the residual sum: float accumulation for every element type.
 #pragma once
 
 #include "runtime/kernels/dtype.h"
@@ -26,5 +26,27 @@ struct RmsNorm {
 };
 
 void rms_norm(const RmsNorm& arguments);
+
+/// Over `rows` rows of `width` contiguous elements of x + residual + bias, which is not rounded before it is
+/// normalised.
+struct LayerNorm {
+  Type type;        ///< of x, residual, bias, y and sum
+  Type gamma_type;  ///< of gamma and beta: the same, or kFloat
+  const void* x;
+  const void* residual;  ///< nullptr: none
+  const void* bias;      ///< rows of bias_rows; nullptr: none
+  const void* gamma;     ///< `width` elements; nullptr: 1
+  const void* beta;      ///< `width` elements; nullptr: 0
+  void* y;
+  void* sum;    ///< nullptr: not wanted
+  float* mean;  ///< one a row, contiguous; nullptr: not wanted
+  float* rstd;
+  Rows x_rows, residual_rows, bias_rows, y_rows, sum_rows;
+  int64_t rows;
+  int64_t width;
+  float epsilon;
+};
+
+void layer_norm(const LayerNorm& arguments);
 
 }  // namespace host_runtime::kernels

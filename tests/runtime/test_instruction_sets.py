@@ -10,7 +10,7 @@ import pytest
 
 SELECTION = (
     "test_rms_norm or test_swiglu or test_rope_from_a_cache or test_head_groups or (test_paged_attention and BSH)"
-    " or test_head_groups_with_keys or test_queries_and_caches or test_caches_are_quantised"
+    " or test_layer_norm or test_head_groups_with_keys or test_queries_and_caches or test_caches_are_quantised"
 )
 
 

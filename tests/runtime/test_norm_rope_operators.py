@@ -229,3 +229,80 @@ def test_norms_in_a_graph_replay_with_new_values() -> None:
 def test_illegal_arguments_are_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         call()
+
+
+def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:
+    return torch.nn.functional.layer_norm(x.double(), gamma.shape, gamma.double(), beta.double(), epsilon)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 32), (5, 100), (2, 3, 17), (2, 0, 16)])
+def test_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (torch.randn(shape) * 3 + 20).to(dtype)
+    gamma, beta = (torch.randn(shape[-1]).to(dtype) for _ in range(2))
+    y = torch.nn.functional.layer_norm(x.npu(), gamma.shape, gamma.npu(), beta.npu(), 1e-5)
+    assert y.dtype == dtype
+    reference.assert_close(y, layer_norm(x, gamma, beta, 1e-5), dtype, factor=8)
+
+
+def test_layer_norm_of_two_dimensions_without_weights_and_of_a_view() -> None:
+    x = torch.randn(4, 6, 8)
+    expected = torch.nn.functional.layer_norm(x.double(), (6, 8))
+    reference.assert_close(torch.nn.functional.layer_norm(x.npu(), (6, 8)), expected, torch.float32)
+    expected = torch.nn.functional.layer_norm(x.double()[:, 2:5].transpose(1, 2), (3,))
+    actual = torch.nn.functional.layer_norm(x.npu()[:, 2:5].transpose(1, 2), (3,))
+    reference.assert_close(actual, expected, torch.float32, factor=4)
+
+
+ADD_LAYER_NORM_DTYPES = [
+    (torch.float32, torch.float32, torch.float32),
+    (torch.float16, torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "weights"), ADD_LAYER_NORM_DTYPES)
+def test_add_layer_norm(first: torch.dtype, second: torch.dtype, weights: torch.dtype) -> None:
+    x1, x2 = torch.randn(3, 5, 72).to(first), torch.randn(3, 5, 72).to(second)
+    gamma, beta = (torch.randn(72).to(weights) for _ in range(2))
+    y, mean, rstd, x = torch_npu.npu_add_layer_norm(x1.npu(), x2.npu(), gamma.npu(), beta.npu(), 1e-5, True)
+    result = torch.promote_types(first, second)
+    assert y.dtype == x.dtype == result and mean.shape == rstd.shape == (3, 5, 1)
+    total = x1.double() + x2.double()
+    reference.assert_close(x, total, result)
+    reference.assert_close(y, layer_norm(total, gamma, beta, 1e-5), result)
+    reference.assert_close(mean, total.mean(-1, keepdim=True), torch.float32)
+    reference.assert_close(rstd, torch.rsqrt(total.var(-1, correction=0, keepdim=True) + 1e-5), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x2": torch.zeros(3, 7)}, "has to have shape"),
+        ({"gamma": torch.zeros(7)}, "last dimensions of x1"),
+        ({"beta": torch.zeros(7)}, "has to have shape"),
+        ({"gamma": torch.zeros(8).half(), "beta": torch.zeros(8).half()}, "has to be float32"),
+        ({"x1": torch.zeros(3, 8).half(), "x2": torch.zeros(3, 8).bfloat16()}, "unless one of them is float32"),
+    ],
+)
+def test_add_layer_norm_refuses(change: dict[str, Tensor], message: str) -> None:
+    arguments = {"x1": torch.zeros(3, 8), "x2": torch.zeros(3, 8), "gamma": torch.ones(8), "beta": torch.ones(8)}
+    with pytest.raises(RuntimeError, match=message):
+        torch_npu.npu_add_layer_norm(**{name: tensor.npu() for name, tensor in (arguments | change).items()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_mul(approximate: str, dtype: torch.dtype) -> None:
+    x = (torch.randn(3, 2, 74) * 3).to(dtype)
+    gate, linear = x.double().chunk(2, dim=-1)
+    y = torch_npu.npu_gelu_mul(x.npu(), approximate=approximate)
+    assert y.dtype == dtype
+    reference.assert_close(y, torch.nn.functional.gelu(gate, approximate=approximate) * linear, dtype)
+
+
+def test_gelu_mul_refuses_rows_that_the_document_does() -> None:
+    with pytest.raises(RuntimeError, match="npu_geglu takes wider ones"):
+        torch_npu.npu_gelu_mul(torch.zeros(2, 1026).npu())

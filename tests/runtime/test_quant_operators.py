@@ -141,3 +141,96 @@ def test_weight_quant_matmul() -> None:
     actual = torch_npu.npu_weight_quant_batchmatmul(x.npu(), weight.npu(), scale.npu(), offset.npu())
     expected = x.double() @ ((weight.double() + offset.double()) * scale.double())
     reference.assert_close(actual, expected, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rms_norm_quant(dtype: torch.dtype) -> None:
+    x, gamma, beta = (torch.randn(s).to(dtype) for s in ((3, 4, 48), (48,), (48,)))
+    scale, offset = torch.tensor([0.03]).to(dtype), torch.tensor([-7], dtype=torch.int8)
+    y = torch_npu.npu_rms_norm_quant(x.npu(), gamma.npu(), beta.npu(), scale.npu(), offset.npu(), 1e-6)
+    normed = reference.rms_norm(x, gamma, 1e-6)[0] + beta.double()
+    near(y, int8(normed / scale.double() + offset.double()))
+
+
+def test_rms_norm_quant_refuses_a_scale_per_channel() -> None:
+    x, gamma = torch.zeros(2, 16).half().npu(), torch.ones(16).half().npu()
+    with pytest.raises(RuntimeError, match="one element"):
+        torch_npu.npu_rms_norm_quant(x, gamma, gamma, gamma, torch.zeros(16, dtype=torch.int8).npu())
+
+
+def swiglu(x: Tensor, left: bool) -> Tensor:
+    halves = x.double().chunk(2, -1)
+    gate, linear = halves if left else halves[::-1]
+    return torch.nn.functional.silu(gate) * linear
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_swiglu_quant_gives_factors(left: bool) -> None:
+    """The scale of a row is what its values were multiplied by, not what they have to be multiplied by."""
+    x = torch.randn(2, 3, 64).half()
+    smooth = torch.rand(1, 32) + 0.5
+    y, scale = torch_npu.npu_swiglu_quant(x.npu(), smooth_scales=smooth.npu(), activate_left=left, quant_mode=1)
+    values = swiglu(x, left) * smooth.double()
+    factors = 127 / values.abs().amax(-1)
+    assert scale.shape == (2, 3)
+    reference.assert_close(scale / factors.float().npu(), torch.ones(2, 3).double(), torch.float32, factor=4)
+    near(y, int8(values * factors[..., None]))
+
+
+@pytest.mark.parametrize(("listed", "kind"), [([2, 2, 7], 0), ([2, 0, 5], 1)])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_swiglu_quant_of_groups(listed: list[int], kind: int, per_channel: bool) -> None:
+    """Rows 0 to 1 are the first group's, none the second's, 2 to 6 the third's."""
+    x = torch.randn(7, 40)
+    scales, offsets = (torch.randn(3, 20) if per_channel else torch.randn(3) for _ in range(2))
+    groups = torch.tensor(listed, dtype=torch.int32)
+    own = torch.tensor([0, 0, 2, 2, 2, 2, 2])
+    values = swiglu(x, True)
+    smoothed = values * scales[own].double().reshape(7, -1)
+    y, _ = torch_npu.npu_swiglu_quant(
+        x.npu(), smooth_scales=scales.npu(), offsets=offsets.npu(), group_index=groups.npu(),
+        activate_left=True, quant_mode=0, group_list_type=kind,
+    )  # fmt: skip
+    near(y, int8(smoothed + offsets[own].double().reshape(7, -1)))
+    y, scale = torch_npu.npu_swiglu_quant(
+        x.npu(), smooth_scales=scales.npu(), group_index=groups.npu(), activate_left=True, quant_mode=1,
+        group_list_type=kind,
+    )  # fmt: skip
+    factors = 127 / smoothed.abs().amax(-1)
+    reference.assert_close(scale, factors, torch.float32, factor=4)
+    near(y, int8(smoothed * factors[:, None]))
+
+
+def test_swiglu_quant_refuses() -> None:
+    x = torch.zeros(2, 8).npu()
+    with pytest.raises(RuntimeError, match="needed for static quantisation"):
+        torch_npu.npu_swiglu_quant(x, quant_mode=0)
+    with pytest.raises(RuntimeError, match="must be one of"):
+        torch_npu.npu_swiglu_quant(x, smooth_scales=torch.ones(4).half().npu(), quant_mode=1)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_dequant_swiglu_quant_per_token(left: bool) -> None:
+    """int32 sums of an int8 product, their scales, and the scales that npu_quant_matmul takes next."""
+    x = torch.randint(-5000, 5000, (6, 32), dtype=torch.int32)
+    weight, token = torch.rand(32) * 1e-3, torch.rand(6, 1)
+    y, scale = torch_npu.npu_dequant_swiglu_quant(
+        x.npu(), weight_scale=weight.npu(), activation_scale=token.npu(), activate_left=left, quant_mode=1
+    )
+    values = swiglu(x.double() * weight.double() * token.double(), left)
+    expected = values.abs().amax(-1) / 127
+    reference.assert_close(scale, expected, torch.float32, factor=4)
+    near(y, int8(values / expected[:, None]))
+
+
+def test_dequant_swiglu_quant_of_floats_and_static() -> None:
+    x = torch.randn(4, 64).bfloat16()
+    smooth = torch.rand(32) + 0.5
+    y, scale = torch_npu.npu_dequant_swiglu_quant(x.npu(), quant_scale=smooth.npu(), activate_left=True, quant_mode=1)
+    values = swiglu(x, True) * smooth.double()
+    near(y, int8(values / (values.abs().amax(-1, True) / 127)))
+    factor, offset = torch.tensor([0.02]), torch.tensor([3.0])
+    y, _ = torch_npu.npu_dequant_swiglu_quant(
+        x.npu(), quant_scale=factor.npu(), quant_offset=offset.npu(), activate_left=True, quant_mode=0
+    )
+    near(y, int8(swiglu(x, True) / 0.02 + 3))
