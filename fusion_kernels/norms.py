@@ -1,6 +1,8 @@
-"""RMS normalisation, alone and behind a residual addition.
+"""RMS normalisation, alone and behind a residual addition; with Gemma's weights too, which are stored less one.
 
-CANN: aclnnRmsNorm (`npu_rms_norm`) and aclnnAddRmsNorm (`npu_add_rms_norm`). Both compute in float32 and round once;
+CANN: aclnnRmsNorm (`npu_rms_norm`), aclnnAddRmsNorm (`npu_add_rms_norm`) and aclnnGemmaRmsNorm (`npu_gemma_rms_norm`),
+which adds the one in float32. There is no aclnnAddGemmaRmsNorm: the addition stays a kernel of its own, since handing
+1 + weight in bfloat16 to aclnnAddRmsNorm would round it for good. All compute in float32 and round once;
 PyTorch's usual program rounds x / rms to the input dtype before it multiplies by the weight, so half-precision
 results may differ by one unit in the last place.
 """
@@ -31,6 +33,17 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, epsilon:
     return rms_norm_reference(total, weight, epsilon), total
 
 
+def gemma_rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * (1 + weight), rounded once to x's dtype; x [..., H], weight [H]."""
+    return rms_norm_reference(x, weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1.0, epsilon)
+
+
+def gemma_add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(gemma_rms_norm(x + residual), x + residual); x and residual [..., H] of one dtype."""
+    total = x + residual
+    return gemma_rms_norm_reference(total, weight, epsilon), total
+
+
 def _fake_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -56,6 +69,28 @@ def _cann_add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) 
     return normed, total
 
 
+def _contiguous_gemma_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return gemma_rms_norm_reference(x.contiguous(), weight, epsilon)
+
+
+def _contiguous_gemma_add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return gemma_add_rms_norm_reference(x.contiguous(), residual.contiguous(), weight, epsilon)
+
+
+def _cann_gemma_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return torch.ops.npu.npu_gemma_rms_norm(x, weight, epsilon)[0]
+
+
+def _cann_gemma_add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    total = x.contiguous() + residual.contiguous()
+    return torch.ops.npu.npu_gemma_rms_norm(total, weight, epsilon)[0], total
+
+
+def refuses_norm(x: Tensor, weight: Tensor, *rest: Any) -> str:
+    """aclnnRmsNorm takes a float32 weight with any x, otherwise one dtype for both."""
+    return refuses_dtypes(x) if weight.dtype == torch.float32 else refuses_dtypes(x, weight)
+
+
 def refuses_dtypes(x: Tensor, *others: Any) -> str:
     """CANN's norms take float32, float16 and bfloat16, one dtype for all tensors."""
     if x.dtype not in CANN_DTYPES:
@@ -77,7 +112,7 @@ RMS_NORM = FusedOperator(
     reference=rms_norm_reference,
     fake=_fake_norm,
     providers=(
-        Provider("aclnnRmsNorm", _cann_norm, ("npu::npu_rms_norm",), refuses_dtypes),
+        Provider("aclnnRmsNorm", _cann_norm, ("npu::npu_rms_norm",), refuses_norm),
         Provider("composition", _contiguous_norm),
     ),
     example=_norm_example,
@@ -89,6 +124,26 @@ ADD_RMS_NORM = FusedOperator(
     providers=(
         Provider("aclnnAddRmsNorm", _cann_add_norm, ("npu::npu_add_rms_norm",), refuses_dtypes),
         Provider("composition", _contiguous_add_norm),
+    ),
+    example=_add_norm_example,
+)
+GEMMA_RMS_NORM = FusedOperator(
+    "gemma_rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor",
+    reference=gemma_rms_norm_reference,
+    fake=_fake_norm,
+    providers=(
+        Provider("aclnnGemmaRmsNorm", _cann_gemma_norm, ("npu::npu_gemma_rms_norm",), refuses_dtypes),
+        Provider("composition", _contiguous_gemma_norm),
+    ),
+    example=_norm_example,
+)
+GEMMA_ADD_RMS_NORM = FusedOperator(
+    "gemma_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor)",
+    reference=gemma_add_rms_norm_reference,
+    fake=_fake_add_norm,
+    providers=(
+        Provider("add and aclnnGemmaRmsNorm", _cann_gemma_add_norm, ("npu::npu_gemma_rms_norm",), refuses_dtypes),
+        Provider("composition", _contiguous_gemma_add_norm),
     ),
     example=_add_norm_example,
 )

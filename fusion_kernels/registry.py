@@ -6,13 +6,22 @@ import functools
 
 import torch
 
-from npu_compiler.fusion_kernels.norms import ADD_RMS_NORM, RMS_NORM
+from npu_compiler.fusion_kernels.norms import ADD_RMS_NORM, GEMMA_ADD_RMS_NORM, GEMMA_RMS_NORM, RMS_NORM
 from npu_compiler.fusion_kernels.operator import FusedOperator
 from npu_compiler.fusion_kernels.rope import QK_NORM_ROPE, QK_ROPE
 from npu_compiler.fusion_kernels.swiglu import SILU_MUL, SWIGLU
 
 NAMESPACE = "npu_fused"
-OPERATORS: tuple[FusedOperator, ...] = (RMS_NORM, ADD_RMS_NORM, QK_NORM_ROPE, QK_ROPE, SWIGLU, SILU_MUL)
+OPERATORS: tuple[FusedOperator, ...] = (
+    RMS_NORM,
+    ADD_RMS_NORM,
+    GEMMA_RMS_NORM,
+    GEMMA_ADD_RMS_NORM,
+    QK_NORM_ROPE,
+    QK_ROPE,
+    SWIGLU,
+    SILU_MUL,
+)
 
 
 @functools.cache

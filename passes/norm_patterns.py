@@ -5,14 +5,19 @@ from __future__ import annotations
 from npu_compiler.facts.sizes import Fact, equal, known
 from npu_compiler.passes.pattern import Any, Call, Cast, Exactly, Match, Number, OneOf, Pattern
 
+GEMMA_WEIGHT = Call("aten.add.Tensor", Cast(Any("weight")), Exactly(1), name="factor")
+"""Gemma stores its norm weights less one, and adds the one in float32."""
 
-def rms_norm(x: Pattern, again: Pattern, tag: str = "") -> Pattern:
+
+def rms_norm(x: Pattern, again: Pattern, tag: str = "", factor: Pattern | None = None) -> Pattern:
     """x / sqrt(mean(x^2) + epsilon) * weight, with conversions to float32 and back where a model has them.
 
     Args:
         x: pattern of the input. `again`: the same at its second use; must name what `x` bound.
         tag: suffix of the bound names `weight`, `epsilon` and `dims`.
+        factor: pattern of what the normalised value is multiplied by, if it is not the weight itself.
     """
+    factor = factor or Any("weight" + tag)
     wide, wide_again = Cast(x), Cast(again)
     square = OneOf(
         (
@@ -23,8 +28,8 @@ def rms_norm(x: Pattern, again: Pattern, tag: str = "") -> Pattern:
     mean = Call("aten.mean.dim", square, Any("dims" + tag), Exactly(True))
     scale = Call("aten.rsqrt.default", Call("aten.add.Tensor|aten.add.Scalar", mean, Number("epsilon" + tag)))
     normed = Cast(Call("aten.mul.Tensor", wide, scale, commutes=True))
-    written_out = Cast(Call("aten.mul.Tensor", Any("weight" + tag), normed, commutes=True))
-    vllm = Call("vllm_ir.rms_norm.default", x, Any("weight" + tag), Number("epsilon" + tag), Exactly(None))
+    written_out = Cast(Call("aten.mul.Tensor", factor, normed, commutes=True))
+    vllm = Call("vllm_ir.rms_norm.default", x, factor, Number("epsilon" + tag), Exactly(None))
     return OneOf((vllm, written_out))
 
 

@@ -14,7 +14,17 @@ from npu_compiler.errors import OptionError
 from npu_compiler.graph.content import of_content
 from npu_compiler.graph.digest import of_text
 from npu_compiler.graph.spec import SpecCheck, refresh_aliases
-from npu_compiler.passes import add_rms_norm, common, dead_code, noop, qk_norm_rope, reinplace, swiglu, users
+from npu_compiler.passes import (
+    add_rms_norm,
+    common,
+    dead_code,
+    gemma_rms_norm,
+    noop,
+    qk_norm_rope,
+    reinplace,
+    swiglu,
+    users,
+)
 from npu_compiler.passes.record import Pass, PassRecord
 from npu_compiler.passes.rewrite import apply
 
@@ -24,6 +34,11 @@ PASSES: tuple[Pass, ...] = (
     Pass(common.NAME, "before the rules: one cos a model, not one a layer, is what pairs q with k", common.run),
     Pass(USER_RULES, "before the built-in rules: a user's own rule wins", rules=()),
     Pass(qk_norm_rope.NAME, "before add_rms_norm, which would claim the norms of q and k alone", qk_norm_rope.run),
+    Pass(
+        gemma_rms_norm.NAME,
+        "before add_rms_norm, which would leave the one to be added apart",
+        rules=gemma_rms_norm.RULES,
+    ),
     Pass(add_rms_norm.NAME, "any place among the rules", rules=add_rms_norm.RULES),
     Pass(swiglu.NAME, "any place among the rules", rules=swiglu.RULES),
     Pass(common.NAME, "again: the rules repeat small work, such as widening cos, in every layer", common.run),
