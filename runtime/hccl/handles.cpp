@@ -3,6 +3,8 @@
 #include <map>
 #include <mutex>
 
+#include "runtime/acl/rank_group.h"
+#include "runtime/hccl/data_type.h"
 #include "runtime/hccl/errors.h"
 
 namespace host_runtime::hccl {
@@ -36,6 +38,36 @@ Group& this_group() {
   return group;
 }
 
+HcclDataType hccl_type(aclDataType type) {
+  switch (type) {
+    case ACL_FLOAT:
+      return HCCL_DATA_TYPE_FP32;
+    case ACL_FLOAT16:
+      return HCCL_DATA_TYPE_FP16;
+    case ACL_BF16:
+      return HCCL_DATA_TYPE_BFP16;
+    default:
+      throw Error(HCCL_E_NOT_SUPPORT, "fused operators reduce float32, float16 and bfloat16 only");
+  }
+}
+
+/// A communicator as operators see it.
+class CommunicatorGroup final : public RankGroup {
+ public:
+  explicit CommunicatorGroup(CommunicatorPtr communicator) : communicator_(std::move(communicator)) {}
+  uint32_t size() const override { return communicator_->size(); }
+  std::function<void()> all_reduce_sum(void* buffer, uint64_t count, aclDataType type,
+                                       const char* label) const override {
+    Operation announced = announce(HCCL_CMD_ALLREDUCE, hccl_type(type), count);
+    announced.reduction = HCCL_REDUCE_SUM;
+    std::shared_ptr<Collective> collective = make_reduce(announced, buffer, buffer);
+    return [communicator = communicator_, collective, label] { communicator->run(*collective, label); };
+  }
+
+ private:
+  CommunicatorPtr communicator_;
+};
+
 void hand_over(aclrtStream stream, TaskPtr task) {
   const std::string name = task->name();
   const aclError code = submit(stream, std::move(task));
@@ -55,6 +87,7 @@ HcclResult refuse(HcclResult code, const std::string& message) {
 HcclComm publish(CommunicatorPtr communicator) {
   const std::lock_guard<std::mutex> guard(handles().mutex);
   const HcclComm handle = communicator.get();
+  publish_group(communicator->name(), std::make_shared<CommunicatorGroup>(communicator));
   handles().live.emplace(handle, std::move(communicator));
   return handle;
 }
@@ -71,6 +104,7 @@ CommunicatorPtr resolve(HcclComm handle) {
 
 void withdraw(HcclComm handle) {
   const CommunicatorPtr communicator = resolve(handle);
+  withdraw_group(communicator->name());
   const std::lock_guard<std::mutex> guard(handles().mutex);
   handles().live.erase(handle);
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch_npu  # noqa: F401  registers the backend
+import torch_npu
 from torch.distributed import ReduceOp
 
 RANK = int(sys.argv[2]) if len(sys.argv) > 2 else 0
@@ -255,6 +255,68 @@ def check_captured_all_reduce() -> None:
         x.copy_(values(RANK, 4, 256) + step)
         graph.replay()
         same(x, torch.stack(everyone(4, 256)).sum(0) + step * RANKS)
+
+
+def group_name() -> str:
+    """The name of the default group's communicator, made by a first collective."""
+    dist.all_reduce(torch.zeros(1, device="npu"))
+    return dist.distributed_c10d._get_default_group()._get_backend(torch.device("npu")).get_hccl_comm_name(RANK)
+
+
+def summed_products(x: list[torch.Tensor], w: list[torch.Tensor], more: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """Small integers: exact in every type."""
+    return torch.stack([a.double() @ b.double() + more for a, b in zip(x, w, strict=True)]).sum(0)
+
+
+def check_matmul_all_reduce() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        for rows in (1, 40):
+            x, w = everyone(rows, 8, dtype=dtype), everyone(8, 6, dtype=dtype)
+            bias, x3 = torch.arange(6).to(dtype), torch.ones(rows, 6, dtype=dtype)
+            mine = (x[RANK].npu(), w[RANK].npu(), group_name())
+            same(torch_npu.npu_mm_all_reduce_base(*mine), summed_products(x, w).to(dtype))
+            found = torch_npu.npu_mm_all_reduce_base(*mine, bias=bias.npu())
+            same(found, summed_products(x, w, bias.double()).to(dtype))
+            found = torch_npu.npu_mm_all_reduce_base(*mine, bias=bias.npu(), x3=x3.npu())
+            same(found, summed_products(x, w, bias.double() + 1).to(dtype))
+
+
+def check_matmul_all_reduce_of_a_transposed_weight_in_three_dimensions() -> None:
+    x, w = everyone(2, 3, 8, dtype=torch.bfloat16), everyone(6, 8, dtype=torch.bfloat16)
+    found = torch_npu.npu_mm_all_reduce_base(x[RANK].npu(), w[RANK].npu().t(), group_name())
+    same(found, summed_products(x, [v.t() for v in w]).bfloat16())
+
+
+def check_captured_matmul_all_reduce() -> None:
+    """The row-parallel linear of a decode step: one task."""
+    x, w = torch.zeros(2, 8, device="npu").bfloat16(), values(RANK, 8, 16, dtype=torch.bfloat16).npu()
+    name = group_name()
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        y = torch_npu.npu_mm_all_reduce_base(x, w, name)
+    for step in range(1, 30):
+        fresh = [v * (step % 3) for v in everyone(2, 8, dtype=torch.bfloat16)]
+        x.copy_(fresh[RANK])
+        graph.replay()
+        same(y, summed_products(fresh, everyone(8, 16, dtype=torch.bfloat16)).bfloat16())
+
+
+def check_matmul_all_reduce_refuses() -> None:
+    x, w = torch.zeros(2, 8).half().npu(), torch.zeros(8, 4).half().npu()
+    name = group_name()
+    for message, arguments, more in (
+        ("names no communicator of this process", (x, w, "nobody"), {}),
+        ("has to be float16 or bfloat16", (x.float(), w.float(), name), {}),
+        ("has to be sum", (x, w, name), {"reduce_op": "max"}),
+        ("has to be 0, not 1", (x, w, name), {"comm_turn": 1}),
+        ("has to have shape", (x, w, name), {"bias": x[0]}),
+    ):
+        try:
+            torch_npu.npu_mm_all_reduce_base(*arguments, **more)
+        except RuntimeError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"not refused: {message}")
 
 
 def check_captured_gather_and_scatter() -> None:
