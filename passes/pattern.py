@@ -50,6 +50,13 @@ class Exactly(Pattern):
     value: object
 
 
+@dataclass(frozen=True)
+class Size(Pattern):
+    """A number or symbolic size that equals this one whatever the symbols are."""
+
+    value: object
+
+
 @dataclass(frozen=True, init=False)
 class Call(Pattern):
     """A call of one of `targets` (names joined by "|") with these arguments; `name` binds the node."""
@@ -96,8 +103,16 @@ class OneOf(Pattern):
 
 
 @dataclass(frozen=True)
+class Together(Pattern):
+    """Several results of one computation: the first option is the root, each other one uses what those before it
+    covered."""
+
+    results: tuple[Pattern, ...]
+
+
+@dataclass(frozen=True)
 class Match:
-    """A found pattern: what its names are bound to, and the calls it covers (the root is last)."""
+    """A found pattern: what its names are bound to, and the calls it covers, in program order."""
 
     bindings: Bindings
     nodes: tuple[fx.Node, ...]
@@ -157,15 +172,17 @@ def root_targets(pattern: Pattern) -> set[str]:
             return set(VIEWS) | root_targets(pattern.inner)
         case OneOf():
             return set().union(*(root_targets(option) for option in pattern.options))
+        case Together():
+            return root_targets(pattern.results[0])
     return set()
 
 
 def find(pattern: Pattern, root: fx.Node) -> tuple[Match | None, Miss]:
-    """Matches `pattern` with `root` as its last call. Returns the first match, or None and the deepest failure."""
+    """Matches `pattern` with `root` as its root. Returns the first match, or None and the deepest failure."""
     miss = Miss()
     for state in _match(pattern, root, _State(), miss):
         nodes = tuple(sorted(state.nodes))
-        if nodes and nodes[-1] is root:
+        if root in nodes:
             return Match(state.bindings, nodes, root), miss
     return None, miss
 
@@ -183,6 +200,11 @@ def _match(pattern: object, value: object, state: _State, miss: Miss) -> Iterato
         case OneOf():
             for option in pattern.options:
                 yield from _match(option, value, state, miss)
+        case Size():
+            yield from _match_size(pattern, value, state)
+        case Together():
+            for matched in _match(pattern.results[0], value, state, miss):
+                yield from _match_together(pattern.results[1:], matched, miss)
         case Cast():
             if isinstance(value, fx.Node) and _is_cast(value):
                 yield from _match(pattern.inner, value.args[0], state.cover(value), miss)
@@ -235,6 +257,42 @@ def _match_call(pattern: Call, value: object, state: _State, miss: Miss) -> Iter
         orders.append([args[1], args[0], *args[2:]])
     for order in orders:
         yield from _match_all(pattern.args, order, covered, miss)
+
+
+def _match_size(pattern: Size, value: object, state: _State) -> Iterator[_State]:
+    found = value.meta.get("val") if isinstance(value, fx.Node) else value
+    wanted = pattern.value
+    if isinstance(found, (int, torch.SymInt)) and isinstance(wanted, (int, torch.SymInt)) and equal(found, wanted, ""):
+        yield state
+
+
+def _match_together(patterns: Sequence[Pattern], state: _State, miss: Miss) -> Iterator[_State]:
+    """The further results, each searched among the calls behind what is covered."""
+    if not patterns:
+        yield state
+        return
+    targets = root_targets(patterns[0])
+    for candidate in _behind(state.nodes, _depth(patterns[0])):
+        if str(candidate.target) in targets:
+            for matched in _match(patterns[0], candidate, state, miss):
+                yield from _match_together(patterns[1:], matched, miss)
+
+
+def _behind(nodes: Sequence[fx.Node], depth: int) -> list[fx.Node]:
+    """The nodes and their users, up to `depth` steps on, in program order."""
+    found = set(nodes)
+    for _ in range(depth):
+        found |= {user for node in found for user in node.users}
+    return sorted(found)
+
+
+def _depth(pattern: object) -> int:
+    """How many calls lie behind one another in a pattern, at least."""
+    if isinstance(pattern, Call):
+        return 1 + max(map(_depth, pattern.args), default=0)
+    if isinstance(pattern, (list, tuple)):
+        return max(map(_depth, pattern), default=0)
+    return 0
 
 
 def _arguments(node: fx.Node, count: int) -> list[object] | None:
