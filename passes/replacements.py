@@ -88,7 +88,7 @@ def from_replacement(
         results=results,
         legal=loader.legal,
         reference=search_fn,
-        example=_Example(tuple(arguments)),
+        example=_Example(tuple(item.to("meta") if isinstance(item, torch.Tensor) else item for item in arguments)),
         after=tuple(after),
         near_misses=tuple(near_misses),
         dtypes=(next(item.dtype for item in arguments if isinstance(item, torch.Tensor)),),
@@ -97,7 +97,7 @@ def from_replacement(
 
 @dataclass(frozen=True)
 class _Example:
-    """The example inputs of a rule, new random numbers at each call; the dtype is what the rule was written with."""
+    """The example inputs of a rule, kept as shapes and dtypes; random numbers at each call, in the rule's own dtype."""
 
     arguments: tuple[Anything, ...]
 

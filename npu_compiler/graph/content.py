@@ -22,6 +22,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from npu_compiler.errors import OptionError
 
@@ -78,7 +79,8 @@ class _Hasher:
             yield from (self.of(pair, f"{what}[{pair[0]!r}]") for pair in value.items())
         elif isinstance(value, torch.Tensor):
             yield f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device}"
-            yield hashlib.sha256(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+            if not value.is_meta and not isinstance(value, FakeTensor):
+                yield hashlib.sha256(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
         elif isinstance(value, (fx.GraphModule, fx.Graph)):
             yield from self._program(value, what)
         else:
