@@ -31,6 +31,14 @@ at::Tensor smoothed(const at::Tensor& rows, const OptionalTensor& smooth, const 
   return rows * smooth->to(at::kFloat).index_select(0, group);
 }
 
+/// One element, or one for each of x along `axis`, as floats that broadcast with x.
+at::Tensor along(const at::Tensor& t, const at::Tensor& x, int64_t axis) {
+  at::Tensor floats = t.to(at::kFloat);
+  if (floats.dim() == 1 && floats.numel() > 1)
+    for (int64_t i = (axis < 0 ? axis + x.dim() : axis) + 1; i < x.dim(); ++i) floats = floats.unsqueeze(-1);
+  return floats;
+}
+
 }  // namespace
 
 at::Tensor quantized(const at::Tensor& values) { return values.round().clamp(-128, 127).to(at::kChar); }
@@ -79,20 +87,26 @@ void dynamic_quant(const at::Tensor& x, const OptionalTensor& smooth, const Opti
 void ascend_quant(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset, bool sqrt_mode,
                   const std::string& round_mode, int64_t axis, at::Tensor& y) {
   TORCH_CHECK(y.scalar_type() == at::kChar, "y has to be int8 on the host runtime, not ", y.scalar_type());
-  const int64_t dim = axis < 0 ? axis + x.dim() : axis;
-  const auto spread = [&](const at::Tensor& t) {
-    at::Tensor floats = t.to(at::kFloat);
-    if (floats.dim() == 1 && floats.numel() > 1)
-      for (int64_t i = dim + 1; i < x.dim(); ++i) floats = floats.unsqueeze(-1);
-    return floats;
-  };
-  const at::Tensor factor = spread(scale);
+  const at::Tensor factor = along(scale, x, axis);
   at::Tensor values = x.to(at::kFloat) * (sqrt_mode ? factor * factor : factor);
-  if (offset) values = values + spread(*offset);
+  if (offset) values = values + along(*offset, x, axis);
   if (round_mode == "floor") values = values.floor();
   if (round_mode == "ceil") values = values.ceil();
   if (round_mode == "trunc") values = values.trunc();
   y.copy_(quantized(values));
+}
+
+void quantize(const at::Tensor& x, const at::Tensor& scales, const OptionalTensor& zero_points, int64_t axis,
+              at::Tensor& out) {
+  at::Tensor values = x.to(at::kFloat) / along(scales, x, axis);
+  if (zero_points) values = values + along(*zero_points, x, axis);
+  if (out.scalar_type() == at::kInt) {
+    out.copy_(values.to(at::kDouble).round().clamp(INT32_MIN, INT32_MAX));
+  } else if (out.scalar_type() == at::kByte) {
+    out.copy_(values.round().clamp(0, 255));
+  } else {
+    out.copy_(quantized(values));
+  }
 }
 
 void trans_quant_param(const at::Tensor& scale, const OptionalTensor& offset, at::Tensor& out) {

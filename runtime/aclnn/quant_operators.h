@@ -26,6 +26,9 @@ void dynamic_quant(const at::Tensor& x, const OptionalTensor& smooth, const Opti
 /// aclnnAscendQuant(V3): y = round(x * scale + offset) along `axis`.
 void ascend_quant(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset, bool sqrt_mode,
                   const std::string& round_mode, int64_t axis, at::Tensor& y);
+/// aclnnQuantize: out = round(x / scales + zero_points) along `axis`, saturated to out's dtype.
+void quantize(const at::Tensor& x, const at::Tensor& scales, const OptionalTensor& zero_points, int64_t axis,
+              at::Tensor& out);
 /// aclnnTransQuantParamV2: the scale's bits without the low 13, a 9-bit offset at bit 37, bit 46 set.
 void trans_quant_param(const at::Tensor& scale, const OptionalTensor& offset, at::Tensor& out);
 

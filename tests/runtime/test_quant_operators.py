@@ -61,6 +61,35 @@ def test_quantize_per_channel() -> None:
     near(y.cpu().to(torch.int8), int8(x.double() * scale.double() + zero.double()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "low", "high"), [(torch.qint8, -128, 127), (torch.quint8, 0, 255)])
+@pytest.mark.parametrize("axis", [0, -1])
+def test_quantize_divides(axis: int, kind: torch.dtype, low: int, high: int, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 3, 6).mul(4).to(dtype)
+    scale, zero = torch.rand(x.shape[axis]) * 0.1 + 0.01, torch.randint(-5, 6, (x.shape[axis],), dtype=torch.int32)
+    scale = scale.to(dtype)
+    y = torch_npu.npu_quantize(x.npu(), scale.npu(), zero.npu(), kind, axis)
+    shape = (4, 1, 1) if axis == 0 else (6,)
+    expected = x.double() / scale.double().view(shape) + zero.double().view(shape)
+    actual = y.cpu().double()
+    assert (actual - expected.round().clamp(low, high)).abs().max() <= 1
+    assert actual.min() >= low and actual.max() <= high
+
+
+def test_quantize_per_tensor_without_zero_point_rounds_to_even() -> None:
+    x = torch.tensor([[0.5, 1.5, -0.5, -1.5, 300.0, -300.0]])
+    y = torch_npu.npu_quantize(x.npu(), torch.ones(1).npu(), None, torch.qint8)
+    assert y.cpu().tolist() == [[0, 2, 0, -2, 127, -128]]
+
+
+def test_quantize_refuses() -> None:
+    x = torch.zeros(2, 6).npu()
+    with pytest.raises(RuntimeError, match="one for each of x along axis"):
+        torch_npu.npu_quantize(x, torch.ones(5).npu(), None, torch.qint8, 1)
+    with pytest.raises(RuntimeError, match="only with a bfloat16 x"):
+        torch_npu.npu_quantize(x, torch.ones(6).bfloat16().npu(), None, torch.qint8, 1)
+
+
 @pytest.mark.parametrize("divide", [True, False])
 def test_add_rms_norm_quant(divide: bool) -> None:
     x1, x2, gamma = torch.randn(4, 32).half(), torch.randn(4, 32).half(), torch.rand(32).half()
