@@ -1,61 +1,64 @@
-"""Questions about sizes, answered True, False or Unknown, each with the reason as text.
+"""Questions about the sizes of tensors, answered True, False or Unknown, each with the reason as text.
 
 A legality check never guesses: only a proven True lets a rewrite happen. Nothing here adds a guard to the shape
-environment; a proof holds for every value the symbols may take.
+environment; a proof holds for every value the symbols may take under the guards that are there.
 """
 
 from __future__ import annotations
 
-import enum
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from npu_compiler.facts.engine import Facts
+from npu_compiler.facts.fact import Fact, Truth, known
+
+__all__ = [
+    "Fact", "Size", "Truth", "at_least", "divisible", "equal", "expression", "facts_of", "known", "same_layout",
+    "same_shape",
+]  # fmt: skip
 
 Size: TypeAlias = "int | torch.SymInt"
+_NO_FACTS = Facts()
+# What was gathered from an environment is kept until it learns more.
+_gathered: weakref.WeakKeyDictionary[ShapeEnv, tuple[tuple[int, ...], Facts]] = weakref.WeakKeyDictionary()
 
 
-class Truth(enum.Enum):
-    """A three-valued answer."""
-
-    TRUE = "true"
-    FALSE = "false"
-    UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True)
-class Fact:
-    """An answer and why. It is truthy only when proven true."""
-
-    truth: Truth
-    text: str
-
-    def __bool__(self) -> bool:
-        return self.truth is Truth.TRUE
-
-    def __and__(self, other: Fact) -> Fact:
-        """The conjunction; the text is that of the first part that is not true."""
-        return other if self else self
-
-
-def known(holds: bool, text: str) -> Fact:
-    """A fact that needs no proof; `text` says what is the case if it does not hold."""
-    return Fact(Truth.TRUE if holds else Truth.FALSE, text)
+def facts_of(*sizes: Size) -> Facts:
+    """What the shape environment of the sizes knows; nothing where all of them are numbers."""
+    environment = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+    if environment is None:
+        return _NO_FACTS
+    asserts = sum(map(len, environment.deferred_runtime_asserts.values()))
+    state = (len(environment.guards), asserts, len(environment.var_to_range), environment._version_counter)
+    found = _gathered.get(environment)
+    if found is None or found[0] != state:
+        found = _gathered[environment] = (state, Facts.of(environment))
+    return found[1]
 
 
 def equal(left: Size, right: Size, what: str) -> Fact:
     """Whether two sizes are equal for all values of their symbols."""
     a, b = expression(left), expression(right)
-    difference = sympy.simplify(a - b)
-    if difference == 0:
+    if a == b:
         return Fact(Truth.TRUE, f"{what}: {a} = {b}")
-    if difference.is_number:
+    if a.is_Integer and b.is_Integer:
         return Fact(Truth.FALSE, f"{what}: {a} is not {b}")
-    if difference.is_positive or difference.is_negative:
-        return Fact(Truth.FALSE, f"{what}: {a} never equals {b}")
-    return Fact(Truth.UNKNOWN, f"{what}: {a} = {b} can't be proven")
+    return _about(what, facts_of(left, right).equal(a, b))
+
+
+def divisible(size: Size, divisor: int, what: str) -> Fact:
+    """Whether a size is a multiple of `divisor` for all values of its symbols."""
+    return _about(what, facts_of(size).divides(divisor, expression(size)))
+
+
+def at_least(size: Size, bound: Size, what: str) -> Fact:
+    """Whether `size` >= `bound` for all values of their symbols."""
+    return _about(what, facts_of(size, bound).at_least(expression(size), expression(bound)))
 
 
 def same_shape(left: Sequence[Size], right: Sequence[Size], what: str) -> Fact:
@@ -77,10 +80,8 @@ def same_layout(left: torch.Tensor, right: torch.Tensor, what: str) -> Fact:
     if not shape:
         return shape
     for index, (a, b) in enumerate(zip(left.stride(), right.stride(), strict=True)):
-        if equal(left.shape[index], 1, "size"):
-            continue
         fact = equal(a, b, f"{what}: stride of dimension {index}")
-        if not fact:
+        if not fact and not equal(left.shape[index], 1, "size"):
             return fact
     return Fact(Truth.TRUE, f"{what}: same layout")
 
@@ -90,3 +91,7 @@ def expression(size: Size) -> sympy.Expr:
     if isinstance(size, torch.SymInt):
         return size.node.expr
     return sympy.Integer(size)
+
+
+def _about(what: str, fact: Fact) -> Fact:
+    return Fact(fact.truth, f"{what}: {fact.text}")

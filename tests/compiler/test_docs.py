@@ -1,4 +1,4 @@
-"""The examples of docs/compiler.md and docs/passes.md run as they are printed."""
+"""The examples of the pages on the compiler run as they are printed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ PASSES = (
 )
 
 
-@pytest.mark.parametrize(("page", "expected"), [("compiler.md", COMPILER), ("passes.md", PASSES)])
+FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
+
+
+@pytest.mark.parametrize(("page", "expected"), [("compiler.md", COMPILER), ("passes.md", PASSES), ("facts.md", FACTS)])
 def test_examples(page: str, expected: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
     assert len(blocks) >= 3
