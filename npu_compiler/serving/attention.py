@@ -1,8 +1,10 @@
 """Paged attention of vLLM's V1 engine on `npu_fused_infer_attention_score`.
 
 Layouts. A step's queries lie one request behind the other ("TND": tokens, heads, head size). A layer's KV cache is one
-piece of memory, its first half keys and its second half values, each [blocks, BLOCK_SIZE, kv heads, head size]: the
-operator takes keys and values as two contiguous tensors.
+piece of memory, its first half keys and its second half values: the operator takes them as two contiguous tensors.
+Each is [blocks, BLOCK_SIZE, kv heads, head size], or, where the compiler found that one kernel can go from the layer's
+QKV projection to its cache (qkv_attention.py), in that kernel's fractal order ("PA_NZ"):
+[blocks, kv heads * head size / FRACTAL, BLOCK_SIZE, FRACTAL]. A block is one piece of memory either way.
 
 Lengths. The operator takes the sequence lengths as host integers. In a full graph they are therefore replaced before
 each replay reaches the operator: graph_updates.py.
@@ -37,8 +39,12 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
+    from npu_compiler.serving.qkv_attention import PackedQKV
+
 BLOCK_SIZE = 128
 """Tokens a block. The operator's paged form takes multiples of 128 up to 512 (aclnnFusedInferAttentionScoreV3)."""
+FRACTAL = 16
+"""Elements of a head that lie side by side in the fractal order: 32 bytes of float16 or bfloat16."""
 MASK_SIZE = 2048
 """Side of the causal mask the operator wants with sparse_mode 3, whatever the lengths."""
 UPDATES_KEY = "npu_graph_updates"
@@ -183,7 +189,9 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.writes_cache = kv_sharing_target_layer_name is None
+        self.cache_owner = kv_sharing_target_layer_name
+        self.fractal: bool | None = None
+        """The order of the cache. The layer's first call decides it for good; vLLM makes it before there is a cache."""
 
     def forward(
         self,
@@ -201,26 +209,60 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
 
         Without metadata (vLLM's memory profiling) there is no cache to attend to, and `output` is zeroed.
         """
+        fractal = self._is_fractal(otherwise=False)
         if attn_metadata is None:
             return output.zero_()
         tokens = attn_metadata.num_tokens
-        key_cache, value_cache = self._caches(kv_cache)
-        if self.writes_cache and key is not None:
+        key_cache, value_cache = self._caches(kv_cache, fractal)
+        if self.cache_owner is None and key is not None:
             torch_npu.npu_scatter_pa_kv_cache(
                 key[:tokens].contiguous(),
                 value[:tokens].contiguous(),
                 key_cache,
                 value_cache,
                 attn_metadata.slot_mapping[:tokens],
-                cache_mode="Norm",
+                cache_mode="PA_NZ" if fractal else "Norm",
             )
+        return self._attend(layer, query[:tokens].contiguous(), key_cache, value_cache, attn_metadata, output)
+
+    def forward_packed(
+        self,
+        layer: AttentionLayer,
+        packed: PackedQKV,
+        kv_cache: Tensor,
+        attn_metadata: NPUAttentionMetadata | None,
+        output: Tensor,
+    ) -> Tensor:
+        """As `forward`, from the layer's projection. Where its cache is not in fractal order, or another layer's, the
+        projection is taken apart first."""
+        fractal = self._is_fractal(otherwise=True)
+        if attn_metadata is None:
+            return output.zero_()
+        if not fractal or self.cache_owner is not None:
+            query, key, value = packed.unpacked(self.num_heads, self.num_kv_heads)
+            return self.forward(layer, query, key, value, kv_cache, attn_metadata, output)
+        tokens = attn_metadata.num_tokens
+        key_cache, value_cache = self._caches(kv_cache, fractal)
+        slots = attn_metadata.slot_mapping[:tokens]
+        query = packed.write(key_cache, value_cache, slots, tokens, self.num_heads, self.num_kv_heads)
+        return self._attend(layer, query, key_cache, value_cache, attn_metadata, output)
+
+    def _attend(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        attn_metadata: NPUAttentionMetadata,
+        output: Tensor,
+    ) -> Tensor:
         call = AttentionCall(
-            query=query[:tokens].contiguous(),
-            key=key_cache.flatten(2),
-            value=value_cache.flatten(2),
+            query=query,
+            key=self._for_operator(key_cache),
+            value=self._for_operator(value_cache),
             block_table=attn_metadata.block_table,
             mask=attn_metadata.mask,
-            output=output[:tokens],
+            output=output[: attn_metadata.num_tokens],
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             scale=self.scale,
@@ -233,11 +275,28 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
             updates.capture(layer.layer_name, call, attn_metadata)  # type: ignore[attr-defined]
         return output
 
-    def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values as [blocks, block size, kv heads, head size] views of the two halves of `kv_cache`.
+    def _is_fractal(self, otherwise: bool) -> bool:
+        """Whether the cache is in fractal order; a layer called for the first time makes it `otherwise`."""
+        if self.cache_owner is not None:
+            owner = get_forward_context().no_compile_layers[self.cache_owner]
+            self.fractal = bool(owner.impl.fractal)
+        elif self.fractal is None:
+            self.fractal = otherwise
+        return self.fractal
+
+    def _caches(self, kv_cache: Tensor, fractal: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values as views of the two halves of `kv_cache`, shaped as npu_scatter_pa_kv_cache wants them.
 
         `kv_cache` is vLLM's view [blocks, kv heads, block size, 2 * head size] of the layer's memory in LBNHC order.
         """
         flat = kv_cache.permute(0, 2, 1, 3).view(-1)
-        halves = flat.view(2, -1, BLOCK_SIZE, self.num_kv_heads, self.head_size)
+        if fractal:
+            halves = flat.view(2, -1, self.num_kv_heads * self.head_size // FRACTAL, BLOCK_SIZE, FRACTAL)
+        else:
+            halves = flat.view(2, -1, BLOCK_SIZE, self.num_kv_heads, self.head_size)
         return halves[0], halves[1]
+
+    def _for_operator(self, cache: Tensor) -> Tensor:
+        """A half of the cache as the attention operator wants it: [blocks, block size, kv heads * head size], or in
+        fractal order [blocks, kv heads, head size / FRACTAL, block size, FRACTAL]."""
+        return cache.unflatten(1, (self.num_kv_heads, -1)) if self.fractal else cache.flatten(2)

@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from npu_compiler.backend import compile_fx, fingerprint
+from npu_compiler.serving import qkv_attention
 from npu_compiler.serving.options import ServingOptions, compile_options
 
 logger = init_logger(__name__)
@@ -60,6 +61,7 @@ class AscendCompiler(CompilerInterface):
     name = "ascend"
 
     def __init__(self) -> None:
+        qkv_attention.register()
         self._options = compile_options({})
 
     def compute_hash(self, vllm_config: VllmConfig) -> str:

@@ -35,7 +35,8 @@ class Lengths(Protocol):
 class AttentionCall:
     """One call of the operator, all but its lengths.
 
-    query, output [tokens, heads, head size]; key, value [blocks, block size, kv heads * head size];
+    query, output [tokens, heads, head size]; key, value [blocks, block size, kv heads * head size], or in fractal order
+    [blocks, kv heads, head size / 16, block size, 16];
     block_table [rows, blocks a request] int32; mask [2048, 2048] bool.
     """
 

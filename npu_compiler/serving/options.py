@@ -16,6 +16,9 @@ from npu_compiler.errors import OptionError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+QKV_ATTENTION = "npu_compiler.passes.qkv_attention:PASS"
+"""The pass that only a vLLM model has use for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ServingOptions:
@@ -83,13 +86,14 @@ class ServingOptions:
 
 
 def compile_options(given: Mapping[str, Any]) -> Options:
-    """The compile backend's options for serving.
+    """The compile backend's options for serving: what was given, without a capture, and with the pass that only a vLLM
+    model has use for.
 
     Raises:
         ValueError: an option is unknown, ill-typed, or describes the backend's own capture.
     """
     try:
-        return Options.of({"capture": False, **given})
+        return Options.of({"capture": False, **given, "passes": [*given.get("passes", ()), QKV_ATTENTION]})
     except OptionError as error:
         raise ValueError(f"additional_config: compile: {error}") from error
 

@@ -41,9 +41,13 @@ from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from npu_compiler.backend import CompiledGraph, compile_fx
 from npu_compiler.graph.effects import tensors
 from npu_compiler.lowering.functional import Functional, lower
+from npu_compiler.serving import qkv_attention
+from npu_compiler.serving.options import compile_options
 
 TOKENS = 4
 ATTENTION = "vllm.unified_attention_with_output.default"
+PACKED_ATTENTION = "npu_serving.qkv_attention.default"
+ATTENTIONS = (ATTENTION, PACKED_ATTENTION)
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "hidden_size": 256,
@@ -106,9 +110,10 @@ class TracedGraph:
         return program
 
     def compiled(self, options: Mapping[str, Any] | None = None) -> CompiledGraph:
-        """The result of compile_fx, by default with default options; a new one at every call."""
+        """The result of compile_fx, with the options and passes that the plugin gives it; a new one at every call."""
+        qkv_attention.register()
         with torch.inference_mode():
-            return compile_fx(copy.deepcopy(self.dynamo), self.inputs, options)
+            return compile_fx(copy.deepcopy(self.dynamo), self.inputs, compile_options(options or {}))
 
 
 @functools.cache
@@ -196,7 +201,7 @@ def layer(module: fx.GraphModule) -> list[str]:
     Views, getitem and arithmetic on sizes are left out: they are no work for the device.
     """
     names = [name for name in map(_operator, module.graph.nodes) if name]
-    marks = [index for index, name in enumerate(names) if name == ATTENTION]
+    marks = [index for index, name in enumerate(names) if name in ATTENTIONS]
     return names[marks[0] + 1 : marks[1] + 1]
 
 
@@ -206,7 +211,7 @@ def _operator(node: fx.Node) -> str:
     if isinstance(target, torch._ops.HigherOrderOperator):  # a functionalised operator: its target is an argument
         target = node.args[0]
     if not isinstance(target, torch._ops.OpOverload) or _is_view(target) or not tensors(node):
-        return ATTENTION if str(target) == ATTENTION else ""
+        return str(target) if str(target) in ATTENTIONS else ""
     return str(target)
 
 
