@@ -14,6 +14,7 @@ from typing import Any
 
 from npu_compiler.errors import OptionError
 
+MULTISTREAM = ("off", "auto")
 CAPTURERS = ("ascend", "npugraph_ex")
 CAPTURE_ERROR_MODES = ("global", "thread_local", "relaxed")
 
@@ -31,6 +32,10 @@ class Options:
     capture_error_mode: str = "thread_local"
     """Which threads CANN bars from blocking copies during a capture (aclmdlRICaptureMode): all ("global"), the one
     that captures ("thread_local"), none ("relaxed")."""
+    multistream: str = "off"
+    """"auto": put independent calls on side streams of a captured graph where the estimate says that it pays."""
+    stream_limit: int = 2
+    """How many streams a captured graph may use with multistream, the main one included."""
     capture_with: str = "ascend"
     """Who captures and replays the rewritten program: "ascend", or "npugraph_ex", torch_npu's own backend."""
     npugraph_ex: Mapping[str, Any] = field(default_factory=dict)
@@ -67,6 +72,14 @@ class Options:
             )
         if self.capture_error_mode not in CAPTURE_ERROR_MODES:
             raise _unknown_value("capture_error_mode", self.capture_error_mode, CAPTURE_ERROR_MODES)
+        if self.multistream not in MULTISTREAM:
+            raise _unknown_value("multistream", self.multistream, MULTISTREAM)
+        if self.stream_limit < 1:
+            raise OptionError(
+                f"stream_limit={self.stream_limit} leaves no stream",
+                rule="stream_limit counts the main stream too",
+                fix="use 2 or more, or multistream='off'",
+            )
         if self.capture_with not in CAPTURERS:
             raise _unknown_value("capture_with", self.capture_with, CAPTURERS)
 
@@ -92,7 +105,14 @@ class Options:
 
 
 DEFAULTS = Options()
-OF_CAPTURES = ("capture_limit", "capture_sizes", "capture_error_mode", "clone_outputs")
+OF_CAPTURES = (
+    "capture_limit",
+    "capture_sizes",
+    "capture_error_mode",
+    "clone_outputs",
+    "multistream",
+    "stream_limit",
+)
 """Options that describe the captured graphs of this backend."""
 
 

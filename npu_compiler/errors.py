@@ -43,6 +43,10 @@ class SpecError(NpuCompilerError):
     """A pass left a program that breaks what holds between passes (npu_compiler/graph/spec.py)."""
 
 
+class PlanError(NpuCompilerError):
+    """A plan of streams would let two calls race, reuse memory too early or leave a stream unjoined."""
+
+
 class CaptureError(NpuCompilerError):
     """A graph holds something that can't be captured, or the capture itself failed."""
 

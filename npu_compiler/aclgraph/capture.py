@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from npu_compiler.aclgraph.streams import StreamRunner
 from npu_compiler.errors import CaptureError
 from npu_compiler.graph.effects import host_dependence
 from npu_compiler.graph.source import where
+from npu_compiler.plan.schedule import StreamPlan
 
 UNCAPTURED = 'use options={"capture": False} to call the compiled graph without capture'
 MIB = 1 << 20
@@ -51,23 +53,32 @@ def refuse_uncapturable(graph: fx.Graph) -> None:
 
 
 def capture(
-    program: fx.GraphModule, arguments: Sequence[Any], *, name: str, pool: Any, stream: Any, error_mode: str
+    program: fx.GraphModule,
+    arguments: Sequence[Any],
+    *,
+    name: str,
+    pool: Any,
+    streams: Sequence[Any],
+    error_mode: str,
+    plan: StreamPlan | None = None,
 ) -> Captured:
-    """Records one run of `program` on `stream`. Nothing is executed.
+    """Records one run of `program`. Nothing is executed.
 
     Args:
         arguments: tensors at the addresses every replay will use, and sizes.
+        streams: the stream to capture, and those that `plan` uses beside it.
+        plan: what runs on which stream (plan/schedule.py); None: everything on the first.
         pool: memory pool of the compiled function (torch.npu.graph_pool_handle()).
 
     Raises:
         CaptureError: a call was refused; it names the call and its source line.
     """
     with EXCLUSIVE:
-        return _capture(program, arguments, name, pool, stream, error_mode)
+        return _capture(StreamRunner(program, plan, streams), arguments, name, pool, streams[0], error_mode)
 
 
 def _capture(
-    program: fx.GraphModule, arguments: Sequence[Any], name: str, pool: Any, stream: Any, error_mode: str
+    runner: StreamRunner, arguments: Sequence[Any], name: str, pool: Any, stream: Any, error_mode: str
 ) -> Captured:
     npu = torch.npu
     # A capture must not meet work that is still running, and can't free cached memory to make room.
@@ -75,7 +86,6 @@ def _capture(
     npu.empty_cache()
     start, reserved = time.perf_counter(), npu.memory_reserved()
     graph = npu.NPUGraph()
-    runner = _Runner(program)
     with npu.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode=error_mode)
         try:
@@ -91,19 +101,6 @@ def _capture(
         graph.capture_end()
     milliseconds = (time.perf_counter() - start) * 1e3
     return Captured(graph, list(outputs), milliseconds, (npu.memory_reserved() - reserved) / MIB)
-
-
-class _Runner(fx.Interpreter):
-    """Runs the program call by call, so that a refused call can be named."""
-
-    def __init__(self, program: fx.GraphModule) -> None:
-        super().__init__(program)
-        self.current: fx.Node | None = None
-        self.extra_traceback = False
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.current = n
-        return super().run_node(n)
 
 
 def _abandon(graph: Any, error: BaseException) -> None:

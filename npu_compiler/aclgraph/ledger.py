@@ -16,6 +16,7 @@ class Capture:
         milliseconds: from the synchronisation before to the end of the capture.
         mebibytes: by how much the device memory reserved by this process grew.
         calls: how many operators were recorded.
+        streams: what several streams are estimated to save; empty where one is used.
     """
 
     key: str
@@ -23,6 +24,7 @@ class Capture:
     milliseconds: float
     mebibytes: float
     calls: int
+    streams: str = ""
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Ledger:
     def __str__(self) -> str:
         lines = [
             f"captured {entry.key}: {entry.calls} calls, {entry.milliseconds:.1f} ms, {entry.mebibytes:.1f} MiB "
-            f"({entry.reason})"
+            f"({entry.reason})" + (f"; {entry.streams}" if entry.streams else "")
             for entry in self.captures
         ]
         lines += [f"evicted {key}" for key in self.evicted]

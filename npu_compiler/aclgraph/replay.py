@@ -22,6 +22,7 @@ from npu_compiler.aclgraph.inputs import Buffers, InputPlan, writable
 from npu_compiler.aclgraph.ledger import Capture, Ledger
 from npu_compiler.aclgraph.outputs import OutputPlan
 from npu_compiler.aclgraph.sizes import NumberOutputs
+from npu_compiler.aclgraph.streams import Streams, summary
 from npu_compiler.config import Options
 from npu_compiler.graph.effects import draws_on_host, tensors
 from npu_compiler.graph.source import where
@@ -84,6 +85,7 @@ class Replayer:
         self._graphs: OrderedDict[Key, Replayable] = OrderedDict()
         self._moves: Counter[int] = Counter()
         self._buffers = Buffers()
+        self._streams = Streams(program, options.stream_limit if options.multistream == "auto" else 1)
         self._last_stream: Any = None
         # Copies in, launch and copies out of one call must not mix with another thread's: they share the buffers.
         self._lock = threading.RLock()
@@ -147,16 +149,18 @@ class Replayer:
         arguments = list(args)
         for position, buffer in feeds:
             arguments[position] = buffer
+        plan = self._streams.plan(arguments)
         made = capture(
             self._program,
             arguments,
             name=f"{self._name} ({self._key_text(key)})",
             pool=self._pool,
-            stream=self._stream,
+            streams=self._streams.of(plan),
             error_mode=self._options.capture_error_mode,
+            plan=plan,
         )
         self.ledger.captures.append(
-            Capture(self._key_text(key), reason, made.milliseconds, made.mebibytes, self._calls)
+            Capture(self._key_text(key), reason, made.milliseconds, made.mebibytes, self._calls, summary(plan))
         )
         owners = [args[position] for position in bound]
         return Replayable(
@@ -172,11 +176,6 @@ class Replayer:
     def _pool(self) -> Any:
         """One memory pool for all shapes: they never run at the same time, so they may share memory."""
         return torch.npu.graph_pool_handle()
-
-    @functools.cached_property
-    def _stream(self) -> Any:
-        """The stream of the captures; the default stream can't be captured."""
-        return torch.npu.Stream()
 
     def _follow_last_stream(self) -> None:
         """Replays share buffers and pool, so one on another stream has to wait for the last."""

@@ -10,7 +10,14 @@ import torch
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "compiler.md"
-COMPILER = ("fired add_rms_norm", "fired swiglu", "2 replays", "captured static", "return (x * 2).cpu() + 1")
+COMPILER = (
+    "2 streams, estimated 16.5 us instead of 25.6",
+    "fired add_rms_norm",
+    "fired swiglu",
+    "2 replays",
+    "captured static",
+    "return (x * 2).cpu() + 1",
+)
 PASSES = (
     "fired sigmoid_to_silu (2 nodes, saves 1 kernels and 384 bytes)",
     "pass broken broke the program",

@@ -1,4 +1,4 @@
-"""Imports point one way: serving -> backend -> {lowering, passes, aclgraph} -> {graph, facts, fusion_kernels}."""
+"""Imports point one way: serving -> backend -> {lowering, passes, plan, aclgraph} -> {graph, facts, fusion_kernels}."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ FOLDERS = {
 # The parts that each part may import, itself aside. config and errors are leaves that every part may import.
 MAY_IMPORT = {
     "serving": {"backend", "runtime", "doctor"},
-    "backend": {"lowering", "passes", "aclgraph", "graph", "facts", "fusion_kernels"},
+    "backend": {"lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels"},
     "lowering": {"graph", "facts", "fusion_kernels"},
     "passes": {"graph", "facts", "fusion_kernels"},
-    "aclgraph": {"graph", "facts", "fusion_kernels"},
+    "aclgraph": {"plan", "graph", "facts", "fusion_kernels"},
+    "plan": {"graph", "facts", "fusion_kernels"},
     "graph": {"facts"},
     "facts": set(),
     "fusion_kernels": {"graph", "facts"},

@@ -1,0 +1,99 @@
+"""The streams of a captured program: the plan for a shape, and running it inside a capture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from npu_compiler.plan.estimate import sizes_of
+from npu_compiler.plan.happens_before import verify
+from npu_compiler.plan.schedule import FORK, MAIN, StreamPlan, schedule
+
+
+class Streams:
+    """The streams that a program is captured on; its shapes share them.
+
+    Args:
+        limit: how many streams a captured graph may use; 1 plans nothing.
+    """
+
+    def __init__(self, program: fx.GraphModule, limit: int) -> None:
+        self._graph, self._limit = program.graph, limit
+        self._streams: list[Any] = []
+
+    def plan(self, arguments: Sequence[Any]) -> StreamPlan | None:
+        """The plan for a call with these arguments, proved; None where one stream is estimated to be as good.
+
+        Raises:
+            PlanError: the plan is wrong; nothing was captured.
+        """
+        if self._limit == 1:
+            return None
+        placeholders = self._graph.find_nodes(op="placeholder")
+        sizes = sizes_of(dict(zip(placeholders, arguments, strict=True)))
+        plan = schedule(self._graph, sizes, self._limit)
+        if plan is not None:
+            verify(self._graph, plan)
+        return plan
+
+    def of(self, plan: StreamPlan | None) -> list[Any]:
+        """The streams of a plan, the captured one first: the default stream can't be captured."""
+        while len(self._streams) < (plan.streams if plan is not None else 1):
+            self._streams.append(torch.npu.Stream())
+        return self._streams
+
+
+class StreamRunner(fx.Interpreter):
+    """Runs the program call by call, each on the stream that the plan gives it, so that a refused call can be named.
+
+    Attributes:
+        current: the node being run.
+
+    Args:
+        plan: None runs everything on the current stream.
+        streams: the plan's streams; the first is the one that is captured.
+    """
+
+    def __init__(self, program: fx.GraphModule, plan: StreamPlan | None = None, streams: Sequence[Any] = ()) -> None:
+        super().__init__(program)
+        self.current: fx.Node | None = None
+        self.extra_traceback = False
+        self._plan, self._streams = plan, streams
+        if plan is not None:
+            self._steps = {step.node: step for step in plan.steps}
+            self._events = [torch.npu.Event() for _ in range(plan.events)]
+            # The interpreter lets go of a value after its last reader; on several streams that can be too early.
+            self.user_to_last_uses = {node: list(gone) for node, gone in plan.releases.items()}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if self._plan is None:
+            return super().run(*args, **kwargs)
+        self._events[FORK].record(self._streams[MAIN])
+        result = super().run(*args, **kwargs)
+        for event in self._plan.joins:
+            self._streams[MAIN].wait_event(self._events[event])
+        return result
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n
+        step = self._steps.get(n) if self._plan is not None else None
+        if step is None:
+            return super().run_node(n)
+        stream = self._streams[step.stream]
+        for event in step.waits:
+            stream.wait_event(self._events[event])
+        with torch.npu.stream(stream):
+            result = super().run_node(n)
+        if step.record:
+            self._events[step.record].record(stream)
+        return result
+
+
+def summary(plan: StreamPlan | None) -> str:
+    """A plan in the words of the ledger; empty for one stream."""
+    if plan is None:
+        return ""
+    return f"{plan.streams} streams, estimated {plan.microseconds:.1f} us instead of {plan.alone:.1f}"

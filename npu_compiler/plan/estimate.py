@@ -1,0 +1,92 @@
+"""How long a call takes: estimates from bytes and floating-point operations, to compare plans with one another.
+
+The constants are published ones of an Ascend 910B3, and assumptions where nothing is published; nothing was measured
+on a card. A plan's estimate is good for "is this better than that", not for a figure to quote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from npu_compiler.facts.sizes import expression
+from npu_compiler.graph.effects import tensors
+from npu_compiler.graph.traffic import moved_bytes
+from npu_compiler.plan.engines import Engine, engine_of
+
+Sizes = Mapping[sympy.Symbol, int]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Constants of a device. Microseconds, bytes a microsecond, operations a microsecond.
+
+    Attributes:
+        memory: device memory bandwidth. `matrix`: half-precision multiply-adds count as two. `link`: one direction.
+        launch: from one kernel of a captured graph to the next on a stream (assumption).
+        event: recording or awaiting an event in a captured graph (assumption).
+        share: bytes that one vector core works on before a second one helps (assumption), of `cores` cores.
+    """
+
+    name: str = "910B3"
+    memory: float = 1.15e6
+    matrix: float = 295e6
+    link: float = 25e3
+    launch: float = 1.5
+    event: float = 1.0
+    share: int = 16 << 10
+    cores: int = 40
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A call's engine, its microseconds, and the part of the engine that it fills (0 to 1)."""
+
+    engine: Engine
+    microseconds: float
+    part: float
+
+
+def estimate(node: fx.Node, sizes: Sizes, device: Device) -> Estimate:
+    """What a call costs. `sizes`: values of the program's symbols."""
+    engine = engine_of(node)
+    if engine is Engine.HOST:
+        return Estimate(engine, 0.0, 0.0)
+    moved = _number(moved_bytes(node), sizes)
+    bandwidth = device.link if engine is Engine.LINK else device.memory
+    compute = _number(operations(node), sizes) / device.matrix if engine is Engine.MATRIX else 0.0
+    part = min(1.0, max(1.0, moved / device.share) / device.cores)
+    if engine is Engine.LINK:
+        part = 1.0
+    return Estimate(engine, device.launch + max(moved / bandwidth, compute), part)
+
+
+def operations(node: fx.Node) -> sympy.Expr:
+    """Floating-point operations of a matrix call: twice the result's elements times the first argument's last size."""
+    results = list(tensors(node))
+    first = next((tensor for source in node.all_input_nodes for tensor in tensors(source) if tensor.dim() >= 2), None)
+    if not results or first is None:
+        return sympy.Integer(0)
+    return sympy.Mul(2, expression(first.shape[-1]), *(expression(size) for size in results[0].shape))
+
+
+def sizes_of(arguments: Mapping[fx.Node, object]) -> dict[sympy.Symbol, int]:
+    """Values of the program's symbols, from the values given for its inputs."""
+    found: dict[sympy.Symbol, int] = {}
+    for node, given in arguments.items():
+        size = node.meta.get("val")
+        if isinstance(size, torch.SymInt) and isinstance(given, int) and isinstance(size.node.expr, sympy.Symbol):
+            found[size.node.expr] = given
+    return found
+
+
+def _number(amount: sympy.Expr, sizes: Sizes) -> float:
+    if not amount.is_number:
+        amount = amount.subs(sizes)
+    if not amount.is_number:  # a size that only the run knows
+        amount = amount.subs(dict.fromkeys(amount.free_symbols, 1))
+    return float(amount)
