@@ -19,7 +19,7 @@ from torch import fx
 from npu_compiler.facts.sizes import Fact, known, same_layout
 from npu_compiler.fusion_kernels import register
 from npu_compiler.graph.build import call
-from npu_compiler.graph.effects import is_pure, tensors
+from npu_compiler.graph.effects import is_pure, storage, tensors, written_storages
 from npu_compiler.graph.traffic import is_view
 from npu_compiler.passes.pattern import Match, Pattern, find, root_targets
 from npu_compiler.passes.record import PassRecord, Saving
@@ -229,7 +229,9 @@ def insertion_point(
 ) -> fx.Node | None:
     """The first call outside the match that uses a result, with all operands computed before it; None if one can't be.
 
-    An operand that stands behind that call, but needs nothing the match computes, is moved before it.
+    An operand that stands behind that call, but needs nothing the match computes, is moved before it. Where memory that
+    the match reads is written before that call (an input's new value is written at the end of a program), it is the
+    write instead.
 
     Args:
         covered: the calls of the match, which will be gone.
@@ -240,13 +242,35 @@ def insertion_point(
     inputs = [item for item in operands if isinstance(item, fx.Node)]
     if gone.intersection(inputs):
         return None
+    write = _first_write(_read_by(gone), min(gone), point)
+    if write is not None:
+        if write < max(gone):
+            return None
+        point = write
     late = [item for item in inputs if not item < point]
     moves: dict[fx.Node, None] = {}
     if not all(_movable(item, point, gone, moves) for item in late):
         return None
+    if moves and _first_write(_read_by(moves), point, max(moves)) is not None:
+        return None
     for node in sorted(moves):
         point.prepend(node)
     return point
+
+
+def _read_by(nodes: Iterable[fx.Node]) -> set[int]:
+    """The storages that some calls read."""
+    return {storage(tensor) for node in nodes for source in node.all_input_nodes for tensor in tensors(source)}
+
+
+def _first_write(read: set[int], start: fx.Node, end: fx.Node) -> fx.Node | None:
+    """The first call from `start` on and before `end` that writes one of the storages `read`."""
+    node = start
+    while node is not end and node.op != "output":
+        if read & written_storages(node):
+            return node
+        node = node.next
+    return None
 
 
 def _movable(node: fx.Node, point: fx.Node, gone: set[fx.Node], moves: dict[fx.Node, None]) -> bool:

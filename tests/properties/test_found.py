@@ -1,0 +1,24 @@
+"""Programs that once came out wrong, shrunk. Each names what was wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.properties.compare import check_all_stages
+from tests.properties.programs import Input, Program
+
+FOUND = {
+    # a rule put its operator where its result is first used, at the end, after the write of an input that it reads
+    "operand written before the result is used": Program(
+        (Input(2),), (("cos", (0,)), ("norm", (1, 0)), ("mul_", (0,))), (2,)
+    ),
+    "operand is a view of what is written": Program(
+        (Input(2), Input(2)), (("left", (0,)), ("right", (1,)), ("norm", (2, 3)), ("mul_", (3,))), (4,)
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", FOUND)
+def test_program(name: str, dynamic: bool) -> None:
+    assert check_all_stages(FOUND[name], dynamic) > 10
