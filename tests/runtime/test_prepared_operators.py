@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.runtime import reference
+
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 INTEGERS = [torch.int32, torch.int64]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -399,6 +401,29 @@ def test_batched_products(dtype: torch.dtype, rows: int) -> None:
     check(torch.matmul, lambda: [matrix(2, 3, rows, 16), matrix(2, 3, 21, 16).transpose(2, 3)], scale=4)
     check(torch.matmul, lambda: [matrix(2, 3, rows, 16), matrix(16, 21)], scale=4)
     check(torch.bmm, lambda: [matrix(rows, 4, 16).transpose(0, 1), matrix(4, 16, 33)], scale=4)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_that_threads_share(threads: int, dtype: torch.dtype) -> None:
+    """A million weights and more; columns and depth that end within a vector. The result is the same for any number
+    of threads. A stream's worker takes the number when it first needs it, so each gets a stream of its own."""
+    rows, inner, columns = 2, 1030, 1041
+    x = torch.randn(rows, inner).div(inner**0.5).to(dtype)
+    weight, bias = torch.randn(columns, inner).to(dtype), torch.randn(columns).to(dtype)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            with torch.npu.stream(torch.npu.Stream()):
+                results.append(torch.nn.functional.linear(x.npu(), weight.npu(), bias.npu()).cpu())
+                results.append((x.npu() @ weight.t().contiguous().npu()).cpu())
+    finally:
+        torch.set_num_threads(before)
+    reference.assert_close(results[0], x.double() @ weight.double().t() + bias.double(), dtype, factor=2)
+    reference.assert_close(results[1], x.double() @ weight.double().t(), dtype, factor=2)
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
 
 
 def test_addmm_scales_and_ignores_the_bias_without_beta() -> None:
