@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import row_decode_step, row_graph_launch
+from benchmarks import kernels, row_decode_step, row_graph_launch
 from benchmarks.harness import Row, Settings, run
 
 RESULTS = Path(__file__).parent / "results"
@@ -120,7 +120,14 @@ def chosen(names: str | None) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when every chosen row was measured (missing peers and missed goals are reported, not failures), else 1."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["kernels"]:
+        return kernels.main(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog="`kernels` as the first argument: the captured tasks of one decoder layer (see `kernels --help`).",
+    )
     parser.add_argument("--rows", help=f"comma-separated rows; default all: {', '.join(all_rows())}")
     parser.add_argument(
         "--quick", action="store_true", help="few short rounds: shows that it runs, the figures are rough"

@@ -74,6 +74,12 @@ class NPUPlatform(Platform):
         npu.set_device(device)
 
     @classmethod
+    def forget_graph_pool(cls) -> None:
+        """The next engine of this process captures into a pool of its own: one whose graphs are all gone takes no new
+        ones (torch's host allocator asserts that somebody still uses it)."""
+        cls._global_graph_pool = None
+
+    @classmethod
     def manual_seed_all(cls, seed: int) -> None:
         npu.manual_seed_all(seed)
 

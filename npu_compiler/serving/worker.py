@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from npu_compiler.serving.platform import NPUPlatform
 from npu_compiler.serving.runner import NPUModelRunner
 
 logger = init_logger(__name__)
@@ -46,6 +47,7 @@ class NPUWorker(Worker):
         npu.set_device(self.device)
         # The default stream can't be captured. Everything this worker runs goes to a stream of its own.
         npu.set_stream(npu.Stream())
+        NPUPlatform.forget_graph_pool()
         if self.model_config is not None:
             current_platform.check_if_supports_dtype(self.model_config.dtype)  # type: ignore[arg-type]  # resolved
         init_worker_distributed_environment(
