@@ -229,9 +229,9 @@ def insertion_point(
 ) -> fx.Node | None:
     """The first call outside the match that uses a result, with all operands computed before it; None if one can't be.
 
-    An operand that stands behind that call, but needs nothing the match computes, is moved before it. Where memory that
-    the match reads is written before that call (an input's new value is written at the end of a program), it is the
-    write instead.
+    An operand that stands behind that call, but needs nothing the match computes, is moved before it. Where a write
+    stands before that call, it is the write instead: the inputs' new values are written at the end of a program, and
+    nothing may be read after that (reinplace relies on it too).
 
     Args:
         covered: the calls of the match, which will be gone.
@@ -242,16 +242,14 @@ def insertion_point(
     inputs = [item for item in operands if isinstance(item, fx.Node)]
     if gone.intersection(inputs):
         return None
-    write = _first_write(_read_by(gone), min(gone), point)
-    if write is not None:
-        if write < max(gone):
-            return None
-        point = write
+    if _first_write(min(gone), max(gone), _read_by(gone)) is not None:
+        return None
+    point = _first_write(max(gone), point) or point
     late = [item for item in inputs if not item < point]
     moves: dict[fx.Node, None] = {}
     if not all(_movable(item, point, gone, moves) for item in late):
         return None
-    if moves and _first_write(_read_by(moves), point, max(moves)) is not None:
+    if moves and _first_write(point, max(moves), _read_by(moves)) is not None:
         return None
     for node in sorted(moves):
         point.prepend(node)
@@ -263,11 +261,12 @@ def _read_by(nodes: Iterable[fx.Node]) -> set[int]:
     return {storage(tensor) for node in nodes for source in node.all_input_nodes for tensor in tensors(source)}
 
 
-def _first_write(read: set[int], start: fx.Node, end: fx.Node) -> fx.Node | None:
-    """The first call from `start` on and before `end` that writes one of the storages `read`."""
+def _first_write(start: fx.Node, end: fx.Node, storages: set[int] | None = None) -> fx.Node | None:
+    """The first call from `start` on and before `end` that writes one of the storages, or any."""
     node = start
-    while node is not end and node.op != "output":
-        if read & written_storages(node):
+    while node < end and node.op != "output":
+        written = written_storages(node)
+        if written and (storages is None or written & storages):
             return node
         node = node.next
     return None

@@ -15,6 +15,10 @@ FOUND = {
     "operand is a view of what is written": Program(
         (Input(2), Input(2)), (("left", (0,)), ("right", (1,)), ("norm", (2, 3)), ("mul_", (3,))), (4,)
     ),
+    # the same place: reinplace takes it that nothing reads after the writes at the end
+    "operand put in place is written before the result is used": Program(
+        (Input(2),), (("store_clone", (0, 0)), ("norm", (0, 0)), ("add_", (0,))), (1,)
+    ),
 }
 
 
