@@ -6,10 +6,13 @@ import functools
 
 import torch
 
+from npu_compiler.fusion_kernels.layer_norm import ADD_LAYER_NORM
+from npu_compiler.fusion_kernels.norm_quant import ADD_RMS_NORM_DYNAMIC_QUANT, ADD_RMS_NORM_QUANT, RMS_NORM_QUANT
 from npu_compiler.fusion_kernels.norms import ADD_RMS_NORM, GEMMA_ADD_RMS_NORM, GEMMA_RMS_NORM, RMS_NORM
 from npu_compiler.fusion_kernels.operator import FusedOperator
 from npu_compiler.fusion_kernels.rope import QK_NORM_ROPE, QK_ROPE
 from npu_compiler.fusion_kernels.swiglu import SILU_MUL, SWIGLU
+from npu_compiler.fusion_kernels.swiglu_quant import SWIGLU_DYNAMIC_QUANT, SWIGLU_QUANT
 
 NAMESPACE = "npu_fused"
 OPERATORS: tuple[FusedOperator, ...] = (
@@ -17,10 +20,16 @@ OPERATORS: tuple[FusedOperator, ...] = (
     ADD_RMS_NORM,
     GEMMA_RMS_NORM,
     GEMMA_ADD_RMS_NORM,
+    ADD_RMS_NORM_DYNAMIC_QUANT,
+    ADD_RMS_NORM_QUANT,
+    RMS_NORM_QUANT,
+    ADD_LAYER_NORM,
     QK_NORM_ROPE,
     QK_ROPE,
     SWIGLU,
     SILU_MUL,
+    SWIGLU_DYNAMIC_QUANT,
+    SWIGLU_QUANT,
 )
 
 

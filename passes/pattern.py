@@ -96,6 +96,17 @@ class Half(Pattern):
 
 
 @dataclass(frozen=True)
+class Item(Pattern):
+    """Output `index` of a call that has several; `name` binds it. `others` binds further outputs of the same call, as
+    pairs of index and name, where the program uses them."""
+
+    inner: Pattern
+    index: int
+    name: str = ""
+    others: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class OneOf(Pattern):
     """The first alternative that matches."""
 
@@ -170,6 +181,8 @@ def root_targets(pattern: Pattern) -> set[str]:
             return set(CASTS) | root_targets(pattern.inner)
         case Viewed():
             return set(VIEWS) | root_targets(pattern.inner)
+        case Item():
+            return {str(operator.getitem)}
         case OneOf():
             return set().union(*(root_targets(option) for option in pattern.options))
         case Together():
@@ -215,6 +228,8 @@ def _match(pattern: object, value: object, state: _State, miss: Miss) -> Iterato
                 yield from _match(pattern, value.args[0], state.cover(value), miss)
         case Half():
             yield from _match_half(pattern, value, state, miss)
+        case Item():
+            yield from _match_item(pattern, value, state, miss)
         case Call():
             yield from _match_call(pattern, value, state, miss)
         case list() | tuple():
@@ -292,7 +307,23 @@ def _depth(pattern: object) -> int:
         return 1 + max(map(_depth, pattern.args), default=0)
     if isinstance(pattern, (list, tuple)):
         return max(map(_depth, pattern), default=0)
-    return 0
+    return 1 + _depth(pattern.inner) if isinstance(pattern, Item) else 0
+
+
+def _match_item(pattern: Item, value: object, state: _State, miss: Miss) -> Iterator[_State]:
+    if not isinstance(value, fx.Node) or value.target is not operator.getitem or value.args[1] != pattern.index:
+        return
+    source = value.args[0]
+    assert isinstance(source, fx.Node)
+    bound = state.bind(pattern.name, value)
+    names = dict(pattern.others)
+    for user in source.users:
+        name = names.get(user.args[1]) if user.target is operator.getitem else None  # type: ignore[call-overload]
+        if bound is not None and name is not None:
+            bound = bound.bind(name, user)
+            bound = bound and bound.cover(user)
+    if bound is not None:
+        yield from _match(pattern.inner, source, bound.cover(value), miss)
 
 
 def _arguments(node: fx.Node, count: int) -> list[object] | None:

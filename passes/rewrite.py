@@ -8,6 +8,7 @@ tests/passes/test_rules.py, runs them all.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -159,7 +160,9 @@ def apply(module: fx.GraphModule, rules: Iterable[Rule], record: PassRecord) -> 
 
 def _rewrite(graph: fx.Graph, rule: Rule, match: Match, record: PassRecord, erased: set[fx.Node]) -> Fact:
     """Replaces the match if that is legal; returns whether, and why not. What is refused leaves no trace."""
-    replaced = [match.root if name == "root" else match.node(name) for name in rule.results]
+    present = [name == "root" or name in match.bindings for name in rule.results]  # an Item may go unused
+    names = [name for name, used in zip(rule.results, present, strict=True) if used]
+    replaced = [match.root if name == "root" else match.node(name) for name in names]
     verdict = rule.legal(match)
     verdict = verdict & private(match.nodes, replaced)
     if not verdict:
@@ -169,7 +172,8 @@ def _rewrite(graph: fx.Graph, rule: Rule, match: Match, record: PassRecord, eras
         return known(False, "an operand is computed after a result is first used")
     build = Build(graph, match.nodes, rule.name)
     with graph.inserting_before(point):
-        outputs = _replacement(rule, match, build)
+        made = _replacement(rule, match, build)
+    outputs = [output for output, used in zip(made, present, strict=True) if used]
     verdict = _in_order(build.made, point) & same_layouts(replaced, outputs)
     if not verdict:
         build.undo()
@@ -298,7 +302,10 @@ def same_layouts(old: Sequence[fx.Node], new: Sequence[fx.Node]) -> Fact:
     """Whether each new node's tensors have the shape, dtype and strides of the old node's."""
     verdict = known(True, "no result")
     for before, after in zip(old, new, strict=True):
-        for left, right in zip(tensors(before), tensors(after), strict=True):
+        pairs = itertools.zip_longest(tensors(before), tensors(after))
+        for left, right in pairs:
+            if left is None:  # a call with more outputs may take the place of one with fewer, which come first
+                break
             verdict = verdict & same_layout(left, right, f"result {before.name}")
     return verdict if verdict else Fact(verdict.truth, f"{verdict.text}; the rest of the program relies on the old one")
 

@@ -15,6 +15,8 @@ from npu_compiler.fusion_kernels.operator import FusedOperator, Provider
 from npu_compiler.fusion_kernels.rope import QK_NORM_ROPE, QK_ROPE
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+MOST_STEPS = 0.02  # part of the int8 values that may be one step off
+MOST_STEPS_APART = 0.25  # where two kernels round in between: to bfloat16 that is up to a quarter of a step
 DEVICES = ["cpu", "npu"]
 
 
@@ -28,9 +30,14 @@ def place(value: Any, device: str) -> Any:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
-def error(got: Any, expected: Any) -> float:
+def error(got: Any, expected: Any, most_steps: float = MOST_STEPS) -> float:
+    """The largest error as a part of the largest value; 1 for int8 values more than a step off, or in many places."""
     worst = 0.0
     for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+        if b.dtype == torch.int8:
+            steps = (a.cpu().int() - b.int()).abs()
+            worst = max(worst, 0.0 if steps.max() <= 1 and (steps > 0).double().mean() < most_steps else 1.0)
+            continue
         difference = (a.cpu().double() - b).abs().max() / b.abs().max()
         worst = max(worst, float(difference))
     return worst
@@ -50,9 +57,14 @@ def test_provider(entry: FusedOperator, provider: Provider, dtype: torch.dtype) 
         args = wider_heads(args)
     device = "npu" if provider.needs else "cpu"
     on_device = place(args, device)
-    assert not provider.refuses(*on_device)
+    refusal = provider.refuses(*on_device)
+    if refusal and dtype is torch.float32:  # operators for half precision say so, and take both kinds
+        assert "torch.float32 is not float16 or bfloat16" in refusal
+        return
+    assert not refusal
     exact = entry.reference(*(arg.double() if isinstance(arg, torch.Tensor) else arg for arg in args))
-    assert error(provider.run(*on_device), exact) < TOLERANCE[dtype]
+    steps = MOST_STEPS_APART if " and " in provider.name else MOST_STEPS
+    assert error(provider.run(*on_device), exact, steps) < TOLERANCE[dtype]
 
 
 def wider_heads(args: Any) -> Any:
