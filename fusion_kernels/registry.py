@@ -7,12 +7,14 @@ import functools
 import torch
 
 from npu_compiler.fusion_kernels.layer_norm import ADD_LAYER_NORM
+from npu_compiler.fusion_kernels.mul_add import MUL_ADD
 from npu_compiler.fusion_kernels.norm_quant import ADD_RMS_NORM_DYNAMIC_QUANT, ADD_RMS_NORM_QUANT, RMS_NORM_QUANT
 from npu_compiler.fusion_kernels.norms import ADD_RMS_NORM, GEMMA_ADD_RMS_NORM, GEMMA_RMS_NORM, RMS_NORM
 from npu_compiler.fusion_kernels.operator import FusedOperator
 from npu_compiler.fusion_kernels.rope import QK_NORM_ROPE, QK_ROPE
 from npu_compiler.fusion_kernels.swiglu import SILU_MUL, SWIGLU
 from npu_compiler.fusion_kernels.swiglu_quant import SWIGLU_DYNAMIC_QUANT, SWIGLU_QUANT
+from npu_compiler.fusion_kernels.transpose_bmm import TRANSPOSE_BMM
 
 NAMESPACE = "npu_fused"
 OPERATORS: tuple[FusedOperator, ...] = (
@@ -30,6 +32,8 @@ OPERATORS: tuple[FusedOperator, ...] = (
     SILU_MUL,
     SWIGLU_DYNAMIC_QUANT,
     SWIGLU_QUANT,
+    TRANSPOSE_BMM,
+    MUL_ADD,
 )
 
 

@@ -1,7 +1,8 @@
 """The gate of a SwiGLU block with the quantization of its result to int8; gate and up are halves of one tensor.
 
 CANN: aclnnDequantSwigluQuant takes half-precision tensors too, and gives the scale that turns int8 back.
-aclnnSwiGluQuantV2 gives its reciprocal and takes no more than 8192 columns: it would cost a kernel more and is not used.
+aclnnSwiGluQuantV2 gives its reciprocal and takes no more than 8192 columns: it would cost a kernel more, and is not
+used.
 """
 
 from __future__ import annotations

@@ -15,14 +15,20 @@ from npu_compiler.graph.content import of_content
 from npu_compiler.graph.digest import of_text
 from npu_compiler.graph.spec import SpecCheck, refresh_aliases
 from npu_compiler.passes import (
+    add_layer_norm,
     add_rms_norm,
     common,
     dead_code,
     gemma_rms_norm,
+    matmul_bias,
+    mul_add,
     noop,
+    norm_quant,
     qk_norm_rope,
     reinplace,
     swiglu,
+    swiglu_quant,
+    transpose_bmm,
     users,
 )
 from npu_compiler.passes.record import Pass, PassRecord
@@ -40,7 +46,13 @@ PASSES: tuple[Pass, ...] = (
         rules=gemma_rms_norm.RULES,
     ),
     Pass(add_rms_norm.NAME, "any place among the rules", rules=add_rms_norm.RULES),
+    Pass(norm_quant.NAME, "behind add_rms_norm, whose operators it looks for", rules=norm_quant.RULES),
+    Pass(add_layer_norm.NAME, "any place among the rules", rules=add_layer_norm.RULES),
     Pass(swiglu.NAME, "any place among the rules", rules=swiglu.RULES),
+    Pass(swiglu_quant.NAME, "behind swiglu, whose operators it looks for", rules=swiglu_quant.RULES),
+    Pass(transpose_bmm.NAME, "any place among the rules", rules=transpose_bmm.RULES),
+    Pass(matmul_bias.NAME, "behind the norms, which claim additions of a residual", rules=matmul_bias.RULES),
+    Pass(mul_add.NAME, "last of the rules: it would take arithmetic apart that others look for", rules=mul_add.RULES),
     Pass(common.NAME, "again: the rules repeat small work, such as widening cos, in every layer", common.run),
     Pass(dead_code.NAME, "before reinplace: an unread view must not keep a clone alive", dead_code.run),
     Pass(reinplace.NAME, "last: all before it may assume a functional program", reinplace.run),

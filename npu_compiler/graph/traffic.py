@@ -11,10 +11,13 @@ from torch import fx
 from npu_compiler.facts.sizes import expression
 from npu_compiler.graph.effects import tensors
 
+UNDECLARED_VIEW = "aten._unsafe_view.default"
+"""A view whose schema does not say so: autograd is not to track it."""
+
 
 def is_view(node: fx.Node) -> bool:
     """Whether a call only looks at memory in another way (split and getitem included)."""
-    if node.target is operator.getitem:
+    if node.target is operator.getitem or str(node.target) == UNDECLARED_VIEW:
         return True
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:

@@ -15,8 +15,14 @@ from npu_compiler.passes import pipeline
 from npu_compiler.passes.record import Pass, PassRecord
 
 
-def lowered(function: Callable[..., Any], *args: Any, dynamic: bool | None = False) -> Functional:
-    """The functional program of `function` called with `args`; one graph, no passes run."""
+def lowered(
+    function: Callable[..., Any], *args: Any, dynamic: bool | None = False, inference: bool = False
+) -> Functional:
+    """The functional program of `function` called with `args`; one graph, no passes run.
+
+    Args:
+        inference: lower as vLLM does, under inference_mode, where F.layer_norm, reshape and matmul stay whole.
+    """
     programs: list[Functional] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -27,7 +33,7 @@ def lowered(function: Callable[..., Any], *args: Any, dynamic: bool | None = Fal
         return lower(gm, example_inputs, finish)
 
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.inference_mode() if inference else torch.no_grad():
         torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
     (program,) = programs
     return program

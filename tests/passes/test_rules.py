@@ -44,6 +44,7 @@ def rewritten(rule: Rule, function: Callable[..., object], args: tuple[Any, ...]
 
 
 def assert_close(got: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
+    got, exact = got.cpu(), exact.cpu()
     if got.numel() == 0:
         return
     difference = (got.double() - exact.double()).abs()

@@ -39,7 +39,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
 from npu_compiler.backend import CompiledGraph, compile_fx
-from npu_compiler.graph.effects import tensors
+from npu_compiler.graph.traffic import launches
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.serving import qkv_attention
 from npu_compiler.serving.options import compile_options
@@ -207,14 +207,7 @@ def layer(module: fx.GraphModule) -> list[str]:
 
 def _operator(node: fx.Node) -> str:
     """The operator that a call runs on the device; empty for everything else."""
-    target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):  # a functionalised operator: its target is an argument
-        target = node.args[0]
-    if not isinstance(target, torch._ops.OpOverload) or _is_view(target) or not tensors(node):
-        return str(target) if str(target) in ATTENTIONS else ""
-    return str(target)
-
-
-def _is_view(target: torch._ops.OpOverload) -> bool:
-    returns = [entry.alias_info for entry in target._schema.returns]
-    return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
+    if not launches(node):
+        return ""
+    # the target of a functionalised operator is its first argument
+    return str(node.args[0] if isinstance(node.target, torch._ops.HigherOrderOperator) else node.target)

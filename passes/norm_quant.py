@@ -1,0 +1,254 @@
+"""Joins a norm and the int8 quantization of its result.
+
+Before::
+
+    normed, total = npu_fused.add_rms_norm(x, residual, weight, 1e-06)
+    values, scale = npu.npu_dynamic_quant(normed)
+
+After::
+
+    values, scale, total = npu_fused.add_rms_norm_dynamic_quant(x, residual, weight, None, None, 1e-06)
+
+Static quantization (`npu.npu_quantize` with div_mode) likewise, with one scale a channel; with one scale in all it is
+joined to a lone norm that adds a bias. A bias that is added to the norm's result goes along.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from npu_compiler.facts.sizes import Fact, known, same_shape
+from npu_compiler.fusion_kernels import register
+from npu_compiler.fusion_kernels.norm_quant import (
+    HALVES,
+    add_rms_norm_dynamic_quant_reference,
+    add_rms_norm_quant_reference,
+    rms_norm_quant_reference,
+)
+from npu_compiler.passes.pattern import Any, Call, Exactly, Item, Match, Number, OneOf, Pattern
+from npu_compiler.passes.rewrite import Build, NearMiss, Rule
+
+NAME = "norm_quant"
+EPSILON = 1e-6
+INT8 = (torch.int8, torch.qint8, 1, 12)  # as torch_npu's functions name the type: a dtype, or its number
+
+ADD_NORM = Item(
+    Call("npu_fused.add_rms_norm.default", Any("x"), Any("residual"), Any("weight"), Number("epsilon")),
+    0, "normed", ((1, "total"),),
+)  # fmt: skip
+NORM = Call("npu_fused.rms_norm.default", Any("x"), Any("weight"), Number("epsilon"), name="normed")
+
+
+def _shifted(norm: Pattern) -> Pattern:
+    return Call("aten.add.Tensor", norm, Any("beta"), commutes=True)
+
+
+def quantized(inner: Pattern) -> Pattern:
+    """Static quantization of `inner` along its last dimension."""
+    axis, div_mode = Any("axis"), Exactly(True)
+    return Call("npu.npu_quantize.default", inner, Any("scale"), Any("zero"), Any("dtype"), axis, div_mode)
+
+
+def row_quantized(inner: Pattern) -> Pattern:
+    """Dynamic quantization of `inner`, with one scale a row."""
+    return Call("npu.npu_dynamic_quant.default", inner, Any("smooth"), Exactly(None), Any("dtype"))
+
+
+def legal_rows(match: Match) -> Fact:
+    """Whether the dynamic quantization is to int8."""
+    dtype = match.bindings["dtype"]
+    return known(dtype is None or dtype in INT8, f"the result is no int8: dtype {dtype}")
+
+
+def legal_int8(match: Match, width: object) -> Fact:
+    """Whether the static quantization is to int8, with a scale (and zero) in all or one a channel."""
+    rank = match.root.meta["val"].dim()
+    verdict = known(match.bindings["dtype"] in INT8, f"the result is no int8: dtype {match.bindings['dtype']}")
+    for name in ("scale", "zero"):
+        if match.bindings[name] is None:
+            continue
+        tensor = match.tensor(name)
+        single = tensor.dim() == 1 and tensor.shape[0] == 1
+        along = match.bindings["axis"] in (-1, rank - 1)
+        verdict = verdict & known(single or along, f"{name} runs along dimension {match.bindings['axis']}")
+        if not single:
+            verdict = verdict & same_shape(tensor.shape, (width,), name)  # type: ignore[arg-type]
+    return verdict
+
+
+def _legal(match: Match) -> Fact:
+    """Whether only the quantization reads the norm, and smooth, beta fit it."""
+    normed, weight = match.node("normed"), match.tensor("weight")
+    verdict = known(len(normed.users) == 1, f"the norm's result {normed.name} is also read as it is")
+    dtype = match.tensor("x").dtype
+    verdict = verdict & known(dtype in HALVES, f"quantization operators take half precision, not {dtype}")
+    for name in ("smooth", "beta"):
+        if match.bindings.get(name) is None:
+            continue
+        if not isinstance(match.bindings[name], fx.Node):
+            return known(False, f"{name} is a number")
+        verdict = verdict & same_shape(match.tensor(name).shape, weight.shape, name)
+    return verdict & (legal_int8(match, weight.shape[0]) if "axis" in match.bindings else legal_rows(match))
+
+
+def _dynamic(build: Build, match: Match) -> Sequence[fx.Node]:
+    operands = [match.bindings.get(name) for name in ("x", "residual", "weight", "smooth", "beta", "epsilon")]
+    fused = build(torch.ops.npu_fused.add_rms_norm_dynamic_quant.default, *operands)
+    return fused, build(operator.getitem, fused, 2)
+
+
+def _static_operands(match: Match) -> tuple[object, ...]:
+    names = ("x", "residual", "weight", "scale", "zero", "beta", "epsilon")
+    return tuple(match.bindings.get(name) for name in names)
+
+
+def _lone_operands(match: Match) -> tuple[object, ...]:
+    return tuple(match.bindings[name] for name in ("x", "weight", "beta", "scale", "zero", "epsilon"))
+
+
+def _dynamic_program(x: Tensor, residual: Tensor, weight: Tensor, smooth: Tensor) -> tuple[Tensor, ...]:
+    normed, total = torch.ops.npu_fused.add_rms_norm(x, residual, weight, EPSILON)
+    values, scale = torch.ops.npu.npu_dynamic_quant(normed, smooth_scales=smooth)
+    return values, scale, total
+
+
+def _dynamic_oracle(*args: Tensor) -> tuple[Tensor, ...]:
+    x, residual, weight, smooth = (arg.cpu() for arg in args)
+    return add_rms_norm_dynamic_quant_reference(x, residual, weight, smooth, None, EPSILON)
+
+
+def _read_as_it_is(x: Tensor, residual: Tensor, weight: Tensor, smooth: Tensor) -> tuple[Tensor, ...]:
+    normed, _ = torch.ops.npu_fused.add_rms_norm(x, residual, weight, EPSILON)
+    return *torch.ops.npu.npu_dynamic_quant(normed, smooth_scales=smooth), normed
+
+
+def _number_added(x: Tensor, residual: Tensor, weight: Tensor, smooth: Tensor) -> tuple[Tensor, ...]:
+    normed, _ = torch.ops.npu_fused.add_rms_norm(x, residual, weight, EPSILON)
+    return torch.ops.npu.npu_dynamic_quant(normed + 1.0, smooth_scales=smooth)
+
+
+def _static_program(
+    x: Tensor, residual: Tensor, weight: Tensor, beta: Tensor, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
+    normed, total = torch.ops.npu_fused.add_rms_norm(x, residual, weight, EPSILON)
+    return torch.ops.npu.npu_quantize(normed + beta, scale, zero, torch.qint8, -1, True), total
+
+
+def _multiplied(
+    x: Tensor, residual: Tensor, weight: Tensor, beta: Tensor, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
+    normed, total = torch.ops.npu_fused.add_rms_norm(x, residual, weight, EPSILON)
+    return torch.ops.npu.npu_quantize(normed + beta, scale, zero, torch.qint8, -1, False), total
+
+
+def _static_oracle(*args: Tensor) -> tuple[Tensor, Tensor]:
+    x, residual, weight, beta, scale, zero = (arg.cpu() for arg in args)
+    return add_rms_norm_quant_reference(x, residual, weight, scale, zero, beta, EPSILON)
+
+
+def _lone_program(x: Tensor, weight: Tensor, beta: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    normed = torch.ops.npu_fused.rms_norm(x, weight, EPSILON)
+    return torch.ops.npu.npu_quantize(normed + beta, scale, zero, torch.qint8, -1, True)
+
+
+def _lone_unshifted(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    normed = torch.ops.npu_fused.rms_norm(x, weight, EPSILON)
+    return torch.ops.npu.npu_quantize(normed, scale, zero, torch.qint8, -1, True)
+
+
+def _lone_kept(x: Tensor, weight: Tensor, beta: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    normed = torch.ops.npu_fused.rms_norm(x, weight, EPSILON)
+    return torch.ops.npu.npu_quantize(normed + beta, scale, zero, torch.qint8, -1, True), normed
+
+
+def _lone_oracle(*args: Tensor) -> Tensor:
+    x, weight, beta, scale, zero = (arg.cpu() for arg in args)
+    return rms_norm_quant_reference(x, weight, beta, scale, zero, EPSILON)
+
+
+def _add_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """On the device, the only place where torch_npu quantizes; sums of sixteenths are exact in every dtype."""
+    register()
+    x, residual = (torch.randint(-32, 33, (3, 5, 64)).div(16).to(dtype).npu() for _ in range(2))
+    return x, residual, torch.randn(64, dtype=dtype).npu()
+
+
+def _dynamic_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return *_add_example(dtype), (torch.rand(64, dtype=dtype) + 0.5).npu()
+
+
+def _static_example(dtype: torch.dtype) -> tuple[object, ...]:
+    scale = torch.rand(64).add(0.5).div(32).to(torch.float32 if dtype == torch.float16 else dtype)
+    zero = torch.randint(-8, 8, (64,)).to(torch.int32 if dtype == torch.float16 else dtype)
+    return *_add_example(dtype), torch.zeros(64, dtype=dtype).npu(), scale.npu(), zero.npu()
+
+
+def _lone_example(dtype: torch.dtype) -> tuple[object, ...]:
+    x, _, weight = _add_example(dtype)
+    scale = torch.full((1,), 0.03125, dtype=dtype)
+    return x, weight, torch.zeros(64, dtype=dtype).npu(), scale.npu(), torch.full((1,), 3, dtype=torch.int8).npu()
+
+
+def _float_example(dtype: torch.dtype) -> tuple[object, ...]:
+    *rest, zero = _static_example(torch.float32)
+    return *rest, zero.int()  # type: ignore[attr-defined]
+
+
+def _unshifted_example(dtype: torch.dtype) -> tuple[object, ...]:
+    x, weight, _, scale, zero = _lone_example(dtype)
+    return x, weight, scale, zero
+
+
+RULES = (
+    Rule(
+        "add_rms_norm_dynamic_quant",
+        pattern=row_quantized(OneOf((_shifted(ADD_NORM), ADD_NORM))),
+        replacement=_dynamic,
+        results=("root", "total"),
+        legal=_legal,
+        reference=_dynamic_program,
+        oracle=_dynamic_oracle,
+        example=_dynamic_example,
+        after=("npu_fused.add_rms_norm_dynamic_quant.default",),
+        near_misses=(
+            NearMiss(_read_as_it_is, reason="is also read as it is"),
+            NearMiss(_number_added, reason="beta is a number"),
+        ),
+        dtypes=HALVES,
+    ),
+    Rule(
+        "add_rms_norm_quant",
+        pattern=quantized(OneOf((_shifted(ADD_NORM), ADD_NORM))),
+        operator="add_rms_norm_quant",
+        operands=_static_operands,
+        results=("root", "total"),
+        legal=_legal,
+        reference=_static_program,
+        oracle=_static_oracle,
+        example=_static_example,
+        near_misses=(
+            NearMiss(_multiplied),
+            NearMiss(_static_program, _float_example, "take half precision, not torch.float32"),
+        ),
+        dtypes=HALVES,
+    ),
+    Rule(
+        "rms_norm_quant",
+        pattern=quantized(_shifted(NORM)),
+        operator="rms_norm_quant",
+        operands=_lone_operands,
+        legal=_legal,
+        reference=_lone_program,
+        oracle=_lone_oracle,
+        example=_lone_example,
+        near_misses=(
+            NearMiss(_lone_unshifted, _unshifted_example),
+            NearMiss(_lone_kept, reason="is also read as it is"),
+        ),
+        dtypes=HALVES,
+    ),
+)
