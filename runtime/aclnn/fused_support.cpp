@@ -2,19 +2,13 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include "runtime/aclnn/prepared_support.h"
+
 namespace aclnn::fused {
 
 kernels::Type float_type(const Call& call, const char* name, const Tensor& tensor) {
-  switch (tensor.dtype) {
-    case c10::ScalarType::Float:
-      return kernels::Type::kFloat;
-    case c10::ScalarType::Half:
-      return kernels::Type::kHalf;
-    case c10::ScalarType::BFloat16:
-      return kernels::Type::kBFloat;
-    default:
-      call.refuse(name, "has to be float32, float16 or bfloat16, not " + dtype_name(tensor.dtype));
-  }
+  if (const auto type = prepared::float_type(tensor)) return *type;
+  call.refuse(name, "has to be float32, float16 or bfloat16, not " + dtype_name(tensor.dtype));
 }
 
 void require_dtype(const Call& call, const char* name, const Tensor& tensor, c10::ScalarType dtype) {

@@ -1,10 +1,13 @@
 #include <ATen/core/ATen_fwd.h>
 
+#include <memory>
 #include <utility>
+#include <vector>
 
+#include "runtime/aclnn/layout.h"
 #include "runtime/aclnn/prepared.h"
 #include "runtime/aclnn/prepared_support.h"
-#include "runtime/kernels/gemv.h"
+#include "runtime/kernels/fractal_product.h"
 #include "runtime/kernels/row_product.h"
 
 namespace aclnn::prepared {
@@ -101,17 +104,51 @@ Work run(const Product& product) {
   return bind(kernels::gemv_kernel(product.type, product.transposed), product.gemv);
 }
 
+/// x [.., K] with at most kMaxRows rows times a packed matrix [K, N].
+Work packed_product(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& out) {
+  const auto type = float_type(x);
+  if (!type || *type == kernels::Type::kFloat || weight.dtype != x.dtype || out.dtype != x.dtype)
+    return nullptr;
+  if (weight.dim() != 2 || x.dim() < 1 || out.dim() != x.dim() || !x.is_contiguous() || !out.is_contiguous())
+    return nullptr;
+  const int64_t inner = weight.size(0), columns = weight.size(1);
+  if (inner == 0 || columns == 0 || x.numel() == 0 || x.size(-1) != inner || x.numel() / inner > kMaxRows)
+    return nullptr;
+  if (out.numel() != x.numel() / inner * columns || out.size(-1) != columns) return nullptr;
+  if (bias != nullptr &&
+      (bias->dtype != x.dtype || bias->dim() != 1 || bias->numel() != columns || !bias->is_contiguous()))
+    return nullptr;
+  const NzView view = nz_view(weight);
+  if (view.fractal_columns != kernels::kFractalWidth) return nullptr;
+  kernels::FractalProduct product{};
+  product.type = *type;
+  product.x = x.data();
+  product.w = weight.storage;
+  product.bias = bias == nullptr ? nullptr : bias->data();
+  product.out = out.data();
+  product.by_rows = view.transposed;
+  product.rows = x.numel() / inner;
+  product.inner = inner;
+  product.columns = columns;
+  product.block = view.row_blocks * kFractalRows * view.fractal_columns;
+  auto scratch = std::make_shared<std::vector<float>>(product.scratch());
+  return [product, scratch] { kernels::fractal_product(product, scratch->data()); };
+}
+
+bool is_one(const at::Scalar& number) { return !number.isComplex() && number.toDouble() == 1; }
+
 }  // namespace
 
 Work matmul(const Tensor& self, const Tensor& mat2, const Tensor& out) {
-  if (!mat2.is_plain()) return aclnn::kernels::small_matmul(self, mat2, nullptr, out);
+  if (!mat2.is_plain()) return packed_product(self, mat2, nullptr, out);
   const auto product = product_of(self, mat2, out);
   return product ? run(*product) : nullptr;
 }
 
 Work addmm(const Tensor& self, const Tensor& mat1, const Tensor& mat2, const at::Scalar& beta,
            const at::Scalar& alpha, const Tensor& out) {
-  if (!mat2.is_plain()) return aclnn::kernels::small_addmm(self, mat1, mat2, beta, alpha, out);
+  if (!mat2.is_plain())
+    return is_one(beta) && is_one(alpha) ? packed_product(mat1, mat2, &self, out) : nullptr;
   if (!self.is_plain() || beta.isComplex() || alpha.isComplex() || self.dtype != out.dtype || out.dim() != 2)
     return nullptr;
   auto product = product_of(mat1, mat2, out);
