@@ -53,12 +53,24 @@ class FusedOperator:
     def provider(self, *args: Any) -> Provider:
         """The provider that takes these arguments."""
         for candidate in self.providers:
-            if all(_has_kernel(name, _backend(args)) for name in candidate.needs) and not candidate.refuses(*args):
+            if not missing_kernel(candidate, args) and not candidate.refuses(*args):
                 return candidate
         raise RuntimeError(f"npu_fused::{self.name}: no provider takes these arguments")  # the last one always does
 
+    def passed_over(self, *args: Any) -> list[str]:
+        """The providers before the one that takes these arguments, each with the reason: what the report says."""
+        taken = self.provider(*args)
+        before = self.providers[: self.providers.index(taken)]
+        return [f"{entry.name}: {missing_kernel(entry, args) or entry.refuses(*args)}" for entry in before]
+
     def __call__(self, *args: Any) -> Any:
         return self.provider(*args).run(*args)
+
+
+def missing_kernel(provider: Provider, args: Sequence[Any]) -> str:
+    """Which operator that `provider` calls has no kernel for these tensors; empty if all have one."""
+    missing = [name for name in provider.needs if not _has_kernel(name, _backend(args))]
+    return f"{missing[0]} has no kernel for {_backend(args)}" if missing else ""
 
 
 def _backend(args: Sequence[Any]) -> str:

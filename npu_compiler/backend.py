@@ -23,6 +23,7 @@ from npu_compiler.aclgraph import npugraph_ex
 from npu_compiler.aclgraph.ledger import Ledger
 from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.config import Options, refuse_mode
+from npu_compiler.fusion_kernels.chosen import providers
 from npu_compiler.graph import digest
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
@@ -55,7 +56,8 @@ class CompiledGraph:
         return self._call(*args)
 
     def __str__(self) -> str:
-        parts: list[object] = [*self.records, *([self.ledger] if self.ledger else [])]
+        operators = providers(self.graph.graph) if self.graph else []
+        parts: list[object] = [*self.records, *operators, *([self.ledger] if self.ledger else [])]
         if self.graph is None:
             parts.append("gradients are needed: no passes, no captures")
         elif self.options.capture_with != "ascend":
