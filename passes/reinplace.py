@@ -30,6 +30,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from npu_compiler.graph.build import call
 from npu_compiler.graph.effects import is_functionalized, storage, tensors
+from npu_compiler.graph.spec import refresh_aliases
 from npu_compiler.passes.record import PassRecord
 
 NAME = "reinplace"
@@ -47,6 +48,7 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
     if mode is None:  # a program over sizes only writes nothing
         return
     functional = {node: str(node.target) for node in graph.nodes}
+    own = _own_outputs(graph)
     index_copies = graph.find_nodes(op="call_function", target=aten.index_copy.default)
     dimensions = {node: _as_index_put(node) for node in index_copies}
     for node in list(graph.nodes):
@@ -70,6 +72,27 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
         if node.target is aten.copy_.default and node.args[0] is node.args[1]:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    _keep_own(graph, own, record)
+
+
+def _own_outputs(graph: fx.Graph) -> list[bool]:
+    """For each output, whether its memory is the program's own, not an input's."""
+    inputs = {storage(tensor) for node in graph.find_nodes(op="placeholder") for tensor in tensors(node)}
+    return [not any(storage(tensor) in inputs for tensor in tensors(item)) for item in graph.output_node().args[0]]
+
+
+def _keep_own(graph: fx.Graph, own: list[bool], record: PassRecord) -> None:
+    """Clones an output that has become an input's memory: `x[0] = 1; return x.clone()` must not return x."""
+    refresh_aliases(graph)
+    output = graph.output_node()
+    returned = list(output.args[0])  # type: ignore[arg-type]
+    for index, (was, now) in enumerate(zip(own, _own_outputs(graph), strict=True)):
+        if was and not now:
+            node = returned[index]
+            with graph.inserting_before(output):
+                returned[index] = call(graph, aten.clone.default, (node,), replaces=[node], made_by=NAME)
+            record.refuse(NAME, node, f"output {index} became an input's memory; it got a copy")
+    output.args = (tuple(returned),)
 
 
 def _as_index_put(node: fx.Node) -> int:

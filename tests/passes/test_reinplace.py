@@ -148,3 +148,22 @@ def test_index_put_into_a_cache(operators: torch.library.Library) -> None:
     expected[position] = key
     assert torch.equal(program.graph(cache, position, key)[0], expected.sum())
     assert torch.equal(cache, expected)
+
+
+def test_returned_copy_of_a_written_input_stays_a_copy() -> None:
+    """`x[0] = y; return x.clone()`: noop drops the clone, so the input would come back as the output."""
+
+    def write(cache: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        cache[0] = y
+        return cache.clone()
+
+    cache, y = torch.zeros(4, 8), torch.randn(8)
+    program = lowered(write, cache.clone(), y)
+    apply(Pass(noop.NAME, "", noop.run), program.graph)
+    record = apply(PASS, program.graph)
+    (returned,) = program.graph(cache, y)
+    assert torch.equal(returned, cache)
+    assert torch.equal(cache[0], y)
+    cache.zero_()
+    assert torch.equal(returned[0], y)
+    assert any("became an input's memory" in refused.reason for refused in record.refused)

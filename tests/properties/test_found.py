@@ -19,6 +19,11 @@ FOUND = {
     "operand put in place is written before the result is used": Program(
         (Input(2),), (("store_clone", (0, 0)), ("norm", (0, 0)), ("add_", (0,))), (1,)
     ),
+    # noop drops the clone, which keeps value and memory apart; reinplace writes the input in place and returned it
+    "returned copy of a written input": Program((Input(2),), (("column_", (0,)), ("clone", (0,))), (1,)),
+    "returned copy of what an operator wrote": Program(
+        (Input(2), Input(2)), (("store", (0, 1)), ("clone", (0,)), ("add_scalar", (0,))), (2, 3)
+    ),
 }
 
 
