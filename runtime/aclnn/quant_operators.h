@@ -1,5 +1,5 @@
-// Quantisation and int8 matmuls, computed with ATen on the stream. Values are rounded to nearest even and
-// saturated.
+// Quantisation and int8 matmuls with ATen, for what prepared_quant.h declines. Values are rounded to nearest
+// even and saturated.
 #pragma once
 
 #include <utility>

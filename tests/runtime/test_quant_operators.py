@@ -90,11 +90,17 @@ def test_quantize_refuses() -> None:
         torch_npu.npu_quantize(x, torch.ones(6).bfloat16().npu(), None, torch.qint8, 1)
 
 
+WIDTHS = [32, 77]
+HALVES = [torch.float16, torch.bfloat16]
+
+
 @pytest.mark.parametrize("divide", [True, False])
-def test_add_rms_norm_quant(divide: bool) -> None:
-    x1, x2, gamma = torch.randn(4, 32).half(), torch.randn(4, 32).half(), torch.rand(32).half()
-    scales, zeros = torch.rand(32).half() * 0.1 + 0.02, torch.randint(-3, 4, (32,)).half()
-    factor = scales if divide else 1 / scales
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_add_rms_norm_quant(dtype: torch.dtype, width: int, divide: bool) -> None:
+    x1, x2, gamma = torch.randn(4, width).to(dtype), torch.randn(4, width).to(dtype), torch.rand(width).to(dtype)
+    scales, zeros = torch.rand(width) * 0.1 + 0.02, torch.randint(-3, 4, (width,)).to(dtype)
+    factor = (scales if divide else 1 / scales).to(dtype)
     y, _, total = torch_npu.npu_add_rms_norm_quant(
         x1.npu(), x2.npu(), gamma.npu(), factor.npu(), zeros.npu(), epsilon=1e-6, div_mode=divide
     )
@@ -104,18 +110,45 @@ def test_add_rms_norm_quant(divide: bool) -> None:
     near(y, int8(scaled + zeros.double()))
 
 
-def test_add_rms_norm_dynamic_quant() -> None:
-    x1, x2, gamma, smooth = (torch.randn(s).half() for s in ((4, 32), (4, 32), (32,), (32,)))
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_add_rms_norm_dynamic_quant(dtype: torch.dtype, width: int) -> None:
+    x1, x2, gamma, smooth, beta = (torch.randn(s).to(dtype) for s in ((4, width), (4, width), *[(width,)] * 3))
     y1, y2, total, scale1, scale2 = torch_npu.npu_add_rms_norm_dynamic_quant(
-        x1.npu(), x2.npu(), gamma.npu(), smooth_scale1=smooth.npu(), smooth_scale2=smooth.abs().npu()
+        x1.npu(), x2.npu(), gamma.npu(), smooth_scale1=smooth.npu(), smooth_scale2=smooth.abs().npu(), beta=beta.npu()
     )
     assert torch.equal(total.cpu(), x1 + x2)
-    normed = reference.rms_norm(x1 + x2, gamma, 1e-6)[0]
+    normed = reference.rms_norm(x1 + x2, gamma, 1e-6)[0] + beta.double()
     for y, scale, factor in ((y1, scale1, smooth), (y2, scale2, smooth.abs())):
         values = normed * factor.double()
         expected = values.abs().amax(-1) / 127
         reference.assert_close(scale, expected, torch.float32, factor=4)
         near(y, int8(values / expected[:, None]))
+
+
+def test_a_captured_quantisation_reads_its_scales_at_replay() -> None:
+    """One task a call, and nothing of its operands is kept from the capture."""
+    x, smooth = torch.ones(3, 40).half().npu(), torch.ones(40).half().npu()
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        y, scale = torch_npu.npu_dynamic_quant(x, smooth_scales=smooth)
+    fresh, factors = torch.randn(3, 40).half(), (torch.rand(40) + 0.5).half()
+    x.copy_(fresh)
+    smooth.copy_(factors)
+    graph.replay()
+    values = fresh.double() * factors.double()
+    expected = values.abs().amax(-1) / 127
+    reference.assert_close(scale, expected, torch.float32, factor=4)
+    near(y, int8(values / expected[:, None]))
+
+
+def test_rows_of_a_view_are_quantised_where_they_lie() -> None:
+    packed = torch.randn(5, 3, 48).bfloat16()
+    y, scale = torch_npu.npu_dynamic_quant(packed.npu()[:, 1, 8:40])
+    values = packed[:, 1, 8:40].double()
+    expected = values.abs().amax(-1) / 127
+    reference.assert_close(scale, expected, torch.float32, factor=4)
+    near(y, int8(values / expected[:, None]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
