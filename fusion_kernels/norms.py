@@ -1,10 +1,10 @@
 """RMS normalisation, alone and behind a residual addition; with Gemma's weights too, which are stored less one.
 
-CANN: aclnnRmsNorm (`npu_rms_norm`), aclnnAddRmsNorm (`npu_add_rms_norm`) and aclnnGemmaRmsNorm (`npu_gemma_rms_norm`),
-which adds the one in float32. There is no aclnnAddGemmaRmsNorm: the addition stays a kernel of its own, since handing
-1 + weight in bfloat16 to aclnnAddRmsNorm would round it for good. All compute in float32 and round once;
-PyTorch's usual program rounds x / rms to the input dtype before it multiplies by the weight, so half-precision
-results may differ by one unit in the last place.
+CANN: aclnnRmsNorm (`npu_rms_norm`), aclnnAddRmsNorm (`npu_add_rms_norm`), aclnnAddRmsNormCast, which gives the norm in
+float32 too, and aclnnGemmaRmsNorm (`npu_gemma_rms_norm`), which adds the one in float32. There is no aclnnAddGemmaRmsNorm:
+the addition stays a kernel of its own, since handing 1 + weight in bfloat16 to aclnnAddRmsNorm would round it for good.
+All compute in float32 and round once; PyTorch's usual program rounds x / rms to the input dtype before it multiplies by
+the weight, so half-precision results may differ by one unit in the last place.
 """
 
 from __future__ import annotations
@@ -33,6 +33,15 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, epsilon:
     return rms_norm_reference(total, weight, epsilon), total
 
 
+def add_rms_norm_cast_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(norm in float32, the same rounded to x's dtype, x + residual). The first is that of the unrounded norm."""
+    total = x + residual
+    wide = rms_norm_reference(total.to(torch.promote_types(x.dtype, torch.float32)), weight, epsilon)
+    return wide.float(), wide.to(x.dtype), total
+
+
 def gemma_rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * (1 + weight), rounded once to x's dtype; x [..., H], weight [H]."""
     return rms_norm_reference(x, weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1.0, epsilon)
@@ -52,12 +61,21 @@ def _fake_add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) 
     return _fake_norm(x, weight, epsilon), _fake_norm(x, weight, epsilon)
 
 
+def _fake_cast(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    return wide, *_fake_add_norm(x, residual, weight, epsilon)
+
+
 def _contiguous_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return rms_norm_reference(x.contiguous(), weight, epsilon)
 
 
 def _contiguous_add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return add_rms_norm_reference(x.contiguous(), residual.contiguous(), weight, epsilon)
+
+
+def _contiguous_cast(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    return add_rms_norm_cast_reference(x.contiguous(), residual.contiguous(), weight, epsilon)
 
 
 def _cann_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -67,6 +85,11 @@ def _cann_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def _cann_add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     normed, _, total = torch.ops.npu.npu_add_rms_norm(x, residual, weight, epsilon)
     return normed, total
+
+
+def _cann_cast(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    wide, normed, _, total = torch.ops.npu.npu_add_rms_norm_cast(x, residual, weight, epsilon)
+    return wide, normed, total
 
 
 def _contiguous_gemma_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -99,6 +122,13 @@ def refuses_dtypes(x: Tensor, *others: Any) -> str:
     return f"dtypes {x.dtype} and {different[0]} differ" if different else ""
 
 
+def refuses_cast(x: Tensor, *others: Any) -> str:
+    """aclnnAddRmsNormCast takes half precision."""
+    if x.dtype not in CANN_DTYPES[1:]:
+        return f"{x.dtype} is not float16 or bfloat16"
+    return refuses_dtypes(x, *others)
+
+
 def _norm_example(dtype: torch.dtype) -> tuple[Any, ...]:
     return torch.randn(3, 5, 64, dtype=dtype), torch.randn(64, dtype=dtype), 1e-6
 
@@ -124,6 +154,16 @@ ADD_RMS_NORM = FusedOperator(
     providers=(
         Provider("aclnnAddRmsNorm", _cann_add_norm, ("npu::npu_add_rms_norm",), refuses_dtypes),
         Provider("composition", _contiguous_add_norm),
+    ),
+    example=_add_norm_example,
+)
+ADD_RMS_NORM_CAST = FusedOperator(
+    "add_rms_norm_cast(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)",
+    reference=add_rms_norm_cast_reference,
+    fake=_fake_cast,
+    providers=(
+        Provider("aclnnAddRmsNormCast", _cann_cast, ("npu::npu_add_rms_norm_cast",), refuses_cast),
+        Provider("composition", _contiguous_cast),
     ),
     example=_add_norm_example,
 )

@@ -9,7 +9,13 @@ import torch
 from npu_compiler.fusion_kernels.layer_norm import ADD_LAYER_NORM
 from npu_compiler.fusion_kernels.mul_add import MUL_ADD
 from npu_compiler.fusion_kernels.norm_quant import ADD_RMS_NORM_DYNAMIC_QUANT, ADD_RMS_NORM_QUANT, RMS_NORM_QUANT
-from npu_compiler.fusion_kernels.norms import ADD_RMS_NORM, GEMMA_ADD_RMS_NORM, GEMMA_RMS_NORM, RMS_NORM
+from npu_compiler.fusion_kernels.norms import (
+    ADD_RMS_NORM,
+    ADD_RMS_NORM_CAST,
+    GEMMA_ADD_RMS_NORM,
+    GEMMA_RMS_NORM,
+    RMS_NORM,
+)
 from npu_compiler.fusion_kernels.operator import FusedOperator
 from npu_compiler.fusion_kernels.rope import QK_NORM_ROPE, QK_ROPE
 from npu_compiler.fusion_kernels.swiglu import SILU_MUL, SWIGLU
@@ -20,6 +26,7 @@ NAMESPACE = "npu_fused"
 OPERATORS: tuple[FusedOperator, ...] = (
     RMS_NORM,
     ADD_RMS_NORM,
+    ADD_RMS_NORM_CAST,
     GEMMA_RMS_NORM,
     GEMMA_ADD_RMS_NORM,
     ADD_RMS_NORM_DYNAMIC_QUANT,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_compiler.fusion_kernels.norms import refuses_dtypes, rms_norm_reference
+from npu_compiler.fusion_kernels.norms import refuses_dtypes, refuses_norm, rms_norm_reference
 from npu_compiler.fusion_kernels.operator import FusedOperator, Provider
 
 PAIR_HEAD_SIZE = 128  # aclnnApplyRotaryPosEmbV2: D must be 128
@@ -118,7 +118,7 @@ def _refuses_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> str:
 
 def _refuses_norm_rope(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *rest: Any) -> str:
     _, _, cos, sin = rest
-    return _refuses_rope(q, k, cos, sin) or refuses_dtypes(q, q_weight, k_weight)
+    return _refuses_rope(q, k, cos, sin) or refuses_norm(q, q_weight) or refuses_norm(k, k_weight)
 
 
 def _refuses_norm_rope_pair(*args: Any) -> str:
