@@ -1,10 +1,10 @@
 """RMS normalisation, alone and behind a residual addition; with Gemma's weights too, which are stored less one.
 
 CANN: aclnnRmsNorm (`npu_rms_norm`), aclnnAddRmsNorm (`npu_add_rms_norm`), aclnnAddRmsNormCast, which gives the norm in
-float32 too, and aclnnGemmaRmsNorm (`npu_gemma_rms_norm`), which adds the one in float32. There is no aclnnAddGemmaRmsNorm:
-the addition stays a kernel of its own, since handing 1 + weight in bfloat16 to aclnnAddRmsNorm would round it for good.
-All compute in float32 and round once; PyTorch's usual program rounds x / rms to the input dtype before it multiplies by
-the weight, so half-precision results may differ by one unit in the last place.
+float32 too, and aclnnGemmaRmsNorm (`npu_gemma_rms_norm`), which adds the one in float32. There is no
+aclnnAddGemmaRmsNorm: the addition stays a kernel of its own, since handing 1 + weight in bfloat16 to aclnnAddRmsNorm
+would round it for good. All compute in float32 and round once; PyTorch's usual program rounds x / rms to the input
+dtype before it multiplies by the weight, so half-precision results may differ by one unit in the last place.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
+import npu_compiler.backend
 from npu_compiler.passes import add_layer_norm
 from npu_compiler.passes.record import Pass
 from tests.passes.lowered import apply, calls, lowered
@@ -28,12 +29,21 @@ def test_both_lowerings(inference: bool) -> None:
     torch.testing.assert_close(program.graph(*args)[0], block(*args))
 
 
-def test_bert_encoder() -> None:
-    """Each layer normalises twice behind a residual; the embeddings' own norm follows an addition that broadcasts."""
+def bert() -> BertModel:
+    torch.manual_seed(0)
     config = BertConfig(
         vocab_size=96, hidden_size=64, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=128
     )
     model = BertModel(config, add_pooling_layer=False).eval()
+    for name, parameter in model.named_parameters():
+        if "LayerNorm" in name:  # ones and zeros would hide a weight or a bias that is dropped
+            parameter.data = torch.rand_like(parameter) + 0.5
+    return model
+
+
+def test_bert_encoder() -> None:
+    """Each layer normalises twice behind a residual; the embeddings' own norm follows an addition that broadcasts."""
+    model = bert()
     tokens = torch.randint(0, 96, (2, 7))
     program = lowered(lambda ids: model(input_ids=ids).last_hidden_state, tokens)
     before = calls(program.graph)
@@ -44,6 +54,22 @@ def test_bert_encoder() -> None:
     assert any("the addition broadcasts" in refused.reason for refused in record.refused)
     assert after.count("aten.native_layer_norm.default") == 1
     assert before.count("aten.add.Tensor") - after.count("aten.add.Tensor") == 2 * LAYERS
+
+
+def test_bert_captured_on_the_device() -> None:
+    model, tokens = bert(), torch.randint(0, 96, (2, 7))
+    with torch.no_grad():
+        expected = model(input_ids=tokens).last_hidden_state
+        model, tokens = model.to("npu"), tokens.npu()
+        backend = npu_compiler.backend.AscendBackend()
+        run = torch.compile(model, backend=backend, dynamic=False)
+        for _ in range(2):
+            got = run(input_ids=tokens).last_hidden_state
+    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=2e-4)
+    (graph,) = backend.compiled()
+    assert graph.ledger is not None
+    assert graph.ledger.replays == 1
+    assert f"add_layer_norm x{2 * LAYERS}: aclnnAddLayerNorm" in str(graph)
 
 
 def test_gpt2_keeps_the_residual_stream() -> None:
