@@ -29,7 +29,7 @@ class Saving:
         """The difference of two lists of calls; views and arithmetic on sizes cost nothing."""
         old, new = list(before), list(after)
         kernels = sum(map(launches, old)) - sum(map(launches, new))
-        return cls(kernels, sympy.expand(sympy.Add(*map(moved_bytes, old)) - sympy.Add(*map(moved_bytes, new))))
+        return cls(kernels, sympy.expand(sum(map(moved_bytes, old)) - sum(map(moved_bytes, new))))
 
     def __str__(self) -> str:
         return f"saves {self.kernels} kernels and {self.bytes} bytes"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from npu_compiler.plan.dependencies import Dependencies
 from npu_compiler.plan.estimate import sizes_of
 from npu_compiler.plan.happens_before import verify
 from npu_compiler.plan.schedule import FORK, MAIN, StreamPlan, schedule
@@ -34,10 +36,14 @@ class Streams:
             return None
         placeholders = self._graph.find_nodes(op="placeholder")
         sizes = sizes_of(dict(zip(placeholders, arguments, strict=True)))
-        plan = schedule(self._graph, sizes, self._limit)
+        plan = schedule(self._dependencies, sizes, self._limit)
         if plan is not None:
             verify(self._graph, plan)
         return plan
+
+    @functools.cached_property
+    def _dependencies(self) -> Dependencies:
+        return Dependencies.of(self._graph)
 
     def of(self, plan: StreamPlan | None) -> list[Any]:
         """The streams of a plan, the captured one first: the default stream can't be captured."""

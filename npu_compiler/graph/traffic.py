@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -13,6 +14,9 @@ from npu_compiler.graph.effects import tensors
 
 UNDECLARED_VIEW = "aten._unsafe_view.default"
 """A view whose schema does not say so: autograd is not to track it."""
+
+Amount: TypeAlias = "int | sympy.Expr"
+"""A number, or an expression of the program's symbols; sympy only where there is a symbol, for speed."""
 
 
 def is_view(node: fx.Node) -> bool:
@@ -31,14 +35,17 @@ def launches(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, torch._ops.OperatorBase) and not is_view(node)
 
 
-def size_in_bytes(tensor: torch.Tensor) -> sympy.Expr:
+def size_in_bytes(tensor: torch.Tensor) -> Amount:
     """Elements times item size, in the symbols of the tensor's shape."""
-    return sympy.Mul(tensor.element_size(), *(expression(size) for size in tensor.shape))
+    total: Amount = tensor.element_size()
+    for size in tensor.shape:
+        total = total * (size if isinstance(size, int) else expression(size))
+    return total
 
 
-def moved_bytes(node: fx.Node) -> sympy.Expr:
+def moved_bytes(node: fx.Node) -> Amount:
     """Bytes that a call reads and writes: each argument once, each result once. 0 for what launches nothing."""
     if not launches(node):
-        return sympy.Integer(0)
+        return 0
     read = [tensor for source in node.all_input_nodes for tensor in tensors(source)]
-    return sympy.Add(*(size_in_bytes(tensor) for tensor in (*read, *tensors(node))))
+    return sum(map(size_in_bytes, (*read, *tensors(node))), 0)

@@ -15,7 +15,7 @@ from torch import fx
 
 from npu_compiler.facts.sizes import expression
 from npu_compiler.graph.effects import tensors
-from npu_compiler.graph.traffic import moved_bytes
+from npu_compiler.graph.traffic import Amount, moved_bytes
 from npu_compiler.plan.engines import Engine, engine_of
 
 Sizes = Mapping[sympy.Symbol, int]
@@ -65,13 +65,16 @@ def estimate(node: fx.Node, sizes: Sizes, device: Device) -> Estimate:
     return Estimate(engine, device.launch + max(moved / bandwidth, compute), part)
 
 
-def operations(node: fx.Node) -> sympy.Expr:
+def operations(node: fx.Node) -> Amount:
     """Floating-point operations of a matrix call: twice the result's elements times the first argument's last size."""
-    results = list(tensors(node))
+    result = next(tensors(node), None)
     first = next((tensor for source in node.all_input_nodes for tensor in tensors(source) if tensor.dim() >= 2), None)
-    if not results or first is None:
-        return sympy.Integer(0)
-    return sympy.Mul(2, expression(first.shape[-1]), *(expression(size) for size in results[0].shape))
+    if result is None or first is None:
+        return 0
+    total: Amount = 2
+    for size in (first.shape[-1], *result.shape):
+        total = total * (size if isinstance(size, int) else expression(size))
+    return total
 
 
 def sizes_of(arguments: Mapping[fx.Node, object]) -> dict[sympy.Symbol, int]:
@@ -84,9 +87,8 @@ def sizes_of(arguments: Mapping[fx.Node, object]) -> dict[sympy.Symbol, int]:
     return found
 
 
-def _number(amount: sympy.Expr, sizes: Sizes) -> float:
-    if not amount.is_number:
-        amount = amount.subs(sizes)
-    if not amount.is_number:  # a size that only the run knows
-        amount = amount.subs(dict.fromkeys(amount.free_symbols, 1))
-    return float(amount)
+def _number(amount: Amount, sizes: Sizes) -> float:
+    if isinstance(amount, int):
+        return float(amount)
+    known = {symbol: sizes.get(symbol, 1) for symbol in amount.free_symbols}  # 1: a size that only the run knows
+    return float(amount.xreplace({symbol: sympy.Integer(size) for symbol, size in known.items()}))

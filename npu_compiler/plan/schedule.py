@@ -1,21 +1,24 @@
 """Independent calls on side streams, where the estimate says that it pays.
 
-A list scheduler in program order: each call goes to the stream on which it would end first, given when its inputs are
-there, when the stream is free, whether its engine has room beside what runs already, and what the events cost. The plan
-is kept only if it is estimated to end earlier than one stream would. The order in which calls are issued stays the
-program's, so the same program and sizes give the same plan.
+Two ways of choosing streams are tried, and the plan that is estimated to end first wins, if it beats one stream:
+
+* call by call, in program order: each goes to the stream on which it would end first;
+* chain by chain: the program falls into chains of calls that wait for one another; those long enough to pay for their
+  events go to side streams, whole.
+
+A call starts when its inputs are there, its stream is free and its engine has room beside what runs already. The order
+in which calls are issued stays the program's, so the same program and sizes give the same plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import fx
 
 from npu_compiler.graph.effects import storage, tensors
-from npu_compiler.graph.traffic import launches
-from npu_compiler.plan.accesses import HIDDEN, Accesses, accesses, is_pinned
+from npu_compiler.plan.dependencies import Dependencies
 from npu_compiler.plan.engines import Engine
 from npu_compiler.plan.estimate import Device, Estimate, Sizes, estimate
 
@@ -24,7 +27,13 @@ FORK = 0
 """The event recorded on the main stream before the first call."""
 LEAST_GAIN = 0.02
 """A plan must be estimated to save this part of the time of one stream."""
+CHAIN_EVENTS = (2, 6, 16)
+"""A chain goes to a side stream if it lasts as long as this many events; each is tried."""
+RECENT = 64
+"""How many of an engine's latest calls may still be running when the next one is placed."""
 Clock = tuple[int, ...]
+Choice = Callable[["_Builder", int], int]
+"""The stream of a call, given what is placed already."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +82,74 @@ class StreamPlan:
         return "\n".join(lines)
 
 
-def schedule(graph: fx.Graph, sizes: Sizes, streams: int, device: Device | None = None) -> StreamPlan | None:
-    """Plans `graph` for at most `streams` streams; None if one stream is estimated to be as good.
+def schedule(program: Dependencies, sizes: Sizes, streams: int, device: Device | None = None) -> StreamPlan | None:
+    """Plans a program for at most `streams` streams; None if one stream is estimated to be as good.
 
     Args:
         sizes: values of the program's symbols, for the estimate.
     """
-    plan = place(graph, sizes, streams, device or Device())
+    plan = place(program, sizes, streams, device or Device())
     if plan.streams == 1 or plan.microseconds > (1 - LEAST_GAIN) * plan.alone:
         return None
     return plan
 
 
-def place(graph: fx.Graph, sizes: Sizes, streams: int, device: Device) -> StreamPlan:
-    """The plan that the scheduler finds, whether it pays or not."""
-    calls = [node for node in graph.nodes if launches(node)]
-    estimates = {node: estimate(node, sizes, device) for node in calls}
-    return _Builder(graph, calls, estimates, streams, device).plan()
+def place(program: Dependencies, sizes: Sizes, streams: int, device: Device) -> StreamPlan:
+    """The best plan that the scheduler finds, whether it pays or not."""
+    estimates = [estimate(node, sizes, device) for node in program.calls]
+    choices: list[Choice] = [_ends_first]
+    choices += [_by_chain(program, estimates, length * device.event) for length in CHAIN_EVENTS]
+    best = min((_placed(program, estimates, streams, device, choice) for choice in choices), key=lambda one: one.end())
+    return best.plan()
+
+
+def _placed(
+    program: Dependencies, estimates: Sequence[Estimate], streams: int, device: Device, choice: Choice
+) -> _Builder:
+    """Places the calls twice: only then it is known which of them record an event, which takes time too."""
+    first = _Builder(program, estimates, streams, device, frozenset())
+    first.place_all(choice)
+    recording = frozenset(index for index, draft in enumerate(first.drafts) if draft.record)
+    second = _Builder(program, estimates, streams, device, recording)
+    second.place_all(lambda builder, index: first.drafts[index].stream)
+    return second
+
+
+def _ends_first(builder: _Builder, index: int) -> int:
+    return min(range(builder.streams), key=lambda stream: (*builder.timing(index, stream), stream))
+
+
+def _by_chain(program: Dependencies, estimates: Sequence[Estimate], least: float) -> Choice:
+    """Keeps a chain on one stream: on a side stream if it lasts at least `least` microseconds."""
+    chain_of = _chains(program)
+    lasts: dict[int, float] = {}
+    for chain, entry in zip(chain_of, estimates, strict=True):
+        lasts[chain] = lasts.get(chain, 0.0) + entry.microseconds
+    on_main = {0, *(chain_of[index] for index in program.pinned)}
+    on_main |= {chain for chain, microseconds in lasts.items() if microseconds < least}
+    chosen: dict[int, int] = {}
+
+    def choice(builder: _Builder, index: int) -> int:
+        chain = chain_of[index]
+        if chain in on_main or builder.streams == 1:
+            return MAIN
+        if chain not in chosen:
+            chosen[chain] = min(range(1, builder.streams), key=lambda side: (*builder.timing(index, side), side))
+        return chosen[chain]
+
+    return choice
+
+
+def _chains(program: Dependencies) -> list[int]:
+    """The chain of each call: it continues the oldest chain that ends in a call it waits for, or begins one."""
+    chain_of: list[int] = []
+    ends: dict[int, int] = {}
+    for index, before in enumerate(program.before):
+        chain = min((ends[other] for other in before if other in ends), default=len(chain_of))
+        ends = {other: found for other, found in ends.items() if found != chain}
+        ends[index] = chain
+        chain_of.append(chain)
+    return chain_of
 
 
 @dataclass
@@ -105,54 +165,62 @@ class _Draft:
     record: int = 0
 
 
-@dataclass
-class _History:
-    """The accesses of one buffer that a later one has to be behind."""
-
-    write: _Draft | None = None
-    reads: list[_Draft] = field(default_factory=list)
-
-
 class _Builder:
-    """Places one call after the other."""
+    """Places one call after the other.
+
+    Attributes:
+        drafts: the calls placed so far. `free`: when each stream has run what it was given.
+    """
 
     def __init__(
         self,
-        graph: fx.Graph,
-        calls: Sequence[fx.Node],
-        estimates: Mapping[fx.Node, Estimate],
+        program: Dependencies,
+        estimates: Sequence[Estimate],
         streams: int,
         device: Device,
+        recording: frozenset[int],
     ) -> None:
-        self._graph, self._calls, self._estimates, self._device = graph, calls, estimates, device
+        self.streams = streams
+        self.drafts: list[_Draft] = []
+        self.free = [0.0] * streams
+        self._program, self._estimates, self._device, self._recording = program, estimates, device, recording
         self._clocks: list[Clock] = [(0,) * streams for _ in range(streams)]
-        self._free = [0.0] * streams
         self._used = [stream == MAIN for stream in range(streams)]
         self._engines: dict[Engine, list[tuple[float, float, float]]] = {engine: [] for engine in Engine}
-        self._buffers: dict[int, _History] = {}
-        self._drafts: list[_Draft] = []
         self._events = FORK
 
+    def place_all(self, choice: Choice) -> None:
+        for index in range(len(self._program.calls)):
+            self._place(index, MAIN if index in self._program.pinned else choice(self, index))
+
+    def timing(self, index: int, stream: int) -> tuple[float, int]:
+        """When a call would end on a stream, and how many events that takes."""
+        missing = self._missing(stream, self._program.before[index])
+        events = len(missing) + (not self._used[stream])
+        entry = self._estimates[index]
+        ready = max([self.free[stream], *(draft.end + self._device.event for draft in missing)])
+        start = self._room(entry, ready + self._device.event * bool(events))
+        return start + entry.microseconds, events
+
+    def end(self) -> float:
+        """When everything has run and the side streams are joined."""
+        return max([self.free[MAIN], *(draft.end + self._device.event for draft in self._unjoined())])
+
     def plan(self) -> StreamPlan:
-        for node in self._calls:
-            self._place(node)
-        joins, end = self._join()
+        end = self.end()
+        joins = tuple(self._event_of(draft) for draft in self._unjoined())
         return StreamPlan(
-            tuple(Step(draft.node, draft.stream, draft.waits, draft.record) for draft in self._drafts),
+            tuple(Step(draft.node, draft.stream, draft.waits, draft.record) for draft in self.drafts),
             sum(self._used),
             joins,
-            _releases(self._graph, self._drafts),
+            _releases(self._program, self.drafts),
             end,
-            sum(entry.microseconds for entry in self._estimates.values()),
+            sum(entry.microseconds for entry in self._estimates),
         )
 
-    def _place(self, node: fx.Node) -> None:
-        touched = accesses(node)
-        before = self._before(touched)
-        candidates = [MAIN] if is_pinned(node) else range(len(self._free))
-        stream = min(candidates, key=lambda choice: (*self._timing(node, choice, before), choice))
-        start_and_end = self._timing(node, stream, before)
-        missing = self._missing(stream, before)
+    def _place(self, index: int, stream: int) -> None:
+        end, _ = self.timing(index, stream)
+        missing = self._missing(stream, self._program.before[index])
         waits = tuple(self._event_of(draft) for draft in missing)
         if not self._used[stream]:
             self._used[stream] = True
@@ -160,48 +228,30 @@ class _Builder:
         clock = _merged(self._clocks[stream], *(draft.clock for draft in missing))
         tick = clock[stream] + 1
         clock = (*clock[:stream], tick, *clock[stream + 1 :])
-        draft = _Draft(node, stream, tick, start_and_end[0], clock, waits)
-        self._clocks[stream], self._free[stream] = clock, draft.end
-        entry = self._estimates[node]
-        self._engines[entry.engine].append((draft.end - entry.microseconds, draft.end, entry.part))
-        self._drafts.append(draft)
-        self._note(touched, draft)
+        entry = self._estimates[index]
+        self.drafts.append(_Draft(self._program.calls[index], stream, tick, end, clock, waits))
+        self._clocks[stream] = clock
+        self.free[stream] = end + self._device.event * (index in self._recording)
+        self._engines[entry.engine].append((end - entry.microseconds, end, entry.part))
 
-    def _before(self, touched: Accesses) -> list[_Draft]:
-        """What a call with these accesses has to be behind, the latest first."""
-        found: dict[int, _Draft] = {}
-        for buffer in touched.reads | touched.writes:
-            history = self._buffers.get(buffer)
-            if history is not None:
-                drafts = [history.write, *(history.reads if buffer in touched.writes else ())]
-                found.update({id(draft): draft for draft in drafts if draft is not None})
-        return sorted(found.values(), key=lambda draft: (-draft.tick, draft.stream))
-
-    def _missing(self, stream: int, before: Sequence[_Draft]) -> list[_Draft]:
+    def _missing(self, stream: int, before: Sequence[int]) -> list[_Draft]:
         """Those of `before` that the stream is not known to be behind."""
         clock, found = self._clocks[stream], []
-        for draft in before:
+        for index in before:
+            draft = self.drafts[index]
             if clock[draft.stream] < draft.tick:
                 found.append(draft)
                 clock = _merged(clock, draft.clock)
         return found
 
-    def _timing(self, node: fx.Node, stream: int, before: Sequence[_Draft]) -> tuple[float, int]:
-        """When the call would end on a stream, and how many events that takes."""
-        missing = self._missing(stream, before)
-        events = len(missing) + (not self._used[stream])
-        entry = self._estimates[node]
-        ready = max([self._free[stream], *(draft.end + self._device.event for draft in missing)])
-        start = self._room(entry, ready + self._device.event * bool(events))
-        return start + entry.microseconds, events
-
     def _room(self, entry: Estimate, ready: float) -> float:
         """The first moment from `ready` on at which the engine has room for the call beside what it runs."""
         busy = self._engines[entry.engine]
-        for start in sorted({ready, *(end for _, end, _ in busy if end > ready)}):
+        later = [interval for interval in busy[-RECENT:] if interval[1] > ready]
+        for start in sorted({ready, *(end for _, end, _ in later)}):
             end = start + entry.microseconds
-            points = [start, *(begin for begin, _, _ in busy if start < begin < end)]
-            if all(_load(busy, point) + entry.part <= 1.0 + 1e-9 for point in points):
+            points = [start, *(begin for begin, _, _ in later if start < begin < end)]
+            if all(_load(later, point) + entry.part <= 1.0 + 1e-9 for point in points):
                 return start
         return ready
 
@@ -211,19 +261,11 @@ class _Builder:
             draft.record = self._events
         return draft.record
 
-    def _note(self, touched: Accesses, draft: _Draft) -> None:
-        for buffer in touched.reads:
-            self._buffers.setdefault(buffer, _History()).reads.append(draft)
-        for buffer in touched.writes:
-            self._buffers[buffer] = _History(draft)
-
-    def _join(self) -> tuple[tuple[int, ...], float]:
-        """The main stream waits for the last call of every side stream that it is not behind yet."""
-        last = {draft.stream: draft for draft in self._drafts}
+    def _unjoined(self) -> list[_Draft]:
+        """The last call of each side stream that the main stream is not known to be behind."""
+        last = {draft.stream: draft for draft in self.drafts}
         clock = self._clocks[MAIN]
-        waiting = [draft for stream, draft in sorted(last.items()) if stream != MAIN and clock[stream] < draft.tick]
-        end = max([self._free[MAIN], *(draft.end + self._device.event for draft in waiting)])
-        return tuple(self._event_of(draft) for draft in waiting), end
+        return [draft for stream, draft in sorted(last.items()) if stream != MAIN and clock[stream] < draft.tick]
 
 
 def _merged(*clocks: Clock) -> Clock:
@@ -234,52 +276,45 @@ def _load(busy: Sequence[tuple[float, float, float]], moment: float) -> float:
     return sum(part for begin, end, part in busy if begin <= moment < end)
 
 
-def _releases(graph: fx.Graph, drafts: Sequence[_Draft]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+def _releases(program: Dependencies, drafts: Sequence[_Draft]) -> dict[fx.Node, tuple[fx.Node, ...]]:
     """When each value can be let go: its last reader is issued, and the stream that made it is behind all readers."""
-    by_node = {draft.node: draft for draft in drafts}
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    free_from = _buffer_releases(graph, by_node)
-    releases: dict[fx.Node, list[fx.Node]] = {}
-    nodes = list(graph.nodes)
-    for node in nodes:
+    nodes = list(program.graph.nodes)
+    order = {node: index for index, node in enumerate(nodes)}
+    free_from = _buffer_releases(program, drafts)
+    releases: dict[int, list[fx.Node]] = {}
+    for node in dict.fromkeys(node for holders in program.holders.values() for node in holders):
         buffers = {storage(tensor) for tensor in tensors(node)}
-        if node.op != "call_function" or not buffers or any(buffer not in free_from for buffer in buffers):
+        if any(buffer not in free_from for buffer in buffers):
             continue
-        last_use = max((order[user] for user in node.users), default=order[node])
-        at = max([last_use, *(free_from[buffer] for buffer in buffers)])
+        uses = [order[user] for user in node.users]
+        at = max([order[node], *uses, *(program.position[free_from[buffer]] for buffer in buffers)])
         if nodes[at].op != "output":
-            releases.setdefault(nodes[at], []).append(node)
-    return {node: tuple(releases[node]) for node in nodes if node in releases}
+            releases.setdefault(at, []).append(node)
+    return {nodes[at]: tuple(sorted(releases[at])) for at in sorted(releases)}
 
 
-def _buffer_releases(graph: fx.Graph, drafts: Mapping[fx.Node, _Draft]) -> dict[int, int]:
-    """For each buffer made inside the program: the position from which its memory may be used again on its stream."""
-    kept = [*graph.find_nodes(op="placeholder"), *graph.find_nodes(op="get_attr"), *graph.output_node().all_input_nodes]
-    outside = {storage(tensor) for node in kept for tensor in tensors(node)}
+def _buffer_releases(program: Dependencies, drafts: Sequence[_Draft]) -> dict[int, int]:
+    """For each buffer: the call from which on its memory may be used again on the stream that made it."""
     made_on: dict[int, int] = {}
     readers: dict[int, Clock] = {}
     last: dict[int, int] = {}
-    for index, node in enumerate(graph.nodes):
-        if node in drafts:
-            draft, touched = drafts[node], accesses(node)
-            for buffer in (touched.reads | touched.writes) - outside - HIDDEN:
-                made_on.setdefault(buffer, draft.stream)
-                only = tuple(draft.tick if stream == draft.stream else 0 for stream in range(len(draft.clock)))
-                readers[buffer] = _merged(readers.get(buffer, only), only)
-                last[buffer] = index
+    for index, draft in enumerate(drafts):
+        for buffer in program.touches[index]:
+            made_on.setdefault(buffer, draft.stream)
+            only = tuple(draft.tick if stream == draft.stream else 0 for stream in range(len(draft.clock)))
+            readers[buffer] = _merged(readers.get(buffer, only), only)
+            last[buffer] = index
     ending: dict[int, list[int]] = {}
     for buffer, index in last.items():
         ending.setdefault(index, []).append(buffer)
     free_from: dict[int, int] = {}
     clocks: dict[int, Clock] = {}
     waiting: list[int] = []
-    for index, node in enumerate(graph.nodes):
-        if node in drafts:
-            clocks[drafts[node].stream] = drafts[node].clock
-            waiting += ending.get(index, [])
-            done = [buffer for buffer in waiting if _behind(clocks[made_on[buffer]], readers[buffer])]
-            free_from.update(dict.fromkeys(done, index))
-            waiting = [buffer for buffer in waiting if buffer not in free_from]
+    for index, draft in enumerate(drafts):
+        clocks[draft.stream] = draft.clock
+        waiting += ending.get(index, [])
+        free_from.update({one: index for one in waiting if _behind(clocks[made_on[one]], readers[one])})
+        waiting = [buffer for buffer in waiting if buffer not in free_from]
     return free_from
 
 

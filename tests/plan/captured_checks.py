@@ -20,6 +20,7 @@ import npu_compiler
 from npu_compiler.aclgraph.capture import capture
 from npu_compiler.aclgraph.streams import Streams
 from npu_compiler.backend import ascend
+from npu_compiler.plan.dependencies import Dependencies
 from npu_compiler.plan.estimate import Device
 from npu_compiler.plan.happens_before import verify
 from npu_compiler.plan.schedule import StreamPlan, place
@@ -69,7 +70,7 @@ def check_random_programs() -> None:
     used = 0
     for seed in range(12):
         module = random_program(seed)
-        plan = place(module.graph, {}, 3, Device(event=0.0))
+        plan = place(Dependencies.of(module.graph), {}, 3, Device(event=0.0))
         verify(module.graph, plan)
         used += plan.streams > 1
         replayed(module, plan, rounds=3)
@@ -79,7 +80,7 @@ def check_random_programs() -> None:
 def check_a_removed_event_is_a_race() -> None:
     """The counterpart: without the last wait the same program races, and the checking mode says so."""
     module = two_branches()
-    plan = place(module.graph, {}, 2, Device())
+    plan = place(Dependencies.of(module.graph), {}, 2, Device())
     replayed(module, plan)
     before = counters.read()["races"]
     last = dataclasses.replace(plan.steps[-1], waits=())

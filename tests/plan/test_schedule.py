@@ -13,6 +13,7 @@ from torch import fx
 
 from npu_compiler.errors import PlanError
 from npu_compiler.graph.traffic import launches
+from npu_compiler.plan.dependencies import Dependencies
 from npu_compiler.plan.engines import Engine, engine_of
 from npu_compiler.plan.estimate import Device, estimate
 from npu_compiler.plan.happens_before import verify
@@ -27,7 +28,7 @@ QUICK = settings(max_examples=100, deadline=None)
 
 def test_two_branches_use_two_streams() -> None:
     program = two_branches()
-    plan = schedule(program.graph, {}, 2)
+    plan = schedule(Dependencies.of(program.graph), {}, 2)
     assert plan is not None
     verify(program.graph, plan)
     streams = {step.node.name: step.stream for step in plan.steps}
@@ -44,7 +45,7 @@ def test_a_chain_stays_on_one_stream() -> None:
     value = program.values[0]
     for _ in range(6):
         value = program.add(aten.sin.default, value)
-    assert schedule(program.done([value]).graph, {}, 4) is None
+    assert schedule(Dependencies.of(program.done([value]).graph), {}, 4) is None
 
 
 def test_a_full_engine_gains_nothing() -> None:
@@ -54,7 +55,7 @@ def test_a_full_engine_gains_nothing() -> None:
     for _ in range(3):
         left = program.add(aten.sin.default, left)
         right = program.add(aten.relu.default, right)
-    assert schedule(program.done([left, right]).graph, {}, 2) is None
+    assert schedule(Dependencies.of(program.done([left, right]).graph), {}, 2) is None
 
 
 def test_stream_limit() -> None:
@@ -66,7 +67,9 @@ def test_stream_limit() -> None:
             value = program.add(aten.sin.default, value)
         outputs.append(value)
     module = program.done(outputs)
-    used = [plan.streams for limit in (2, 3, 4) if (plan := schedule(module.graph, {}, limit)) is not None]
+    used = [
+        plan.streams for limit in (2, 3, 4) if (plan := schedule(Dependencies.of(module.graph), {}, limit)) is not None
+    ]
     assert used == [2, 3, 4]
 
 
@@ -84,7 +87,7 @@ def test_memory_is_kept_until_its_own_stream_is_behind_the_reader() -> None:
         left = program.add(aten.mm.default, left, program.values[0])
     other = program.add(aten.relu.default, program.values[0])
     module = program.done([left, other])
-    plan = place(module.graph, {}, 2, EAGER)
+    plan = place(Dependencies.of(module.graph), {}, 2, EAGER)
     verify(module.graph, plan)
     streams = {step.node: step.stream for step in plan.steps}
     reader = next(node for node in streams if node.name == "add_tensor")
@@ -102,7 +105,7 @@ def test_memory_is_kept_until_its_own_stream_is_behind_the_reader() -> None:
 @QUICK
 @given(programs(), st.integers(2, 4))
 def test_plans_are_proved_and_keep_every_call(program: fx.GraphModule, streams: int) -> None:
-    plan = place(program.graph, {}, streams, EAGER)
+    plan = place(Dependencies.of(program.graph), {}, streams, EAGER)
     verify(program.graph, plan)
     assert [step.node for step in plan.steps] == [node for node in program.graph.nodes if launches(node)]
     assert plan.streams <= streams
@@ -114,7 +117,7 @@ def test_any_order_the_device_may_choose_gives_the_same(
     program: fx.GraphModule, streams: int, choices: random.Random
 ) -> None:
     """Runs the calls on real numbers in a random order that streams and events allow, writes in place included."""
-    plan = place(program.graph, {}, streams, EAGER)
+    plan = place(Dependencies.of(program.graph), {}, streams, EAGER)
     inputs = [torch.linspace(-1, 1, SIDE * SIDE, dtype=torch.float64).view(SIDE, SIDE) / (1 + i) for i in range(2)]
     expected, written = run(program, [step.node for step in plan.steps], inputs)
     got, changed = run(program, shuffled(plan, choices), inputs)
@@ -126,7 +129,7 @@ def test_any_order_the_device_may_choose_gives_the_same(
 @given(programs())
 def test_every_wait_is_needed(program: fx.GraphModule) -> None:
     """On two streams no wait is there for nothing: without any one of them, the check has a counterexample."""
-    plan = place(program.graph, {}, 2, EAGER)
+    plan = place(Dependencies.of(program.graph), {}, 2, EAGER)
     for index, step in enumerate(plan.steps):
         for event in step.waits:
             fewer = dataclasses.replace(step, waits=tuple(item for item in step.waits if item != event))
@@ -145,7 +148,7 @@ def test_every_wait_is_needed(program: fx.GraphModule) -> None:
 def test_same_program_same_plan(data: st.DataObject) -> None:
     """Built twice, at other addresses: the same text."""
     seed = data.draw(st.integers(0, 2**16))
-    plans = [str(place(rebuilt(seed), {}, 3, EAGER)) for _ in range(2)]
+    plans = [str(place(Dependencies.of(rebuilt(seed)), {}, 3, EAGER)) for _ in range(2)]
     assert plans[0] == plans[1]
 
 
@@ -229,7 +232,7 @@ def test_hidden_effects_stay_on_the_main_stream_in_order() -> None:
             program.values.pop()
         draws = [program.add(aten.rand_like.default, program.values[0]) for _ in range(2)]
         module = program.done([*values, *draws])
-        plan = place(module.graph, {}, 3, EAGER)
+        plan = place(Dependencies.of(module.graph), {}, 3, EAGER)
         verify(module.graph, plan)
         pinned = [step for step in plan.steps if "note" in step.node.name or "rand" in step.node.name]
         assert len(pinned) == 5
