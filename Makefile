@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RUN    := OMP_NUM_THREADS=1 $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-full demo serve bench lint format sanitize wheel clean
+.PHONY: help setup build test test-full demo serve bench bench-compiler sweep lint format sanitize wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -30,6 +30,12 @@ serve: setup  ## the same, left running
 
 bench: setup  ## all peers in one interleaved run; rows go to benchmarks/results/
 	$(RUN) -m benchmarks
+
+bench-compiler: setup  ## nodes, kernels, compile seconds, MiB a size: every model and backend (long; --quick in the docs)
+	$(RUN) -m benchmarks compiler
+
+sweep: setup  ## every architecture of vLLM, shrunken: compiled against eager; resumable, writes docs/sweep.md
+	$(RUN) -m benchmarks.sweep
 
 lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

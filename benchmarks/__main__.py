@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernels, row_decode_step, row_graph_launch
+from benchmarks import compiler, kernels, row_decode_step, row_graph_launch
 from benchmarks.harness import Row, Settings, run
 
 RESULTS = Path(__file__).parent / "results"
@@ -123,10 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["kernels"]:
         return kernels.main(arguments[1:])
+    if arguments[:1] == ["compiler"]:
+        return compiler.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
-        epilog="`kernels` as the first argument: the captured tasks of one decoder layer (see `kernels --help`).",
+        epilog="Other commands, as the first argument: `kernels` (the captured tasks of one decoder layer), `compiler` "
+        "(nodes, kernels, seconds and MiB of compilation); each has its --help.",
     )
     parser.add_argument("--rows", help=f"comma-separated rows; default all: {', '.join(all_rows())}")
     parser.add_argument(

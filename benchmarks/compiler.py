@@ -1,0 +1,209 @@
+"""`python -m benchmarks compiler` (`make bench-compiler`): what the compiler does and costs, beside its peers.
+
+For each model: kernels and FX calls of a layer; cold and warm compile seconds by stage; milliseconds and MiB of 35
+captured sizes; vLLM's cold and warm start. Every measurement is a fresh process; peers of a row run one after the
+other. Rows go to benchmarks/results/compiler_<model>.json with their goals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import compiling, kernels, models
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+TIMEOUT_S = 600
+KERNEL_PEERS = ("npugraph_ex", "npugraphs")
+Record = dict[str, Any]
+
+
+def apart(cache: str, kind: str, *arguments: object) -> Record:
+    """One measurement of benchmarks/compiling.py in a fresh process, its compiler caches in `cache`.
+
+    Returns:
+        What it measured, or `missing` with the reason.
+    """
+    target = Path(cache) / "found.json"
+    target.unlink(missing_ok=True)
+    given = ", ".join(map(repr, arguments))
+    code = f"import json; from benchmarks import compiling; found = compiling.{kind}({given}); "
+    code += f"open({str(target)!r}, 'w').write(json.dumps(found))"
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": cache,
+        "VLLM_CACHE_ROOT": cache,
+        "XDG_CACHE_HOME": cache,
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return {"missing": f"no result within {TIMEOUT_S} s"}
+    if not target.exists():
+        lines = [line for line in done.stdout.splitlines() if "Error" in line]
+        return {"missing": (lines or [f"exit code {done.returncode}"])[-1][:300]}
+    return {"missing": None, **json.loads(target.read_text())}
+
+
+def record(row: str, peer: str, unit: str, value: float | None, **more: Any) -> Record:
+    """A row in the shape of the other benchmarks' rows, with what is special to it in `more`."""
+    plain = {"row": row, "peer": peer, "unit": unit, "value": value, "floor": None, "goal": None, "met": None}
+    return plain | {"missing": None} | more
+
+
+def goal(value: float | None, text: str, met: bool) -> Record:
+    return {"goal": text, "met": None if value is None else met}
+
+
+def kernel_rows(name: str, depths: Sequence[int]) -> list[Record]:
+    """Kernels a layer of each backend; ours has to be below npugraph_ex's, and Qwen3's decode graph at most 9."""
+    found = {backend: kernels.measure_apart(backend, name, depths) for backend in kernels.BACKENDS}
+    out = []
+    for backend, one in found.items():
+        value = one.get("kernels")
+        more: Record = {key: one.get(key) for key in ("missing", "nodes_before", "nodes_after", "layer")}
+        peer = found["npugraph_ex"].get("kernels")
+        if backend == "ascend" and peer is not None:
+            more |= goal(value, f"< {peer:g} (npugraph_ex)", value is not None and value < peer)
+        if backend == "vllm" and name == "qwen3":
+            more |= goal(value, "<= 9", value is not None and value <= 9) | {"floor": 7}
+        out.append(record("kernels_per_layer", backend, "kernels", value, **more))
+    return out
+
+
+def compile_rows(name: str, depths: Sequence[int]) -> list[Record]:
+    """Cold and warm seconds of each backend and depth."""
+    out: list[Record] = []
+    cold: dict[tuple[str, int], Record] = {}
+    for layers in depths:
+        for backend in compiling.BACKENDS:
+            with tempfile.TemporaryDirectory() as cache:
+                for start in ("cold", "warm"):
+                    one = apart(cache, "seconds", backend, name, layers)
+                    if start == "cold":
+                        cold[backend, layers] = one
+                    more = {key: one.get(key) for key in ("missing", "dynamo", "compiler", "passes", "capture")}
+                    out.append(record(f"compile_{start}", backend, "s", one.get("total"), layers=layers, **more))
+        ours, eager = cold["ascend", layers].get("total"), cold["aot_eager", layers].get("total")
+        if ours is not None and eager is not None:
+            met = goal(ours, "<= 1.3 x aot_eager", ours / eager <= 1.3)
+            out.append(record("compile_cold_ratio", "aot_eager", "x", ours / eager, layers=layers, **met))
+    after = [_after_lowering(cold["ascend", layers]) for layers in depths]
+    if None not in after:
+        ratio = after[1] / after[0]  # type: ignore[operator]
+        met = goal(ratio, f"<= 2 ({depths[1]} layers against {depths[0]})", ratio <= 2)
+        out.append(record("after_lowering_growth", "ascend", "x", ratio, **met))
+    return out
+
+
+def _after_lowering(found: Record) -> float | None:
+    if found["missing"]:
+        return None
+    return float(found["passes"] + found["capture"])
+
+
+def size_rows(name: str, layers: int) -> list[Record]:
+    """Milliseconds and MiB of 35 sizes in one pool."""
+    with tempfile.TemporaryDirectory() as cache:
+        found = apart(cache, "sizes", name, layers)
+    if found["missing"]:
+        return [record("sizes", "ascend", "MiB", None, missing=found["missing"])]
+    milliseconds, mebibytes = found["milliseconds"], found["mebibytes"]
+    if len(mebibytes) != len(found["lengths"]):
+        missing = f"{len(mebibytes)} captures of {len(found['lengths'])} sizes"
+        return [record("sizes", "ascend", "MiB", None, missing=missing)]
+    growth = sum(mebibytes) / mebibytes[0] if mebibytes[0] else None
+    met = goal(growth, "<= 1.05", growth is not None and growth <= 1.05)
+    return [
+        record("capture_ms", "ascend", "ms", sum(milliseconds) / len(milliseconds), all=milliseconds),
+        record("capture_mib", "ascend", "MiB", sum(mebibytes), all=mebibytes, captures=len(mebibytes)),
+        record("pool_growth", "ascend", "x", growth, captures=len(mebibytes), **met),
+    ]
+
+
+def vllm_rows(name: str, layers: int) -> list[Record]:
+    """Seconds of vLLM's start, cold and again."""
+    if models.FAMILIES[name].encoder:
+        return []
+    with tempfile.TemporaryDirectory() as cache:
+        cold, warm = (apart(cache, "vllm_start", name, layers) for _ in range(2))
+    out = []
+    for start, one in (("cold", cold), ("warm", warm)):
+        more = {key: one.get(key) for key in ("missing", "compile", "capture")}
+        out.append(record(f"vllm_{start}", "vllm", "s", one.get("total"), layers=layers, **more))
+    if not cold["missing"] and not warm["missing"] and cold["compile"]:
+        ratio = warm["compile"] / cold["compile"]
+        met = goal(ratio, "<= 0.33 of the cold compilation", ratio <= 1 / 3)
+        out.append(record("vllm_warm_ratio", "vllm", "x", ratio, layers=layers, **met))
+    return out
+
+
+def line(entry: Record) -> str:
+    """A row as printed."""
+    label = f"  {entry['row']:22s} {entry['peer']:12s}"
+    if "layers" in entry:
+        label += f" {entry['layers']:3d} layers"
+    if entry["value"] is None:
+        return f"{label} missing: {entry['missing']}"
+    parts = [f"{label} {entry['value']:9.3f} {entry['unit']}"]
+    if entry.get("nodes_before") is not None:
+        parts.append(f"FX calls {entry['nodes_before']:g} -> {entry['nodes_after']:g}")
+    parts += [
+        f"{key} {entry[key]:.3f}"
+        for key in ("dynamo", "compiler", "passes", "compile", "capture")
+        if entry.get(key) is not None
+    ]
+    if entry["goal"]:
+        parts.append(f"goal {entry['goal']}: {'met' if entry['met'] else 'NOT met'}")
+    return ", ".join(parts)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0 when every measurement could be made (missed goals and missing peers are reported, not failures)."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks compiler", description=__doc__)
+    parser.add_argument("--models", default=",".join(models.FAMILIES), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--parts", default="kernels,compile,sizes,vllm", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="2 and 4 layers instead of 4 and 28")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    depths = (2, 4) if options.quick else models.DEPTHS
+    parts = {
+        "kernels": lambda name: kernel_rows(name, depths),
+        "compile": lambda name: compile_rows(name, depths),
+        "sizes": lambda name: size_rows(name, depths[0]),
+        "vllm": lambda name: vllm_rows(name, depths[1]),
+    }
+    chosen, names = options.parts.split(","), options.models.split(",")
+    for given, valid in ((chosen, parts), (names, models.FAMILIES)):
+        for one in given:
+            if one not in valid:
+                parser.error(f"no {one!r}; there are {', '.join(valid)}")
+    options.results.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        print(f"{name}: {depths[0]} and {depths[1]} layers, bfloat16", flush=True)
+        rows: list[Record] = []
+        for part in chosen:
+            for entry in parts[part](name):
+                rows.append(entry | {"model": name})
+                print(line(entry), flush=True)
+        about = {"quick": options.quick, "depths": depths, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        (options.results / f"compiler_{name}.json").write_text(json.dumps({"about": about, "records": rows}, indent=1))
+    return 0

@@ -1,0 +1,99 @@
+"""What a compilation costs, measured in a process of its own: seconds by stage, captures by size, vLLM's start.
+
+`benchmarks/compiler.py` starts these processes and compares them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from typing import Any
+
+import torch
+
+from benchmarks import devices, models
+
+BACKENDS = ("ascend", "aot_eager", "npugraph_ex", "inductor")
+SIZES = 35
+
+
+def seconds(backend: str, name: str, layers: int) -> dict[str, Any]:
+    """Seconds from torch.compile to the end of the first call, of a fresh process.
+
+    Parts of `total`: `dynamo`; `compiler`, the backend with AOTAutograd, which holds `passes`; `capture`. The last two
+    are known for `ascend` only. Inductor runs on the plain CPU, the others on the device `npu`.
+    """
+    from torch._dynamo.utils import compilation_time_metrics
+
+    device = torch.device("cpu") if backend == "inductor" else devices.npu()
+    with torch.inference_mode():
+        arguments, step = models.inputs(name, device), models.step(name, layers, device)
+        step(*arguments)  # operators and libraries are loaded before the clock starts
+        start = time.perf_counter()
+        torch.compile(step, backend=backend, fullgraph=True, dynamic=False)(*arguments)
+        if device.type == "npu":
+            torch.npu.synchronize()
+        total = time.perf_counter() - start
+    inside = sum(compilation_time_metrics["OutputGraph.call_user_compiler"])
+    frame = sum(compilation_time_metrics["_compile.compile_inner"])
+    found = {"total": total, "dynamo": frame - inside, "compiler": inside, "passes": None, "capture": None}
+    if backend == "ascend":
+        from npu_compiler.backend import ascend
+
+        newest = ascend.compiled()[-1]
+        assert newest.ledger is not None
+        found["passes"] = sum(record.seconds for record in newest.records)
+        found["capture"] = sum(capture.milliseconds for capture in newest.ledger.captures) / 1e3
+    return found
+
+
+def sizes(name: str, layers: int) -> dict[str, Any]:
+    """Captures one text length after another, largest first, with `ascend`: milliseconds and MiB of each."""
+    from npu_compiler.backend import ascend
+
+    device = devices.npu()
+    model = models.step(name, layers, device).model
+    compiled = torch.compile(model, backend="ascend")
+    lengths = [2 * (SIZES - index) + 6 for index in range(SIZES)]
+    with torch.inference_mode():
+        for length in lengths:
+            tokens = torch.randint(1, models.VOCABULARY, (1, length), device=device)
+            torch._dynamo.mark_dynamic(tokens, 1)
+            extra = {} if models.FAMILIES[name].encoder else {"use_cache": False}
+            compiled(tokens, **extra)
+    captures = [capture for graph in ascend.compiled() if graph.ledger for capture in graph.ledger.captures]
+    return {
+        "lengths": lengths,
+        "milliseconds": [capture.milliseconds for capture in captures],
+        "mebibytes": [capture.mebibytes for capture in captures],
+    }
+
+
+def vllm_start(name: str, layers: int) -> dict[str, Any]:
+    """Seconds of an engine's start in FULL_DECODE_ONLY, and of the compilation in it; vLLM's import is not counted."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        models.configuration(name, layers).save_pretrained(folder)
+        start = time.perf_counter()
+        llm = LLM(
+            model=folder,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            dtype="bfloat16",
+            max_model_len=models.POSITIONS,
+            max_num_seqs=models.BATCH,
+            max_num_batched_tokens=models.POSITIONS,
+            kv_cache_memory_bytes=64 << 20,
+            disable_log_stats=True,
+            compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]},
+        )
+        total = time.perf_counter() - start
+    report = llm.collective_rpc("report")[0]
+    return {
+        "total": total,
+        "compile": llm.llm_engine.vllm_config.compilation_config.compilation_time,
+        "capture": report["capture_milliseconds"] / 1e3,
+    }
