@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +17,26 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.utils import detect_fake_mode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import npu_compiler
+from npu_compiler import cache, fusion_kernels
 from npu_compiler.aclgraph import npugraph_ex
 from npu_compiler.aclgraph.ledger import Ledger
 from npu_compiler.aclgraph.replay import Replayer
+from npu_compiler.cache import Program
 from npu_compiler.config import Options, refuse_mode
+from npu_compiler.errors import StoredProgramError
 from npu_compiler.fusion_kernels.chosen import providers
-from npu_compiler.graph import digest
+from npu_compiler.graph import digest, serialized
+from npu_compiler.graph.source import where
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
 from npu_compiler.passes.record import PassRecord
 
 GraphHook = Callable[[fx.Graph], None]
+STORED = "stored"
 
 
 class CompiledGraph:
@@ -41,6 +48,7 @@ class CompiledGraph:
         records: what each pass did, in order.
         graph: the program after the passes; None where gradients are needed: it is neither rewritten nor captured.
         ledger: captures and replays; None where nothing is captured (compile_fx).
+        stored: what the cache did for it, as text; empty without a cache.
     """
 
     def __init__(self, name: str, options: Options) -> None:
@@ -49,6 +57,7 @@ class CompiledGraph:
         self.records: list[PassRecord] = []
         self.graph: fx.GraphModule | None = None
         self.ledger: Ledger | None = None
+        self.stored = ""
         self._call: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -62,6 +71,8 @@ class CompiledGraph:
             parts.append("gradients are needed: no passes, no captures")
         elif self.options.capture_with != "ascend":
             parts.append(f"captured by {self.options.capture_with}, which keeps no ledger")
+        if self.stored:
+            parts.append(f"program {self.stored}")
         return "\n".join([self.name, *(f"  {line}" for part in parts for line in str(part).splitlines())])
 
 
@@ -94,7 +105,8 @@ class AscendBackend:
             compiled.ledger = replayer.ledger
             return replayer
 
-        _compile(compiled, gm, example_inputs, serve)
+        found, keep = _stored(compiled, gm, example_inputs) if chosen.cache else (None, None)
+        _compile(compiled, gm, example_inputs, serve, found=found, keep=keep)
         self._compiled.add(compiled)
         return compiled
 
@@ -119,6 +131,7 @@ def compile_fx(
     *,
     before_lowering: GraphHook | None = None,
     after_passes: GraphHook | None = None,
+    keep: Callable[[bytes], None] | None = None,
     name: str = "graph",
 ) -> CompiledGraph:
     """Lowers `gm` and runs the passes; captures nothing.
@@ -128,6 +141,7 @@ def compile_fx(
         example_inputs: what it will be called with: real or fake tensors, and sizes (int or SymInt).
         before_lowering: called with the dynamo graph; may rewrite it.
         after_passes: called with the functional graph after the passes and before writes go back in place.
+        keep: called with the result as bytes, which `load_fx` takes, if it can be stored.
 
     Returns:
         A callable with the graph's own convention, mutations and returned structure included (a flat tuple comes back
@@ -140,7 +154,25 @@ def compile_fx(
     if before_lowering is not None:
         before_lowering(gm.graph)
         gm.recompile()
-    return _compile(compiled, gm, example_inputs, lambda functional: functional.graph.forward, after_passes)
+    keep_program = None if keep is None else lambda program: keep(cache.write(program))
+    return _compile(
+        compiled, gm, example_inputs, lambda functional: functional.graph.forward, after_passes, keep=keep_program
+    )
+
+
+def load_fx(data: bytes, gm: fx.GraphModule, example_inputs: Sequence[Any], name: str = "graph") -> CompiledGraph:
+    """What `compile_fx` made of `gm`, from the bytes it gave to `keep`. `gm` is changed in place.
+
+    Raises:
+        StoredProgramError: the bytes are damaged, of another version, or were made for other sizes.
+    """
+    found = cache.read(data, cache.symbolic_inputs(gm, example_inputs))
+    if isinstance(found, str):
+        raise StoredProgramError(
+            found, where=name, rule="a stored program is used only where it fits", fix="compile again"
+        )
+    compiled = CompiledGraph(name, Options(capture=False))
+    return _compile(compiled, gm, example_inputs, lambda functional: functional.graph.forward, found=found)
 
 
 def _compile(
@@ -149,21 +181,72 @@ def _compile(
     example_inputs: Sequence[Any],
     serve: Callable[[Functional], Callable[..., Any]],
     after_passes: GraphHook | None = None,
+    found: Program | None = None,
+    keep: Callable[[Program], None] | None = None,
 ) -> CompiledGraph:
-    """The common road: lowering, passes, then whatever serves the calls."""
+    """The common road: lowering, passes, then whatever serves the calls.
+
+    Args:
+        found: a stored program of the same graph, which takes the place of lowering and passes.
+        keep: called with the program behind the passes, where it can be stored.
+    """
     pipeline.selected(compiled.options)  # a wrong pass name is refused before the work starts
+
+    mode = detect_fake_mode(list(example_inputs))
+    environment = mode.shape_env if mode is not None else None
+    known_guards = len(environment.guards) if environment is not None else 0
 
     def finish(functional: Functional) -> Callable[..., Any]:
         compiled.graph = functional.graph
         compiled.records = pipeline.run(
             functional.graph, compiled.options, after_rules=after_passes, dump_name=compiled.name
         )
+        if keep is not None:
+            why_not = functional.convention or serialized.why_not(functional.graph)
+            compiled.stored = f"not stored: {why_not}" if why_not else STORED
+            if not why_not:
+                guards = cache.guards_since(environment, known_guards)
+                keep(Program(functional.graph, functional.stable, compiled.records, guards))
         return serve(functional)
 
     unflatten = _return_flat_tuple(gm)
-    call = lower(gm, example_inputs, finish)
+    if found is not None:
+        compiled.graph, compiled.records, compiled.stored = found.graph, found.records, "from the cache"
+        call = serve(Functional(found.graph, list(example_inputs), found.stable))
+    else:
+        call = lower(gm, example_inputs, finish)
     compiled._call = call if unflatten is None else lambda *args: unflatten(call(*args))
     return compiled
+
+
+def _stored(
+    compiled: CompiledGraph, gm: fx.GraphModule, example_inputs: Sequence[Any]
+) -> tuple[Program | None, Callable[[Program], None] | None]:
+    """The stored program of a dynamo graph, or how to store it; neither where it can't be told from another."""
+    graph = cache.graph_parts(gm, example_inputs)
+    if isinstance(graph, str):
+        compiled.stored = f"not stored: {graph}"
+        return None, None
+    parts = {**graph, **compiler_parts(compiled.options), "device": str(torch.npu.get_device_name())}
+    store = cache.ProgramCache(cache.folder())
+    found = store.load(parts, cache.symbolic_inputs(gm, example_inputs))
+    if isinstance(found, Program):
+        return found, None
+    first = next((node for node in gm.graph.nodes if node.op.startswith("call")), None)
+    return None, functools.partial(store.store, compiled.name if first is None else where(first), parts)
+
+
+def compiler_parts(options: Options) -> dict[str, str]:
+    """Everything that decides what the compiler makes of a graph, part by part, as text."""
+    folders = [Path(str(module.__file__)).parent for module in (npu_compiler, pipeline, fusion_kernels)]
+    elsewhere = ("cache", "dump_dir", "check", "rules", "passes", "disabled_passes", "disabled_rules")
+    decisive = {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.name not in elsewhere}
+    return {
+        **{f"option {name}": repr(value) for name, value in decisive.items()},
+        "passes": pipeline.fingerprint(options),
+        "versions": digest.versions(),
+        "sources": digest.of_sources(folders),
+    }
 
 
 def fingerprint(options: Mapping[str, Any] | Options | None = None) -> str:
@@ -174,14 +257,7 @@ def fingerprint(options: Mapping[str, Any] | Options | None = None) -> str:
     Raises:
         OptionError: an option is wrong, or a user's rule or pass can't be hashed.
     """
-    chosen = Options.of(options)
-    package = Path(npu_compiler.__file__).parent
-    folders = [package / "lowering", package / "graph", package / "facts", Path(pipeline.__file__).parent]
-    elsewhere = ("dump_dir", "check", "rules", "passes", "disabled_passes", "disabled_rules")  # in pipeline.fingerprint
-    decisive = {entry.name: getattr(chosen, entry.name) for entry in fields(chosen) if entry.name not in elsewhere}
-    return digest.of_text(
-        sorted(decisive.items()), pipeline.fingerprint(chosen), digest.versions(), digest.of_sources(folders)
-    )
+    return digest.of_text(*sorted(compiler_parts(Options.of(options)).items()))
 
 
 def _return_flat_tuple(gm: fx.GraphModule) -> Callable[[Any], Any] | None:

@@ -21,7 +21,16 @@ def main(arguments: list[str] | None = None) -> int:
         "Exits 1 when something needed is missing.",
     )
     doctor.add_argument("--json", action="store_true", help="print the same facts as JSON")
+    explain = commands.add_parser(
+        "explain-miss",
+        help="why functions were compiled instead of taken from the cache",
+        description="For each compiled program in the cache: the place in the code, and what differed from the nearest "
+        "program that was stored before it. $NPU_COMPILER_CACHE names the cache's folder.",
+    )
+    explain.add_argument("--json", action="store_true", help="print the same facts, and all parts of the keys, as JSON")
     parsed = parser.parse_args(arguments)
+    if parsed.command == "explain-miss":
+        return run_explain_miss(as_json=parsed.json)
     return run_doctor(as_json=parsed.json)
 
 
@@ -35,6 +44,21 @@ def run_doctor(as_json: bool) -> int:
     else:
         print(doctor.as_text(findings))
     return 1 if any(finding.state == "error" for finding in findings) else 0
+
+
+def run_explain_miss(as_json: bool) -> int:
+    """Prints what is stored and why each of it had been missed."""
+    from npu_compiler import cache
+
+    entries = cache.ProgramCache(cache.folder()).entries()
+    if as_json:
+        print(json.dumps(entries, indent=1))
+        return 0
+    for entry in entries:
+        print("\n".join([entry["name"], *(f"  {line}" for line in entry["missed"])]))
+    if not entries:
+        print(f"nothing is stored in {cache.folder()}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -52,6 +52,9 @@ class Options:
     `user_rules`, in front of the built-in rules."""
     passes: tuple[Any, ...] = ()
     """Your own passes (passes.record.Pass, placed by `before` or `after`), or "module:name" of a pass or a list."""
+    cache: bool = False
+    """Keep compiled programs on disk (npu_compiler/cache.py); the next process that compiles the same function for the
+    same inputs skips everything behind Dynamo. $NPU_COMPILER_CACHE names the folder."""
     check: bool = False
     """Check the program after every pass (graph/spec.py); a pass that breaks it is named in a SpecError."""
     dump_dir: str = ""

@@ -55,5 +55,9 @@ class StaleOutputError(NpuCompilerError):
     """With clone_outputs=False: a replay would overwrite an output that is still in use."""
 
 
+class StoredProgramError(NpuCompilerError):
+    """A compiled program that was stored can't be used here."""
+
+
 class TrainingWarning(UserWarning):
     """A compiled function needs gradients, so it runs without passes and without capture."""

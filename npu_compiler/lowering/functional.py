@@ -20,6 +20,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import fx
 from torch._dynamo.utils import detect_fake_mode
+from torch._functorch._aot_autograd.schemas import OutputType, PlainTensorMeta
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -43,11 +44,13 @@ class Functional:
         inputs: the fake inputs, in placeholder order.
         stable: indices of inputs whose address does not change between calls: parameters, buffers and tensors marked
             with torch._dynamo.mark_static_address.
+        convention: what AOTAutograd does around the graph at each call, as text; empty where it only calls it.
     """
 
     graph: fx.GraphModule
     inputs: list[Any]
     stable: tuple[int, ...]
+    convention: str = ""
 
 
 def lower(
@@ -64,7 +67,8 @@ def lower(
     """
 
     def inference(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
-        return _boxed(finish(Functional(graph, inputs, _stable_inputs(len(inputs)))))
+        convention = _convention(inputs, example_inputs)
+        return _boxed(finish(Functional(graph, inputs, _stable_inputs(len(inputs)), convention)))
 
     def forward(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
         warnings.warn(NEEDS_GRADIENTS, TrainingWarning, stacklevel=2)
@@ -102,6 +106,24 @@ def _stable_inputs(count: int) -> tuple[int, ...]:
     if context is None or context.fw_metadata is None:
         return ()
     return tuple(index for index in context.fw_metadata.static_input_indices if index < count)
+
+
+def _convention(inputs: Sequence[Any], example_inputs: Sequence[Any]) -> str:
+    """What AOTAutograd's wrapper does beyond calling the graph it made; empty if nothing."""
+    context = TracingContext.try_get()
+    metadata = None if context is None else context.fw_metadata
+    if metadata is None:
+        return "nothing is known about AOTAutograd's calling convention"
+    if len(inputs) != len(example_inputs):
+        return "inputs that share memory are merged"
+    if metadata.mutated_inp_runtime_indices:
+        return "inputs are written behind the graph"
+    if any(entry.output_type is not OutputType.non_alias for entry in metadata.output_info):
+        return "outputs are views of inputs or of each other"
+    if metadata.tokens or metadata.grad_enabled_mutation is not None or metadata.num_intermediate_bases:
+        return "effects are handled around the graph"
+    plain = all(isinstance(entry, (int, PlainTensorMeta)) for entry in metadata.subclass_inp_meta)
+    return "" if plain else "inputs are tensor subclasses"
 
 
 def _tracing_context(example_inputs: Sequence[Any]) -> contextlib.AbstractContextManager[object]:

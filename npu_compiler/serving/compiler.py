@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.fx as fx
+from torch._functorch._aot_autograd import autograd_cache
+from torch._functorch._aot_autograd.schemas import AOTConfig
 from vllm.compilation.compiler_interface import CompilerInterface
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.compilation.passes.ir.lowering_pass import VllmIRLoweringPass
@@ -15,7 +20,8 @@ from vllm.config.utils import Range
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from npu_compiler.backend import compile_fx, fingerprint
+from npu_compiler.backend import STORED, compile_fx, fingerprint, load_fx
+from npu_compiler.errors import StoredProgramError
 from npu_compiler.serving import qkv_attention
 from npu_compiler.serving.options import ServingOptions, compile_options
 
@@ -54,8 +60,9 @@ class PassManager(InductorPass):
 class AscendCompiler(CompilerInterface):
     """Compiles one piece of a model for a range of token counts.
 
-    vLLM captures by itself (graph_wrapper.py), so this is the backend without its capture. Nothing is cached on disk:
-    `compile` returns no handle, and vLLM compiles again in every process.
+    vLLM captures by itself (graph_wrapper.py), so this is the backend without its capture. What was compiled lies in
+    vLLM's compile cache, one file a piece: the next start with the same settings loads it and skips lowering and
+    passes. Pieces that are equal but for names, as those of a model's layers, are compiled once.
     """
 
     name = "ascend"
@@ -63,6 +70,11 @@ class AscendCompiler(CompilerInterface):
     def __init__(self) -> None:
         qkv_attention.register()
         self._options = compile_options({})
+        self._folder: Path | None = None
+
+    def initialize_cache(self, cache_dir: str, disable_cache: bool = False, prefix: str = "") -> None:
+        """See CompilerInterface."""
+        self._folder = None if disable_cache else Path(cache_dir)
 
     def compute_hash(self, vllm_config: VllmConfig) -> str:
         """Changes when the backend, its options or its passes do. vLLM calls it before the first `compile`."""
@@ -78,13 +90,49 @@ class AscendCompiler(CompilerInterface):
         key: str | None = None,
     ) -> tuple[Callable[..., Any] | None, Any | None]:
         """See CompilerInterface. `graph` is left as it is: vLLM compiles it once a range."""
+        tell_vllm_the_key(graph, example_inputs)
+        name = key or f"vllm_{compile_range.start}_{compile_range.end}"
+        file = None if self._folder is None else self._folder / f"{name}.program"
         compiled = compile_fx(
             copy.deepcopy(graph),
             example_inputs,
             self._options,
             before_lowering=compiler_config["pre_grad_custom_pass"],
             after_passes=compiler_config[current_platform.pass_key],
-            name=key or f"vllm_{compile_range.start}_{compile_range.end}",
+            keep=None if file is None else functools.partial(_write, file),
+            name=name,
         )
         logger.debug("%s", compiled)
-        return compiled, None
+        stored = file is not None and compiled.stored == STORED
+        return compiled, (name, str(file)) if stored else None
+
+    def load(
+        self,
+        handle: Any,
+        graph: fx.GraphModule,
+        example_inputs: list[Any],
+        graph_index: int,
+        compile_range: Range,
+    ) -> Callable[..., Any] | None:
+        """See CompilerInterface. None, which makes vLLM compile, where the stored program can't be used."""
+        name, file = handle
+        try:
+            return load_fx(Path(file).read_bytes(), copy.deepcopy(graph), example_inputs, name)
+        except (OSError, StoredProgramError) as error:
+            logger.warning("The stored program %s is compiled again: %s", file, error)
+            return None
+
+
+def _write(file: Path, data: bytes) -> None:
+    file.write_bytes(data)
+
+
+def tell_vllm_the_key(graph: fx.GraphModule, example_inputs: list[Any]) -> None:
+    """Asks for torch's cache key of the graph, which is where vLLM finds out that it has compiled an equal one.
+
+    vLLM's CompilerManager.compile listens to `autograd_cache_key` and, at a key it knows, takes the earlier result.
+    Graphs that torch has no key for are compiled one by one.
+    """
+    config = AOTConfig(None, None, None, {}, 0, 0, keep_inference_input_mutations=True)
+    with contextlib.suppress(autograd_cache.BypassAOTAutogradCache):
+        autograd_cache.autograd_cache_key(graph, example_inputs, config)

@@ -1,0 +1,222 @@
+"""Compiled programs on disk: a warm start skips everything behind Dynamo.
+
+An entry's key is the hash of everything that decides what the compiler makes of a graph, kept part by part: the graph,
+its inputs, each option, the passes, the sources, the versions, the device. So a miss can say which part differed from
+the nearest entry (`npu-compiler explain-miss`). A file that is damaged, or was written for other sizes, is a miss that
+says so, never an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from npu_compiler.fusion_kernels import register
+from npu_compiler.graph import serialized
+from npu_compiler.graph.digest import of_text
+from npu_compiler.graph.effects import storage
+from npu_compiler.passes.record import PassRecord
+
+FOLDER = "NPU_COMPILER_CACHE"
+"""Environment variable with the folder; without it, `npu_compiler` in the user's cache folder ($XDG_CACHE_HOME)."""
+LIMIT = 1 << 30
+"""Bytes that entries may take together; the least recently used go first."""
+MAGIC = b"npu_compiler program 1\n"
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is stored of a compiled graph.
+
+    Attributes:
+        graph: the program after the passes. `stable`: see lowering.functional.Functional.
+        records: what the passes did, for the report.
+        guards: what lowering and passes assumed about sizes, which holds for every caller.
+    """
+
+    graph: fx.GraphModule
+    stable: tuple[int, ...]
+    records: list[PassRecord]
+    guards: tuple[sympy.Basic, ...]
+
+
+def folder() -> Path:
+    """Where entries lie."""
+    given = os.environ.get(FOLDER)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given) if given else base / "npu_compiler"
+
+
+class ProgramCache:
+    """The entries of one folder."""
+
+    def __init__(self, place: Path, limit: int = LIMIT) -> None:
+        self._place = place
+        self._limit = limit
+
+    def load(self, parts: Mapping[str, str], inputs: Sequence[Any]) -> Program | str:
+        """The stored program for these parts, or why there is none; `inputs` as `read` takes them."""
+        file = self._file(parts)
+        try:
+            data = file.read_bytes()
+        except OSError:
+            return "not stored"
+        program = read(data, inputs)
+        if isinstance(program, Program):
+            os.utime(file)
+        return program
+
+    def store(self, name: str, parts: Mapping[str, str], program: Program) -> None:
+        """Writes an entry, with the reason why it was not there, and drops the oldest ones above the limit."""
+        file = self._file(parts)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        about = {"name": name, "parts": dict(parts), "missed": self.explain(parts), "stored": time.time()}
+        _write(file, write(program))
+        _write(file.with_suffix(".json"), json.dumps(about, indent=1).encode())
+        self._drop_oldest()
+
+    def explain(self, parts: Mapping[str, str]) -> list[str]:
+        """What differs between `parts` and the entry that is nearest to it, a line each."""
+        entries = [about["parts"] for about in self.entries()]
+        if not entries:
+            return ["nothing is stored yet"]
+        nearest = min(entries, key=lambda other: len(_differing(other, parts)))
+        return [
+            f"{part}: {nearest.get(part, 'absent')} -> {parts.get(part, 'absent')}"
+            for part in _differing(nearest, parts)
+        ]
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What is stored, oldest first: name, parts, why it had been missed, when it was stored."""
+        found = []
+        for file in self._place.glob("*/*.json"):
+            try:
+                found.append(json.loads(file.read_text()))
+            except (OSError, ValueError):  # dropped or damaged meanwhile
+                continue
+        return sorted(found, key=lambda about: about["stored"])
+
+    def _file(self, parts: Mapping[str, str]) -> Path:
+        key = of_text(*sorted(parts.items()))
+        return self._place / key[:2] / f"{key}.program"
+
+    def _drop_oldest(self) -> None:
+        files = sorted(self._place.glob("*/*.program"), key=lambda file: file.stat().st_mtime, reverse=True)
+        total = 0
+        for file in files:
+            total += file.stat().st_size
+            if total > self._limit:
+                file.unlink(missing_ok=True)
+                file.with_suffix(".json").unlink(missing_ok=True)
+
+
+def write(program: Program) -> bytes:
+    """A program as bytes that `read` knows to be whole."""
+    rest = pickle.dumps((program.stable, program.records, program.guards))
+    body = pickle.dumps((serialized.dumps(program.graph), rest))
+    return MAGIC + hashlib.sha256(body).digest() + body
+
+
+def read(data: bytes, inputs: Sequence[Any]) -> Program | str:
+    """What `write` wrote, for callers with these inputs (fake tensors and sizes); or why it can't be used.
+
+    The guards of the stored program become guards of the inputs' shape environment.
+    """
+    head = len(MAGIC) + hashlib.sha256().digest_size
+    if not data.startswith(MAGIC) or hashlib.sha256(data[head:]).digest() != data[len(MAGIC) : head]:
+        return "the stored file is damaged or of another version"
+    graph, rest = pickle.loads(data[head:])
+    stable, records, guards = pickle.loads(rest)
+    environment = next((item.node.shape_env for item in inputs if isinstance(item, torch.SymInt)), None)
+    for guard in guards:
+        if environment is None or not environment.evaluate_expr(guard):
+            return f"it was compiled for sizes with {guard}"
+    register()
+    try:
+        return Program(serialized.loads(graph, inputs), stable, records, guards)
+    except AttributeError as missing:  # how torch.ops says that there is no such operator
+        return f"an operator of the stored program is not there: {missing}"
+
+
+def graph_parts(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, str] | str:
+    """What a dynamo graph and its inputs add to the key; or why it has none."""
+    lines = []
+    for node in gm.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            return f"it holds the module or constant {node.target}"
+        target = node.target if isinstance(node.target, str) else _qualified(node.target)
+        if "<locals>" in target or "<lambda>" in target:
+            return f"it calls {target}, which has no name"
+        lines.append(f"{node.name} = {node.op} {target} {node.args!r} {node.kwargs!r}")
+    state = {
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "autocast": torch.is_autocast_enabled("npu"),
+    }
+    return {
+        "graph": of_text(*lines),
+        "inputs": "; ".join(
+            _described(value, symbolic, example_inputs)
+            for value, symbolic in zip(example_inputs, symbolic_inputs(gm, example_inputs), strict=True)
+        ),
+        "state": ", ".join(f"{name} {value}" for name, value in state.items()),
+    }
+
+
+def symbolic_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+    """The inputs of a dynamo graph as it traced them: fake tensors whose dynamic sizes are symbols."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return [node.meta.get("example_value", value) for node, value in zip(placeholders, example_inputs, strict=True)]
+
+
+def guards_since(environment: ShapeEnv | None, count: int) -> tuple[sympy.Basic, ...]:
+    """The guards a shape environment got after its first `count`."""
+    return () if environment is None else tuple(guard.expr for guard in environment.guards[count:])
+
+
+def _described(value: Any, symbolic: Any, among: Sequence[Any]) -> str:
+    """Everything of an input that a compiled program depends on; which inputs share memory is part of it.
+
+    Args:
+        symbolic: the input as dynamo traced it: its dynamic sizes are symbols.
+    """
+    if not isinstance(value, torch.Tensor):
+        return f"{type(value).__name__} {symbolic}"
+    tensors = [other for other in among if isinstance(other, torch.Tensor)]
+    owner = next(index for index, other in enumerate(tensors) if storage(other) == storage(value))
+    static = getattr(value, "_dynamo_static_input_type", "")
+    layout = f"{tuple(symbolic.shape)} {tuple(symbolic.stride())} + {symbolic.storage_offset()} of {owner}"
+    grad = "grad" if value.requires_grad else ""
+    return " ".join(f"{type(value).__name__} {value.dtype} {value.device} {layout} {static} {grad}".split())
+
+
+def _qualified(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+
+
+def _differing(left: Mapping[str, str], right: Mapping[str, str]) -> list[str]:
+    return [part for part in sorted({*left, *right}) if left.get(part) != right.get(part)]
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Writes all of it or nothing, also where two processes write the same entry."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
+        part.write(data)
+    Path(part.name).replace(file)
