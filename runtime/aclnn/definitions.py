@@ -266,7 +266,8 @@ def _parse(text: str, file: str, line: int) -> list[Definition]:
     if stripped.startswith("["):
         start = len(rest) - len(stripped)
         end = _matching(rest, start, problem)
-        constraints = [c.strip() for c in rest[start + 1 : end - 1].split(";") if c.strip()]
+        clauses = re.findall(r'(?:"[^"]*"|[^";])+', rest[start + 1 : end - 1])  # a semicolon in words does not end one
+        constraints = [clause.strip() for clause in clauses if clause.strip()]
         rest = rest[:start] + "\n" * rest[start:end].count("\n") + rest[end:]
     prepared = aten = None
     base = line + text[:close].count("\n")

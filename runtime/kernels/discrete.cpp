@@ -24,25 +24,34 @@ decltype(auto) visit(Element type, Body&& body) {
   }
 }
 
+/// Calls `body(out, a, b, condition)` with the first elements of each run of `nest.width`.
+template <typename R, typename T, typename Body>
+void each_run(const Discrete& p, const Body& body) {
+  if (p.nest.empty) return;
+  Cursor<4> at;
+  do {
+    body(
+        static_cast<R*>(p.out) + at.offsets[0], static_cast<const T*>(p.a) + at.offsets[1],
+        p.b != nullptr ? static_cast<const T*>(p.b) + at.offsets[2] : reinterpret_cast<const T*>(&p.constant),
+        static_cast<const bool*>(p.condition) + at.offsets[3]);
+  } while (at.advance(p.nest));
+}
+
+/// `factor` as an operand of the operations that have one.
 template <typename T>
-const T* second(const Discrete& p, const Cursor<4>& at) {
-  return p.b != nullptr ? static_cast<const T*>(p.b) + at.offsets[2]
-                        : reinterpret_cast<const T*>(&p.constant);
+T factor_of(const Discrete& p) {
+  if constexpr (std::is_arithmetic_v<T>) return static_cast<T>(p.factor);
+  return T{};
 }
 
 /// `Operation::apply(a, b, factor)` on every element; the loops over neighbours stand apart so that they
 /// vectorise.
 template <typename T, typename R, typename Operation>
 void elementwise(const Discrete& p) {
-  if (p.nest.empty) return;
+  const T factor = factor_of<T>(p);
   const int64_t width = p.nest.width;
   const auto step = p.nest.step;
-  const auto factor = static_cast<T>(p.factor);
-  Cursor<4> at;
-  do {
-    R* out = static_cast<R*>(p.out) + at.offsets[0];
-    const T* a = static_cast<const T*>(p.a) + at.offsets[1];
-    const T* b = second<T>(p, at);
+  each_run<R, T>(p, [&](R* out, const T* a, const T* b, const bool*) {
     if (step[0] == 1 && step[1] == 1 && step[2] == 1) {
       for (int64_t i = 0; i < width; ++i) out[i] = Operation::apply(a[i], b[i], factor);
     } else if (step[0] == 1 && step[1] == 1 && step[2] == 0) {
@@ -52,7 +61,7 @@ void elementwise(const Discrete& p) {
       for (int64_t i = 0; i < width; ++i)
         out[i * step[0]] = Operation::apply(a[i * step[1]], b[i * step[2]], factor);
     }
-  } while (at.advance(p.nest));
+  });
 }
 
 template <Arithmetic arithmetic>
@@ -72,8 +81,8 @@ struct Calculate {
 
 template <Comparison comparison>
 struct Compare {
-  template <typename T, typename F>
-  static bool apply(T left, T right, F) {
+  template <typename T>
+  static bool apply(T left, T right, T) {
     const auto a = value_of(left);
     const auto b = value_of(right);
     if constexpr (comparison == Comparison::kEqual) return a == b;
@@ -94,75 +103,37 @@ struct Combine {
   }
 };
 
-/// As elementwise(), but `factor` has no meaning in T.
-template <typename T, typename Operation>
-void compared(const Discrete& p) {
-  if (p.nest.empty) return;
-  const int64_t width = p.nest.width;
-  const auto step = p.nest.step;
-  Cursor<4> at;
-  do {
-    bool* out = static_cast<bool*>(p.out) + at.offsets[0];
-    const T* a = static_cast<const T*>(p.a) + at.offsets[1];
-    const T* b = second<T>(p, at);
-    if (step[0] == 1 && step[1] == 1 && step[2] == 0) {
-      const T repeated = *b;
-      for (int64_t i = 0; i < width; ++i) out[i] = Operation::apply(a[i], repeated, 0);
-    } else {
-      for (int64_t i = 0; i < width; ++i)
-        out[i * step[0]] = Operation::apply(a[i * step[1]], b[i * step[2]], 0);
-    }
-  } while (at.advance(p.nest));
-}
-
 template <typename T>
 void choose(const Discrete& p) {
-  if (p.nest.empty) return;
-  const int64_t width = p.nest.width;
   const auto step = p.nest.step;
-  Cursor<4> at;
-  do {
-    T* out = static_cast<T*>(p.out) + at.offsets[0];
-    const T* a = static_cast<const T*>(p.a) + at.offsets[1];
-    const T* b = second<T>(p, at);
-    const bool* condition = static_cast<const bool*>(p.condition) + at.offsets[3];
-    for (int64_t i = 0; i < width; ++i)
+  each_run<T, T>(p, [&](T* out, const T* a, const T* b, const bool* condition) {
+    for (int64_t i = 0; i < p.nest.width; ++i)
       out[i * step[0]] = condition[i * step[3]] ? a[i * step[1]] : b[i * step[2]];
-  } while (at.advance(p.nest));
+  });
 }
 
 template <typename T>
 void masked_fill(const Discrete& p) {
-  if (p.nest.empty) return;
-  const int64_t width = p.nest.width;
   const auto step = p.nest.step;
   T value;
   std::memcpy(&value, &p.constant, sizeof(value));
-  Cursor<4> at;
-  do {
-    T* out = static_cast<T*>(p.out) + at.offsets[0];
-    const bool* condition = static_cast<const bool*>(p.condition) + at.offsets[3];
-    for (int64_t i = 0; i < width; ++i) {
+  each_run<T, T>(p, [&](T* out, const T*, const T*, const bool* condition) {
+    for (int64_t i = 0; i < p.nest.width; ++i)
       if (condition[i * step[3]]) out[i * step[0]] = value;
-    }
-  } while (at.advance(p.nest));
+  });
 }
 
 template <typename From, typename To>
 void convert(const Discrete& p) {
-  if (p.nest.empty) return;
   const int64_t width = p.nest.width;
   const auto step = p.nest.step;
-  Cursor<4> at;
-  do {
-    To* out = static_cast<To*>(p.out) + at.offsets[0];
-    const From* a = static_cast<const From*>(p.a) + at.offsets[1];
+  each_run<To, From>(p, [&](To* out, const From* a, const From*, const bool*) {
     if (step[0] == 1 && step[1] == 1) {
       for (int64_t i = 0; i < width; ++i) out[i] = element_of<To>(value_of(a[i]));
     } else {
       for (int64_t i = 0; i < width; ++i) out[i * step[0]] = element_of<To>(value_of(a[i * step[1]]));
     }
-  } while (at.advance(p.nest));
+  });
 }
 
 template <template <Arithmetic> class Operation, Arithmetic arithmetic>
@@ -174,8 +145,9 @@ DiscreteKernel on_integers(Element type) {
 
 template <Comparison comparison>
 DiscreteKernel on_any(Element type) {
-  return visit(type,
-               [](auto zero) -> DiscreteKernel { return compared<decltype(zero), Compare<comparison>>; });
+  return visit(type, [](auto zero) -> DiscreteKernel {
+    return elementwise<decltype(zero), bool, Compare<comparison>>;
+  });
 }
 
 template <typename V>

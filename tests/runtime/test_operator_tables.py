@@ -64,6 +64,13 @@ def test_a_wrong_definition_is_refused_with_its_line(tmp_path: Path, text: str, 
     assert re.match(r"wrong\.ops:\d+:", result.stderr)
 
 
+def test_words_of_a_constraint_may_hold_semicolons(tmp_path: Path) -> None:
+    table = tmp_path / "words.ops"
+    table.write_text('aclnnX(In self) [require(self: false, "is reserved; leave it out"); rank(self): 2] = f(self)\n')
+    assert run(table, tmp_path / "out.cpp").returncode == 0
+    assert '"is reserved; leave it out"' in (tmp_path / "out.cpp").read_text()
+
+
 def recent_message() -> str:
     library = ctypes.CDLL("libascendcl.so")
     library.aclGetRecentErrMsg.restype = ctypes.c_char_p
