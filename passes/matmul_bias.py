@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from npu_compiler.facts.sizes import Fact, equal, known
+from npu_compiler.fusion_kernels.norms import CANN_DTYPES
 from npu_compiler.passes.pattern import Any, Call, Match
 from npu_compiler.passes.rewrite import Build, NearMiss, Rule
 
@@ -34,6 +35,7 @@ def _legal(match: Match) -> Fact:
         known(x.dim() == 2 and weight.dim() == 2, f"{x.dim()} and {weight.dim()} dimensions are multiplied, not 2")
         & known(bias.dim() == 1, f"what is added has {bias.dim()} dimensions: no bias")
         & known(x.dtype == weight.dtype == bias.dtype, f"dtypes {x.dtype}, {weight.dtype} and {bias.dtype} are mixed")
+        & known(x.dtype in CANN_DTYPES, f"{x.dtype} is not one of {CANN_DTYPES}")
         & equal(bias.shape[0], weight.shape[1], "bias and columns")
     )
 

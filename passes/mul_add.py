@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from npu_compiler.facts.sizes import Fact, known
+from npu_compiler.fusion_kernels.norms import CANN_DTYPES
 from npu_compiler.passes.pattern import Any, Call, Match
 from npu_compiler.passes.rewrite import NearMiss, Rule
 
@@ -29,7 +30,7 @@ def _legal(match: Match) -> Fact:
     tensors = [match.tensor(name) for name in names]
     dtypes = [tensor.dtype for tensor in tensors]
     verdict = known(len(set(dtypes)) == 1, f"dtypes {dtypes} are mixed")
-    verdict = verdict & known(dtypes[0].is_floating_point, f"{dtypes[0]} is no floating dtype")
+    verdict = verdict & known(dtypes[0] in CANN_DTYPES, f"{dtypes[0]} is not one of {CANN_DTYPES}")
     return verdict & known(all(tensor.dim() for tensor in tensors), "a tensor without dimensions takes part")
 
 

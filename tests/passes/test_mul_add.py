@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from npu_compiler.fusion_kernels import register
 from npu_compiler.passes import mul_add
 from npu_compiler.passes.record import Pass, PassRecord
 from tests.passes.lowered import apply, calls, lowered
@@ -34,11 +36,20 @@ def test_each_addition_takes_one_product() -> None:
     torch.testing.assert_close(graph(*args)[0], args[0] * args[1] + args[2] * args[3])  # type: ignore[operator]
 
 
-def test_integers_stay() -> None:
-    numbers = torch.arange(8)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64], ids=str)
+def test_dtypes_that_the_device_has_no_kernel_for(dtype: torch.dtype) -> None:
+    numbers = torch.arange(8).to(dtype)
     operators, record, _ = after(lambda x, y, z: x * y + z, numbers, numbers + 1, numbers + 2)
     assert "npu_fused.mul_add.default" not in operators
-    assert any("no floating dtype" in refused.reason for refused in record.refused)
+    assert any(f"{dtype} is not one of" in refused.reason for refused in record.refused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_on_the_device(dtype: torch.dtype) -> None:
+    x, y, z = (torch.randn(size, dtype=dtype) for size in ((3, 1, 8), (5, 1), (3, 5, 8)))
+    register()
+    got = torch.ops.npu_fused.mul_add(x.npu(), y.npu(), z.npu()).cpu()
+    torch.testing.assert_close(got, (x.double() * y.double() + z.double()).to(dtype))
 
 
 def test_dynamic_sizes() -> None:

@@ -9,10 +9,29 @@ pytest.importorskip("vllm")
 from tests.passes import vllm_graphs
 from tests.passes.vllm_graphs import Shape, TracedGraph, fired, layer
 
-DECODERS = ["qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3", "glm4", "phi3"]
+# Operators of one decoder layer, attention and its empty output included: before, and at most after.
+OPERATORS = {
+    "qwen2": (27, 10),
+    "qwen3": (29, 9),
+    "llama": (27, 10),
+    "mistral": (27, 10),
+    "gemma2": (37, 13),
+    "gemma3": (43, 17),
+    "glm4": (29, 25),
+    "phi3": (27, 10),
+}
 
 
-@pytest.fixture(params=DECODERS)
+@pytest.mark.parametrize(("family", "before", "after"), [(name, *counts) for name, counts in OPERATORS.items()])
+def test_operators_of_a_layer(family: str, before: int, after: int) -> None:
+    graph = vllm_graphs.graph(Shape(family))
+    compiled = graph.compiled()
+    assert compiled.graph is not None
+    assert len(layer(graph.lowered().graph)) == before
+    assert len(layer(compiled.graph)) <= after
+
+
+@pytest.fixture(params=OPERATORS)
 def graph(request: pytest.FixtureRequest) -> TracedGraph:
     return vllm_graphs.graph(Shape(request.param))
 
