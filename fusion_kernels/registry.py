@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from npu_compiler.fusion_kernels.geglu import GEGLU
 from npu_compiler.fusion_kernels.layer_norm import ADD_LAYER_NORM
 from npu_compiler.fusion_kernels.mul_add import MUL_ADD
 from npu_compiler.fusion_kernels.norm_quant import ADD_RMS_NORM_DYNAMIC_QUANT, ADD_RMS_NORM_QUANT, RMS_NORM_QUANT
@@ -18,6 +19,7 @@ from npu_compiler.fusion_kernels.norms import (
 )
 from npu_compiler.fusion_kernels.operator import FusedOperator
 from npu_compiler.fusion_kernels.rope import QK_NORM_ROPE, QK_ROPE
+from npu_compiler.fusion_kernels.rope_cached import QK_ROPE_CACHED
 from npu_compiler.fusion_kernels.swiglu import SILU_MUL, SWIGLU
 from npu_compiler.fusion_kernels.swiglu_quant import SWIGLU_DYNAMIC_QUANT, SWIGLU_QUANT
 from npu_compiler.fusion_kernels.transpose_bmm import TRANSPOSE_BMM
@@ -35,10 +37,12 @@ OPERATORS: tuple[FusedOperator, ...] = (
     ADD_LAYER_NORM,
     QK_NORM_ROPE,
     QK_ROPE,
+    QK_ROPE_CACHED,
     SWIGLU,
     SILU_MUL,
     SWIGLU_DYNAMIC_QUANT,
     SWIGLU_QUANT,
+    GEGLU,
     TRANSPOSE_BMM,
     MUL_ADD,
 )

@@ -13,7 +13,13 @@ After::
     q_out, k_out = npu_fused.qk_norm_rope(x_q, x_k, q_weight, k_weight, 1e-06, 1e-06, cos', sin')
     out = aten.transpose.int(q_out, 1, 2)
 
-vLLM's form, cat(first * cos - second * sin, second * cos + first * sin) with half-width cos, is found too.
+vLLM's form, cat(first * cos - second * sin, second * cos + first * sin) with half-width cos, is found too, and so is
+its rotation of neighbours (x[::2] and x[1::2] for the halves, stack for cat; GLM-4) and of a part of the head. There
+cos and sin are rows of a table; another operator gathers them itself and reads q and k as parts of the projection::
+
+    q_out, k_out = npu_fused.qk_rope_cached(q, k, positions, table, interleaved)
+
+Norms then stay calls of their own, unless the head is within the limits of qkv_attention.py, which takes it all.
 The fused operators work in the layout the projection leaves behind (tokens before heads), hence the transposes.
 """
 
@@ -28,8 +34,21 @@ from torch import fx
 from npu_compiler.facts.sizes import Fact, equal, known, same_shape
 from npu_compiler.fusion_kernels import register
 from npu_compiler.graph.build import call
+from npu_compiler.passes import qkv_attention
 from npu_compiler.passes.norm_patterns import legal_norm, rms_norm
-from npu_compiler.passes.pattern import Any, Call, Half, Match, OneOf, Pattern, Viewed, find, root_targets
+from npu_compiler.passes.pattern import (
+    VIEWS,
+    Any,
+    Call,
+    Exactly,
+    Half,
+    Match,
+    OneOf,
+    Pattern,
+    Viewed,
+    find,
+    root_targets,
+)
 from npu_compiler.passes.record import PassRecord
 from npu_compiler.passes.rewrite import erase_unused, insertion_point, private, same_layouts, unpack
 
@@ -38,8 +57,8 @@ NAME = "qk_norm_rope"
 _NORM = rms_norm(Any("x"), Any("x"))
 
 
-def _rotations(operand: Pattern, again: Pattern) -> tuple[Pattern, Pattern]:
-    """The two ways the rotation is written. `operand` binds what is rotated, `again` meets it at the later uses."""
+def _rotations(operand: Pattern, again: Pattern) -> tuple[Pattern, ...]:
+    """The ways the rotation is written. `operand` binds what is rotated, `again` meets it at the later uses."""
     turned = Call("aten.cat.default", [Call("aten.neg.default", Half(again, 1)), Half(again, 0)], Any("axis"))
     hugging_face = Call(
         "aten.add.Tensor",
@@ -47,29 +66,43 @@ def _rotations(operand: Pattern, again: Pattern) -> tuple[Pattern, Pattern]:
         Call("aten.mul.Tensor", turned, Any("sin"), commutes=True),
         commutes=True,
     )
-    vllm = Call(
-        "aten.cat.default",
-        [
-            Call(
-                "aten.sub.Tensor",
-                Call("aten.mul.Tensor", Half(operand, 0), Any("half_cos"), commutes=True),
-                Call("aten.mul.Tensor", Half(again, 1), Any("half_sin"), commutes=True),
-            ),
-            Call(
-                "aten.add.Tensor",
-                Call("aten.mul.Tensor", Half(again, 1), Any("half_cos"), commutes=True),
-                Call("aten.mul.Tensor", Half(again, 0), Any("half_sin"), commutes=True),
-                commutes=True,
-            ),
-        ],
-        Any("axis"),
+    halves = Call("aten.cat.default", _pair(Half(operand, 0), Half(again, 0), Half(again, 1)), Any("axis"))
+    even, even_again, odd = (
+        Call("aten.slice.Tensor", source, Any("along"), Exactly(start), Any("end"), Exactly(2))
+        for source, start in ((operand, 0), (again, 0), (again, 1))
     )
-    return hugging_face, vllm
+    stacked = Call("aten.stack.default", _pair(even, even_again, odd), Any("axis"), name="stack")
+    neighbours = Call("|".join(VIEWS), stacked, Any("shape"))
+    return hugging_face, halves, neighbours
+
+
+def _pair(first: Pattern, first_again: Pattern, second: Pattern) -> list[Pattern]:
+    """first * cos - second * sin and second * cos + first * sin."""
+    cos, sin = Any("half_cos"), Any("half_sin")
+    return [
+        Call(
+            "aten.sub.Tensor",
+            Call("aten.mul.Tensor", first, cos, commutes=True),
+            Call("aten.mul.Tensor", second, sin, commutes=True),
+        ),
+        Call(
+            "aten.add.Tensor",
+            Call("aten.mul.Tensor", second, cos, commutes=True),
+            Call("aten.mul.Tensor", first_again, sin, commutes=True),
+            commutes=True,
+        ),
+    ]
 
 
 ROTATION = OneOf(_rotations(Any("operand"), Any("operand")))
 TRANSPOSED = Call("aten.transpose.int", Any("straight"), Any("axis_a"), Any("axis_b"))
 NORMED = Viewed(_NORM)
+_ROWS = Call("aten.index_select.default", Any("table"), Exactly(0), Any("positions"))
+TABLES = tuple(Call("aten.unsqueeze.default", Half(_ROWS, half), Any("at")) for half in (0, 1))
+"""vLLM's cos and sin: the halves of a table's rows, with a dimension for the heads."""
+_REST = Call("aten.slice.Tensor", Any("whole"), Any("along"), Any("start"), Any("end"), Exactly(1), name="rest")
+WHOLE = Call("aten.cat.default", [Any("rotated"), _REST], Any("axis"))
+"""A rotated first part of a head with the rest of it."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +115,8 @@ class Rotated:
         weight, epsilon: of the norm before the rotation; None without one.
         cos, sin: the tables as the program has them. `half`: they are [..., D / 2].
         transposed: the program has heads before tokens.
+        cached: positions and table that cos and sin come from, where one operator takes them all.
+        interleaved: neighbours are rotated, not halves.
     """
 
     root: fx.Node
@@ -92,11 +127,22 @@ class Rotated:
     cos: fx.Node
     sin: fx.Node
     half: bool
-    transposed: bool
+    transposed: bool = False
+    cached: tuple[fx.Node, fx.Node] | None = None
+    interleaved: bool = False
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """What the fused operator reads."""
+        if self.cached is not None:
+            return [self.source, *self.cached]
+        return [item for item in (self.source, self.weight, self.cos, self.sin) if item is not None]
 
     @property
     def family(self) -> tuple[object, ...]:
         """Two tensors of one family can be rotated by one call."""
+        if self.cached is not None:
+            return *self.cached, self.interleaved
         return self.cos, self.sin, self.half, self.transposed, self.weight is None
 
 
@@ -145,12 +191,19 @@ def _describe(match: Match) -> tuple[Rotated | None, Fact]:
         source, transposed = turn.node("straight"), True
         nodes.append(operand)
     verdict = _legal_tables(operand.meta["val"], cos.meta["val"], sin.meta["val"], half, transposed, match)
-    verdict = verdict & private(nodes, [match.root])
     if not verdict:
         return None, verdict
-    norm, _ = find(NORMED, source)
+    cached = _cached(cos, sin) if half and operand.meta["val"].dim() == 3 else None
+    norm = _norm_before(source, [*nodes, *match.nodes], match.root)
+    if cached is not None and (norm is None or not _fits_qkv_attention(norm, source, match)):
+        return _described_cached(match, operand, cached)
+    if "stack" in match.bindings:
+        return None, known(False, "neighbours are rotated by cos and sin that are not rows of a table")
+    verdict = private(nodes, [match.root])
+    if not verdict:
+        return None, verdict
     weight, epsilon = None, None
-    if norm is not None and _legal_norm(norm, source) and private([*nodes, *norm.nodes], [match.root]):
+    if norm is not None:
         nodes += norm.nodes
         source, weight = norm.node("x"), norm.node("weight")
         epsilon = float(norm.bindings["epsilon"])  # type: ignore[arg-type]
@@ -158,6 +211,66 @@ def _describe(match: Match) -> tuple[Rotated | None, Fact]:
         Rotated(match.root, tuple(sorted(set(nodes))), source, weight, epsilon, cos, sin, half, transposed),
         verdict,
     )
+
+
+def _described_cached(match: Match, operand: fx.Node, cached: tuple[fx.Node, fx.Node]) -> tuple[Rotated | None, Fact]:
+    """As `_describe`, for rows of a table: also where only the first part of the head is rotated."""
+    root, source, nodes = match.root, operand, list(match.nodes)
+    whole = _with_rest(match.root, operand)
+    if whole is not None:
+        root, source = whole.root, whole.node("whole")
+        nodes += [operand, *whole.nodes]
+    verdict = private(nodes, [root])
+    if not verdict:
+        return None, verdict
+    cos, sin = match.node("half_cos"), match.node("half_sin")
+    interleaved = "stack" in match.bindings
+    rotated = Rotated(
+        root, tuple(sorted(set(nodes))), source, None, None, cos, sin, True, cached=cached, interleaved=interleaved
+    )
+    return rotated, verdict
+
+
+def _cached(cos: fx.Node, sin: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Positions and table that cos and sin are gathered from, if they are its two halves."""
+    found = [find(pattern, node)[0] for pattern, node in zip(TABLES, (cos, sin), strict=True)]
+    if found[0] is None or found[1] is None:
+        return None
+    places = [(match.node("positions"), match.node("table")) for match in found if match is not None]
+    positions, table = places[0]
+    plain = table.meta["val"].dim() == 2 and table.meta["val"].is_contiguous() and positions.meta["val"].dim() == 1
+    return places[0] if places[0] == places[1] and plain else None
+
+
+def _with_rest(root: fx.Node, operand: fx.Node) -> Match | None:
+    """The call that joins what is rotated, the first part of a head, with the rest of that head; None without one."""
+    if len(root.users) != 1 or str(operand.target) != "aten.slice.Tensor":
+        return None
+    (user,) = root.users
+    match, _ = find(WHOLE, user)
+    if match is None or match.bindings["rotated"] is not root or match.bindings["whole"] is not operand.args[0]:
+        return None
+    width, rest, whole = (item.shape[-1] for item in map(match.tensor, ("rotated", "rest", "whole")))
+    along = [operand.args[1], match.bindings["along"], match.bindings["axis"]]
+    last = all(axis in (-1, root.meta["val"].dim() - 1) for axis in along)
+    starts = operand.args[2] == 0 and bool(equal(match.bindings["start"], width, "start of the rest"))  # type: ignore[arg-type]
+    return match if last and starts and equal(width + rest, whole, "parts of the head") else None
+
+
+def _norm_before(source: fx.Node, nodes: list[fx.Node], root: fx.Node) -> Match | None:
+    """The norm whose result is `source`, if fusion may take it over."""
+    norm, _ = find(NORMED, source)
+    if norm is None or not _legal_norm(norm, source) or not private([*nodes, *norm.nodes], [root]):
+        return None
+    # CANN's norms take a weight of the input's dtype; gemma_rms_norm.py knows where a wider one comes from
+    return norm if norm.tensor("weight").dtype == norm.tensor("x").dtype else None
+
+
+def _fits_qkv_attention(norm: Match, source: fx.Node, match: Match) -> bool:
+    """Whether qkv_attention.py may take norm and rotation over."""
+    x = source.meta["val"]
+    width = bool(equal(x.shape[-1], qkv_attention.HEAD_SIZE, "head size"))
+    return width and x.dtype in qkv_attention.DTYPES and "stack" not in match.bindings
 
 
 def _swaps_tokens_and_heads(turn: Match, operand: fx.Node) -> bool:
@@ -171,10 +284,13 @@ def _legal_tables(
 ) -> Fact:
     """Whether cos and sin run along tokens and head size only, in the dtype of x."""
     axis = match.bindings["axis"]
+    last = x.dim() if "stack" in match.bindings else x.dim() - 1
     verdict = (
         known(x.dim() in (3, 4), f"the rotated tensor has {x.dim()} dimensions")
         & known(cos.dim() == x.dim() == sin.dim(), "cos and sin have another number of dimensions")
-        & known(axis in (-1, x.dim() - 1), f"halves are joined along dimension {axis}")
+        & known(axis in (-1, last), f"halves are joined along dimension {axis}")
+        & known(match.bindings.get("along", -1) in (-1, x.dim() - 1), "neighbours are not taken along the head")
+        & same_shape(match.root.meta["val"].shape, x.shape, "shape of the result")
         & known(x.dtype == cos.dtype == sin.dtype, f"dtypes {x.dtype}, {cos.dtype}, {sin.dtype} are mixed")
         & same_shape(cos.shape, sin.shape, "shapes of cos and sin")
     )
@@ -198,9 +314,7 @@ def _legal_norm(norm: Match, source: fx.Node) -> bool:
 
 def _first_use(first: Rotated, second: Rotated) -> fx.Node | None:
     """Where one call for both can stand: everything it reads is known there, and nothing has used its results yet."""
-    inputs = [
-        part for one in (first, second) for part in (one.source, one.weight, one.cos, one.sin) if part is not None
-    ]
+    inputs = [*first.inputs, *second.inputs]
     return insertion_point(inputs, [first.root, second.root], [*first.nodes, *second.nodes])
 
 
@@ -217,13 +331,7 @@ def _fuse(graph: fx.Graph, first: Rotated, second: Rotated, record: PassRecord) 
     point = _first_use(first, second)
     made: list[fx.Node] = []
     with graph.inserting_before(point):
-        cos, sin = (_table(graph, table, first, made) for table in (first.cos, first.sin))
-        if first.weight is None:
-            operands: tuple[object, ...] = (first.source, second.source, cos, sin)
-        else:
-            norms = (first.weight, second.weight, first.epsilon, second.epsilon)
-            operands = (first.source, second.source, *norms, cos, sin)
-        name = "qk_rope" if first.weight is None else "qk_norm_rope"
+        name, operands = _operator(graph, first, second, made)
         fused = call(graph, getattr(torch.ops.npu_fused, name).default, operands, replaces=nodes, made_by=NAME)
         made.append(fused)
         outputs = unpack(graph, fused, NAME)
@@ -242,6 +350,17 @@ def _fuse(graph: fx.Graph, first: Rotated, second: Rotated, record: PassRecord) 
     for root, output in zip(roots, outputs, strict=True):
         root.replace_all_uses_with(output)
     erase_unused(graph, nodes)
+
+
+def _operator(graph: fx.Graph, first: Rotated, second: Rotated, made: list[fx.Node]) -> tuple[str, tuple[object, ...]]:
+    """Name and arguments of the fused operator for the pair; adds to `made` what has to be computed for it."""
+    if first.cached is not None:
+        return "qk_rope_cached", (first.source, second.source, *first.cached, first.interleaved)
+    cos, sin = (_table(graph, table, first, made) for table in (first.cos, first.sin))
+    if first.weight is None:
+        return "qk_rope", (first.source, second.source, cos, sin)
+    norms = (first.weight, second.weight, first.epsilon, second.epsilon)
+    return "qk_norm_rope", (first.source, second.source, *norms, cos, sin)
 
 
 def _table(graph: fx.Graph, table: fx.Node, like: Rotated, made: list[fx.Node]) -> fx.Node:

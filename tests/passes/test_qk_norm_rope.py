@@ -195,6 +195,67 @@ def test_vllms_own_program() -> None:
                 torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     (compiled,) = backend.compiled()
     assert compiled.graph is not None
-    operators = calls(compiled.graph)
-    assert operators.count("npu_fused.qk_norm_rope.default") == 1
-    assert not {"vllm_ir.rms_norm.default", "aten.mul.Tensor"} & set(operators)
+    # heads of 16 elements: the norms stay on their own, and the rotation gathers cos and sin itself
+    operators = [name for name in calls(compiled.graph) if name.startswith("npu_fused") or "split" not in name]
+    assert operators.count("npu_fused.rms_norm.default") == 2
+    assert operators.count("npu_fused.qk_rope_cached.default") == 1
+    assert not {"vllm_ir.rms_norm.default", "aten.mul.Tensor", "aten.index_select.default"} & set(operators)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("width", [SIZE, SIZE // 2])
+@pytest.mark.parametrize("neox", [True, False], ids=["halves", "neighbours"])
+def test_rows_of_a_table(neox: bool, width: int, tokens: int) -> None:
+    """vLLM's rotary embedding of halves and of neighbours, of the whole head and of its first part."""
+    pytest.importorskip("vllm.ir.ops")
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    def attention(x: Tensor, positions: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
+        q, k = x.split([HEADS * SIZE, KV_HEADS * SIZE], dim=-1)
+        return RotaryEmbedding.forward_static(positions, q, k, SIZE, width, cache, neox)
+
+    torch.manual_seed(0)
+    args = torch.randn(tokens, (HEADS + KV_HEADS) * SIZE), torch.randint(64, (tokens,)), torch.randn(64, width)
+    program = lowered(attention, *args)
+    records = pipeline.run(program.graph, Options(check=True))
+    (record,) = [record for record in records if record.name == qk_norm_rope.NAME]
+    assert [entry.rule for entry in record.fired] == ["qk_rope_cached"], str(record)
+    assert "aten.cat.default" not in calls(program.graph)
+    for got, want in zip(program.graph(*args), attention(*args), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def _turned_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+def test_neighbours_without_a_table_stay() -> None:
+    reasons, record = left_out(
+        lambda q, k, cos, sin: (_turned_neighbours(q, cos, sin), _turned_neighbours(k, cos, sin)),
+        *(torch.randn(5, heads, 16) for heads in (4, 2)),
+        *(torch.randn(5, 1, 8) for _ in range(2)),
+    )
+    assert not record.fired
+    assert reasons == ["neighbours are rotated by cos and sin that are not rows of a table"] * 2
+
+
+def test_the_second_part_of_a_head_is_no_rest() -> None:
+    """cat((rotated, other)), where other is not what follows in the head: the rotation alone is replaced."""
+
+    def program(table: Tensor, positions: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        cos, sin = (part.unsqueeze(-2) for part in table.index_select(0, positions).chunk(2, dim=-1))
+        out = []
+        for part in (x[:, :4], x[:, 4:]):
+            first, second = part[..., :8].chunk(2, dim=-1)
+            turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+            out.append(torch.cat((turned, part[..., 4:12]), dim=-1))
+        return tuple(out)
+
+    args = torch.randn(32, 8), torch.arange(5), torch.randn(5, 6, 16)
+    graph = lowered(program, *args).graph
+    record = apply(PASS, graph)
+    assert [entry.rule for entry in record.fired] == ["qk_rope_cached"]
+    assert calls(graph).count("aten.cat.default") == 2
+    for got, want in zip(graph(*args), program(*args), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)

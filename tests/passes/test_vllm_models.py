@@ -49,14 +49,32 @@ def test_every_norm_becomes_one_operator(graph: TracedGraph) -> None:
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_gemma_weights_go_to_the_norm_as_they_are_stored(family: str) -> None:
-    """No kernel widens a weight and adds its one: hidden states are normalised four times a layer."""
+    """No kernel widens a weight and adds its one: hidden states are normalised four times a layer, and in Gemma 3
+    queries and keys too."""
     compiled = vllm_graphs.graph(Shape(family)).compiled()
     counts = fired(compiled)
-    assert counts["gemma_rms_norm"] == 5
+    heads = 2 if family == "gemma3" else 0
+    assert counts["gemma_rms_norm"] == 5 + 2 * heads
     assert counts["vllm_gemma_add_rms_norm"] == 4
     assert compiled.graph is not None
     after = layer(compiled.graph)
-    assert after.count("npu_fused.gemma_rms_norm.default") == 2
+    assert after.count("npu_fused.gemma_rms_norm.default") == 2 + heads
     assert after.count("npu_fused.gemma_add_rms_norm.default") == 2
-    if family == "gemma2":
-        assert "aten._to_copy.default" not in after
+    assert "aten._to_copy.default" not in after
+
+
+OPERATORS = {"qwen2": 9, "qwen3": 8, "llama": 9, "mistral": 9, "gemma2": 11, "gemma3": 13, "glm4": 11, "phi3": 9}
+"""Operators of one decoder layer after the passes, without the memory of the attention's result."""
+
+
+def test_operators_of_a_layer(graph: TracedGraph, request: pytest.FixtureRequest) -> None:
+    """Rotations (of halves; GLM-4's of neighbours, in half of the head) and gates are one operator each."""
+    compiled = graph.compiled()
+    assert compiled.graph is not None
+    after = layer(compiled.graph)
+    after.remove("aten.empty.memory_format")
+    assert len(after) == OPERATORS[request.node.callspec.params["graph"]]
+    assert not {"aten.cat.default", "aten.stack.default", "aten.mul.Tensor", "aten.gelu.default"} & set(after)
+    rotations = after.count("npu_fused.qk_rope_cached.default") + after.count(vllm_graphs.PACKED_ATTENTION)
+    gates = after.count("npu_fused.swiglu.default") + after.count("npu_fused.geglu.default")
+    assert (rotations, gates) == (1, 1)
