@@ -166,16 +166,16 @@ def test_strides_are_looked_at_in_every_call() -> None:
 def test_recapture_at_the_limit_keeps_the_other_graphs() -> None:
     """npugraph_ex: at capture_limit, capturing a known shape anew (its cache moved) drops all graphs and goes eager."""
 
-    def step(cache: Tensor, x: Tensor) -> Tensor:
-        cache.add_(1)
-        return x * cache.sum()
+    def step(x: Tensor, cache: Tensor) -> Tensor:
+        doubled = x * 2  # first, so that the rows are the first size of the key
+        return doubled * cache.add_(1).sum()
 
     compiled = Compiled(step, dynamic=True, options={"capture_limit": 2})
     caches = [torch.zeros(4).npu() for _ in range(2)]
     for cache, size in ((0, 2), (0, 3), (0, 2), (0, 3), (1, 2), (1, 2), (0, 3), (0, 3)):
         x = torch.rand(size, 7)
         before = caches[cache].cpu() + 1
-        assert_same(compiled(caches[cache], x.npu()), x * before.sum())
+        assert_same(compiled(x.npu(), caches[cache]), x * 2 * before.sum())
     assert [rows(entry.key) for entry in compiled.ledger.captures] == ["2", "3", "2"]
     assert not compiled.ledger.evicted
     assert compiled.ledger.replays == 5
