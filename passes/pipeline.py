@@ -113,9 +113,10 @@ def run_pass(entry: Pass, module: fx.GraphModule, options: Options, check: SpecC
         entry.run(module, record)
     else:
         apply(module, entry.rules, record)
-    module.graph.lint()
-    refresh_aliases(module.graph)
-    module.recompile()
+    if entry.run is not None or record.fired:  # rules that did not fire leave the program as it was
+        module.graph.lint()
+        refresh_aliases(module.graph)
+        module.recompile()
     record.seconds = time.perf_counter() - start
     record.nodes_after = count_calls(module.graph)
     if check is not None:
