@@ -34,6 +34,9 @@ from npu_compiler.graph.source import where
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
 from npu_compiler.passes.record import PassRecord
+from npu_compiler.plan import memory
+from npu_compiler.plan.memory import MemoryPlan
+from npu_compiler.plan.order import Arrangement, arrange
 
 GraphHook = Callable[[fx.Graph], None]
 STORED = "stored"
@@ -47,6 +50,8 @@ class CompiledGraph:
         options: the options it was compiled with.
         records: what each pass did, in order.
         graph: the program after the passes; None where gradients are needed: it is neither rewritten nor captured.
+        arrangement: the order of calls that was chosen; None where the option `reorder` is off or the program was
+            found in a cache, in order.
         ledger: captures and replays; None where nothing is captured (compile_fx).
         stored: what the cache did for it, as text; empty without a cache.
     """
@@ -56,6 +61,7 @@ class CompiledGraph:
         self.options = options
         self.records: list[PassRecord] = []
         self.graph: fx.GraphModule | None = None
+        self.arrangement: Arrangement | None = None
         self.ledger: Ledger | None = None
         self.stored = ""
         self._call: Callable[..., Any] | None = None
@@ -66,7 +72,7 @@ class CompiledGraph:
 
     def __str__(self) -> str:
         operators = providers(self.graph.graph) if self.graph else []
-        parts: list[object] = [*self.records, *operators, *([self.ledger] if self.ledger else [])]
+        parts: list[object] = [*self.records, *operators, *self._planned(), *([self.ledger] if self.ledger else [])]
         if self.graph is None:
             parts.append("gradients are needed: no passes, no captures")
         elif self.options.capture_with != "ascend":
@@ -74,6 +80,15 @@ class CompiledGraph:
         if self.stored:
             parts.append(f"program {self.stored}")
         return "\n".join([self.name, *(f"  {line}" for part in parts for line in str(part).splitlines())])
+
+    @functools.cached_property
+    def memory(self) -> MemoryPlan | None:
+        """What the program's own storages take, for every size; made when it is first asked for."""
+        return memory.plan(self.graph.graph) if self.graph else None
+
+    def _planned(self) -> list[str]:
+        order = [f"order: {self.arrangement}"] if self.arrangement else []
+        return [*order, *([f"memory: {self.memory.summary}"] if self.memory else [])]
 
 
 class AscendBackend:
@@ -201,6 +216,9 @@ def _compile(
         compiled.records = pipeline.run(
             functional.graph, compiled.options, after_rules=after_passes, dump_name=compiled.name
         )
+        if compiled.options.reorder:
+            compiled.arrangement = arrange(functional.graph.graph)
+            functional.graph.recompile()
         if keep is not None:
             why_not = functional.convention or serialized.why_not(functional.graph)
             compiled.stored = f"not stored: {why_not}" if why_not else STORED

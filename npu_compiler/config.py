@@ -55,6 +55,8 @@ class Options:
     cache: bool = False
     """Keep compiled programs on disk (npu_compiler/cache.py); the next process that compiles the same function for the
     same inputs skips everything behind Dynamo. $NPU_COMPILER_CACHE names the folder."""
+    reorder: bool = True
+    """Put the calls into the order that needs the least memory, where another one than the program's own does."""
     check: bool = False
     """Check the program after every pass (graph/spec.py); a pass that breaks it is named in a SpecError."""
     dump_dir: str = ""

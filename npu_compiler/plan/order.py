@@ -1,0 +1,206 @@
+"""The order of calls that needs the least memory.
+
+Several orders are tried: the program's own, last use first (of the calls that can run, the one that lets go of most),
+depth first and breadth first from the results. The one with the lowest peak wins, and only if it is proven to need no
+more than the program's own order for any size.
+
+Every order keeps what a call reads and writes: calls that touch the same memory, where one of them writes, stay in
+order, and so do all calls with effects among one another: writes in place, random draws, collectives, whatever an
+operator does outside of its schema.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from npu_compiler.graph.effects import written_storages
+from npu_compiler.plan import amounts
+from npu_compiler.plan.accesses import accesses, is_pinned
+from npu_compiler.plan.amounts import Amount, Amounts
+from npu_compiler.plan.liveness import Storages
+from npu_compiler.plan.memory import DEVICE, amounts_of, live_sums
+
+PROGRAM = "the program's order"
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What `arrange` did.
+
+    Attributes:
+        winner: the order that was taken.
+        peaks: bytes alive at once for each order that was tried, at sizes taken for typical where they are symbolic.
+    """
+
+    winner: str
+    peaks: dict[str, int]
+
+    @property
+    def moved(self) -> bool:
+        """Whether the program has changed."""
+        return self.winner != PROGRAM
+
+    def __str__(self) -> str:
+        if not self.moved:
+            return f"{PROGRAM} of calls, {_mib(self.peaks[PROGRAM])} alive at once; no other needs less"
+        return (
+            f"calls {self.winner}, {_mib(self.peaks[self.winner])} alive at once instead of {_mib(self.peaks[PROGRAM])}"
+        )
+
+
+def arrange(graph: fx.Graph, device: str = DEVICE) -> Arrangement:
+    """Puts the calls of `graph` into the order that needs the least memory, in place.
+
+    Args:
+        device: the device type whose memory counts.
+    """
+    nodes = list(graph.nodes)
+    of = amounts_of(graph)
+    storages = Storages(nodes, device)
+    needs = _needs(nodes)
+    orders = {
+        PROGRAM: nodes,
+        "last use first": _last_use_first(nodes, needs, of, storages),
+        "depth first": _depth_first(nodes, needs),
+        "breadth first": _breadth_first(nodes, needs),
+    }
+    sums = {name: _live(order, of, storages) for name, order in orders.items()}
+    peaks = {name: max(map(of.typical, sums[name]), default=0) for name in orders}
+    safe = [name for name in orders if name == PROGRAM or amounts.never_more(sums[name], sums[PROGRAM])]
+    winner = min(safe, key=peaks.__getitem__)  # the first of equals
+    if winner != PROGRAM:
+        _put(graph, orders[winner])
+    return Arrangement(winner, peaks)
+
+
+def _put(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
+    last = None
+    for node in order:
+        if last is not None and last.next is not node:
+            last.append(node)
+        last = node
+    graph.lint()
+
+
+def _live(order: Sequence[fx.Node], of: Amounts, storages: Storages) -> list[Amount]:
+    found = storages.lifetimes(order)
+    return live_sums(found, [of.room(lifetime.bytes) for lifetime in found])
+
+
+def _needs(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each node those that have to run before it, in program order."""
+    position = {node: index for index, node in enumerate(nodes)}
+    writer: dict[int, fx.Node] = {}
+    readers: dict[int, list[fx.Node]] = {}
+    effect: fx.Node | None = None
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    needs: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        before = set(node.all_input_nodes)
+        if node.op == "placeholder":
+            before.update(inputs[position[node] - 1 : position[node]])
+        elif node.op == "output":
+            before.update(nodes[:-1])
+        else:
+            before.update(inputs[-1:])
+            touched = accesses(node)
+            for key in touched.reads | touched.writes:
+                before.update([writer[key]] if key in writer else [])
+            for key in touched.reads:
+                readers.setdefault(key, []).append(node)
+            for key in touched.writes:
+                before.update(readers.pop(key, ()))
+                writer[key] = node
+            if written_storages(node) or is_pinned(node):
+                before.update([effect] if effect is not None else [])
+                effect = node
+        before.discard(node)
+        needs[node] = sorted(before, key=position.__getitem__)
+    return needs
+
+
+def _followers(needs: dict[fx.Node, list[fx.Node]]) -> dict[fx.Node, list[fx.Node]]:
+    found: dict[fx.Node, list[fx.Node]] = {node: [] for node in needs}
+    for node, before in needs.items():
+        for other in before:
+            found[other].append(node)
+    return found
+
+
+def _breadth_first(nodes: Sequence[fx.Node], needs: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
+    followers = _followers(needs)
+    missing = {node: len(before) for node, before in needs.items()}
+    ready = deque(node for node in nodes if not missing[node])
+    order = []
+    while ready:
+        node = ready.popleft()
+        order.append(node)
+        for follower in followers[node]:
+            missing[follower] -= 1
+            if not missing[follower]:
+                ready.append(follower)
+    return order
+
+
+def _depth_first(nodes: Sequence[fx.Node], needs: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
+    """Each result, in the order in which they are returned, right behind what it needs."""
+    done: dict[fx.Node, None] = {}
+    wanted = [node for node in nodes if node.op == "placeholder"]
+    wanted += [*nodes[-1].all_input_nodes, *nodes]
+    for result in wanted:
+        stack = [(result, iter(needs[result]))]
+        while stack:
+            node, before = stack[-1]
+            following = next((other for other in before if other not in done), None) if node not in done else None
+            if following is None:
+                done[node] = None
+                stack.pop()
+            else:
+                stack.append((following, iter(needs[following])))
+    return list(done)
+
+
+def _last_use_first(
+    nodes: Sequence[fx.Node], needs: dict[fx.Node, list[fx.Node]], of: Amounts, storages: Storages
+) -> list[fx.Node]:
+    """A list schedule: of the calls that can run, the one that adds the least memory; the earliest of equals."""
+    position = {node: index for index, node in enumerate(nodes)}
+    weight = {key: of.typical(of.room(size)) for made in storages.made.values() for key, size in made}
+    takes = {node: sum(weight[key] for key, _ in made) for node, made in storages.made.items()}
+    touches = storages.touched
+    left = {key: set(storages.keepers(key)) for key in weight}
+    followers = _followers(needs)
+    missing = {node: len(before) for node, before in needs.items()}
+
+    def cost(node: fx.Node) -> tuple[int, int]:
+        frees = sum(weight[key] for key in touches[node] if len(left[key]) == 1)
+        return takes.get(node, 0) - frees, position[node]
+
+    ready = [cost(node) for node in nodes if not missing[node]]
+    heapq.heapify(ready)
+    done: dict[fx.Node, None] = {}
+    while ready:
+        _, index = heapq.heappop(ready)
+        node = nodes[index]
+        if node in done:  # it was put in again when it had become cheaper
+            continue
+        done[node] = None
+        for key in touches[node]:
+            left[key].discard(node)
+            for last in left[key] if len(left[key]) == 1 else ():
+                if not missing[last] and last not in done:
+                    heapq.heappush(ready, cost(last))
+        for follower in followers[node]:
+            missing[follower] -= 1
+            if not missing[follower]:
+                heapq.heappush(ready, cost(follower))
+    return list(done)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
