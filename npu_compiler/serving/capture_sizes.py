@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from npu_compiler.backend import buckets
+
+
+TILE = 8
+"""Above this many requests, padding up to the next multiple counts as free: matrix units work on tiles of rows."""
+
 
 def default_capture_sizes(max_requests: int, query_length: int, max_tokens: int) -> list[int]:
     """Sizes in tokens such that every uniform decode batch up to `max_requests` finds a graph.
 
-    1, 2, 4, then steps of 8 to 256 and of 16 above, in requests; the last one is `max_requests` itself, so that no
-    decode step is too large for the graphs. Each is `query_length` tokens a request, at most `max_tokens`.
+    Chosen by cost (aclgraph/buckets.py), all numbers of requests alike, and 1, 2 and 4: a lone request must not pay for
+    a large server. The last one is `max_requests` itself, so that no decode step is too large for the graphs. Each is
+    `query_length` tokens a request, at most `max_tokens`.
     """
     largest = min(max_requests, max_tokens // query_length)
-    grid = [1, 2, 4, *range(8, 256, 8), *range(256, largest, 16)]
-    requests = sorted({size for size in grid if size < largest} | {largest})
+    requests = sorted({size for size in (1, 2, 4) if size < largest} | set(buckets(largest, cost=_step_cost)))
     return [size * query_length for size in requests]
+
+
+def _step_cost(requests: int) -> float:
+    return float(requests if requests <= TILE else -(-requests // TILE) * TILE)
 
 
 def check_capture_sizes(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from npu_compiler.aclgraph.buckets import padding
 from npu_compiler.serving.capture_sizes import check_capture_sizes, default_capture_sizes
 
 LIMITS = {"max_requests": 8, "query_length": 1, "max_tokens": 64, "decode_only": True}
@@ -16,7 +17,18 @@ def test_every_decode_batch_finds_a_graph(requests: int, query_length: int) -> N
 
 
 def test_default_sizes_stay_within_a_step() -> None:
-    assert default_capture_sizes(256, 1, max_tokens=20) == [1, 2, 4, 8, 16, 20]
+    assert default_capture_sizes(256, 1, max_tokens=20) == [1, 2, 3, 4, 5, 6, 7, 8, 16, 20]
+
+
+@pytest.mark.parametrize(
+    ("requests", "graphs", "share"), [(8, 8, 0.0), (20, 10, 0.103), (256, 31, 0.050), (1024, 37, 0.047)]
+)
+def test_small_batches_run_unpadded_and_all_on_few_graphs(requests: int, graphs: int, share: float) -> None:
+    """The table of docs/capture.md."""
+    sizes = default_capture_sizes(requests, 1, max_tokens=8192)
+    assert {1, 2, 4} <= set(sizes)
+    assert len(sizes) == graphs
+    assert padding(sizes) <= share
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_defaults(folder: Path) -> None:
     config = configure(folder)
     compilation = config.compilation_config
     assert compilation.cudagraph_mode.name == "FULL_DECODE_ONLY"
-    assert compilation.cudagraph_capture_sizes == [1, 2, 4, 8]
+    assert compilation.cudagraph_capture_sizes == [1, 2, 3, 4, 5, 6, 7, 8]
     assert compilation.ir_enable_torch_wrap is True
     assert config.parallel_config.worker_cls == "npu_compiler.serving.worker.NPUWorker"
     assert config.scheduler_config.async_scheduling is True
