@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import npu_compiler
 from npu_compiler import cache, fusion_kernels
 from npu_compiler.aclgraph import npugraph_ex
+from npu_compiler.aclgraph.buckets import buckets as buckets  # serving chooses its capture sizes by it
 from npu_compiler.aclgraph.ledger import Ledger
 from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.cache import Program

@@ -80,7 +80,9 @@ def buckets(
     return found
 
 
-def padding(sizes: Sequence[int], weights: Sequence[float] | None = None, cost: Callable[[int], float] = float) -> float:
+def padding(
+    sizes: Sequence[int], weights: Sequence[float] | None = None, cost: Callable[[int], float] = float
+) -> float:
     """The mean share of a step that is padding when sizes 1 to sizes[-1] run in these buckets, from 0 to 1.
 
     >>> padding([4])

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from npu_compiler.backend import buckets
 
-
 TILE = 8
 """Above this many requests, padding up to the next multiple counts as free: matrix units work on tiles of rows."""
 

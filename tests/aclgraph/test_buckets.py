@@ -22,9 +22,7 @@ def price_of(share: float) -> GraphPrice:
 def least(largest: int, weights: Sequence[float] | None, cost: Callable[[int], float], share: float) -> float:
     """The cost of the best of all lists that end in `largest`."""
     lists = (
-        [*smaller, largest]
-        for count in range(largest)
-        for smaller in itertools.combinations(range(1, largest), count)
+        [*smaller, largest] for count in range(largest) for smaller in itertools.combinations(range(1, largest), count)
     )
     return min(padding(sizes, weights, cost) + share * len(sizes) for sizes in lists)
 

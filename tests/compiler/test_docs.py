@@ -30,7 +30,10 @@ CAPTURE = ("30 graphs 1.4% padding", "[7, 41, 100]", "[16, 32, 48, 64]\n[31, 64]
 FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
 
 
-@pytest.mark.parametrize(("page", "expected"), [("compiler.md", COMPILER), ("passes.md", PASSES), ("facts.md", FACTS), ("capture.md", CAPTURE)])
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [("compiler.md", COMPILER), ("passes.md", PASSES), ("facts.md", FACTS), ("capture.md", CAPTURE)],
+)
 def test_examples(page: str, expected: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
     assert len(blocks) >= 3
