@@ -15,7 +15,7 @@ After::
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from npu_compiler.facts.sizes import Fact, equal, known, same_shape
 from npu_compiler.passes.pattern import Any, Call, Item, Match, Number, OneOf
@@ -29,7 +29,7 @@ OPERANDS = (SUM, Any("shape"), Any("weight"), Any("bias"), Number("epsilon"))
 
 def _legal(match: Match) -> Fact:
     names = ("x", "residual", "weight", "bias")
-    missing = [name for name in names if not isinstance(match.bindings[name], fx.Node)]
+    missing = [name for name in names if not match.is_tensor(name)]
     if missing:
         return known(False, f"{missing[0]} is {match.bindings[missing[0]]}, not a tensor")
     x, residual, weight, bias = (match.tensor(name) for name in names)

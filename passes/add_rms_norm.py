@@ -45,7 +45,7 @@ def _legal_add(match: Match) -> Fact:
 
 
 def _legal_lone(match: Match) -> Fact:
-    if not isinstance(match.bindings["x"], fx.Node):
+    if not match.is_tensor("x"):
         return known(False, "a number is normalised")
     x = match.tensor("x")
     return legal_norm(match, x.shape[-1] if x.dim() else 0)

@@ -31,7 +31,7 @@ EPSILON = 1e-6
 
 
 def _legal_factor(match: Match) -> Fact:
-    if not isinstance(match.bindings["weight"], fx.Node):
+    if not match.is_tensor("weight"):
         return known(False, "a number takes the place of the weight")
     factor = match.tensor("factor").dtype
     return known(factor in (torch.float32, torch.float64), f"one is added to the weight in {factor}, not in float32")
@@ -39,7 +39,7 @@ def _legal_factor(match: Match) -> Fact:
 
 def _legal_lone(match: Match) -> Fact:
     verdict = _legal_factor(match)
-    if not verdict or not isinstance(match.bindings["x"], fx.Node):
+    if not verdict or not match.is_tensor("x"):
         return verdict & known(False, "a number is normalised")
     x = match.tensor("x")
     same = known(x.dtype == match.root.meta["val"].dtype, "the norm changes the dtype")
@@ -48,7 +48,7 @@ def _legal_lone(match: Match) -> Fact:
 
 def _legal_add(match: Match) -> Fact:
     verdict = _legal_factor(match)
-    if not verdict or not all(isinstance(match.bindings[name], fx.Node) for name in ("x", "residual")):
+    if not verdict or not all(match.is_tensor(name) for name in ("x", "residual")):
         return verdict & known(False, "a number is added, not a residual")
     x, residual = match.tensor("x"), match.tensor("residual")
     added = known(x.dtype == residual.dtype, f"dtypes {x.dtype} and {residual.dtype} are added") & same_shape(

@@ -28,7 +28,7 @@ NAME = "matmul_bias"
 
 
 def _legal(match: Match) -> Fact:
-    if not isinstance(match.bindings["bias"], fx.Node):
+    if not match.is_tensor("bias"):
         return known(False, "a number is added")
     x, weight, bias = (match.tensor(name) for name in ("x", "weight", "bias"))
     return (

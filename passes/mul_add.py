@@ -13,7 +13,7 @@ After::
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from npu_compiler.facts.sizes import Fact, known
 from npu_compiler.fusion_kernels.norms import CANN_DTYPES
@@ -25,7 +25,7 @@ NAME = "mul_add"
 
 def _legal(match: Match) -> Fact:
     names = ("x", "y", "z")
-    if not all(isinstance(match.bindings[name], fx.Node) for name in names):
+    if not all(match.is_tensor(name) for name in names):
         return known(False, "a number is multiplied or added")
     tensors = [match.tensor(name) for name in names]
     dtypes = [tensor.dtype for tensor in tensors]

@@ -89,7 +89,7 @@ def _legal(match: Match) -> Fact:
     for name in ("smooth", "beta"):
         if match.bindings.get(name) is None:
             continue
-        if not isinstance(match.bindings[name], fx.Node):
+        if not match.is_tensor(name):
             return known(False, f"{name} is a number")
         verdict = verdict & same_shape(match.tensor(name).shape, weight.shape, name)
     return verdict & (legal_int8(match, weight.shape[0]) if "axis" in match.bindings else legal_rows(match))

@@ -135,6 +135,11 @@ class Match:
         assert isinstance(found, fx.Node), f"{name} is bound to {found!r}, not to a node"
         return found
 
+    def is_tensor(self, name: str) -> bool:
+        """Whether `name` is bound to a tensor: a number or a size may stand in its place."""
+        found = self.bindings[name]
+        return isinstance(found, fx.Node) and isinstance(found.meta.get("val"), torch.Tensor)
+
     def tensor(self, name: str) -> torch.Tensor:
         """The fake tensor of the node bound to `name`."""
         value = self.node(name).meta["val"]
