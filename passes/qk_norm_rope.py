@@ -195,7 +195,8 @@ def _describe(match: Match) -> tuple[Rotated | None, Fact]:
         return None, verdict
     cached = _cached(cos, sin) if half and operand.meta["val"].dim() == 3 else None
     norm = _norm_before(source, [*nodes, *match.nodes], match.root)
-    if cached is not None and (norm is None or not _fits_qkv_attention(norm, source, match)):
+    one_kernel = norm is not None and "stack" not in match.bindings and bool(qkv_attention.takes(source.meta["val"]))
+    if cached is not None and not one_kernel:
         return _described_cached(match, operand, cached)
     if "stack" in match.bindings:
         return None, known(False, "neighbours are rotated by cos and sin that are not rows of a table")
@@ -264,13 +265,6 @@ def _norm_before(source: fx.Node, nodes: list[fx.Node], root: fx.Node) -> Match 
         return None
     # CANN's norms take a weight of the input's dtype; gemma_rms_norm.py knows where a wider one comes from
     return norm if norm.tensor("weight").dtype == norm.tensor("x").dtype else None
-
-
-def _fits_qkv_attention(norm: Match, source: fx.Node, match: Match) -> bool:
-    """Whether qkv_attention.py may take norm and rotation over."""
-    x = source.meta["val"]
-    width = bool(equal(x.shape[-1], qkv_attention.HEAD_SIZE, "head size"))
-    return width and x.dtype in qkv_attention.DTYPES and "stack" not in match.bindings
 
 
 def _swaps_tokens_and_heads(turn: Match, operand: fx.Node) -> bool:

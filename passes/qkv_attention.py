@@ -77,7 +77,8 @@ def _packed(attention: fx.Node) -> tuple[Packed | None, Fact]:
     nodes: list[fx.Node] = []
     fused, order = _part(query, nodes)
     if str(getattr(fused, "target", "")) != FUSED or order != 0 or _part(key, nodes) != (fused, 1):
-        return None, known(False, "query and key are not normalised and rotated by one operator")
+        apart = known(False, "query and key are not normalised and rotated by one operator")
+        return None, takes(query.meta["val"]) & apart  # type: ignore[union-attr]
     assert fused is not None
     parts = [_part(source, nodes) for source in (fused.args[0], fused.args[1], value)]
     split = parts[0][0]
@@ -88,6 +89,16 @@ def _packed(attention: fx.Node) -> tuple[Packed | None, Fact]:
     qkv = split.args[0]
     assert isinstance(qkv, fx.Node)
     return Packed(qkv, fused, (split, fused, *nodes)), known(True, "one projection")
+
+
+def takes(heads: torch.Tensor) -> Fact:
+    """Whether the kernel has the dtype and the head size of `heads`, [tokens, heads, D].
+
+    qk_norm_rope.py asks before it leaves norms and rotation to this pass.
+    """
+    return known(heads.dtype in DTYPES, f"the kernel takes float16 or bfloat16, not {heads.dtype}") & equal(
+        heads.shape[-1], HEAD_SIZE, "head size of the kernel"
+    )
 
 
 def _part(value: Any, passed: list[fx.Node]) -> tuple[fx.Node | None, object]:
@@ -109,9 +120,8 @@ def _legal(packed: Packed, attention: fx.Node) -> Fact:
     q, k, cos, sin, q_weight, k_weight = (item.meta["val"] for item in (q, k, cos, sin, q_weight, k_weight))  # type: ignore[union-attr]
     dtypes = {item.dtype for item in (q, k, value, cos, sin, q_weight, k_weight)}
     return (
-        known(query.dtype in DTYPES, f"the kernel takes float16 or bfloat16, not {query.dtype}")
+        takes(query)
         & known(len(dtypes) == 1, f"the dtypes {sorted(map(str, dtypes))} differ")
-        & equal(query.shape[-1], HEAD_SIZE, "head size of the kernel")
         & known(packed.qkv.meta["val"].dim() == 2, "the projection is not [tokens, columns]")
         & known(q_epsilon == k_epsilon, f"the norms' epsilons {q_epsilon} and {k_epsilon} differ")
         & equal(cos.shape[-1], HEAD_SIZE, "rotated part of the head")

@@ -211,7 +211,9 @@ def test_every_option_is_part_of_the_cache_key() -> None:
     """torchair: custom passes count by the text of their byte code, or by a constant; a pass switch that is not in the
     key serves a graph compiled with the other setting."""
     plain = fingerprint()
-    assert fingerprint({"dump_dir": "/elsewhere"}) == plain, "where dumps go decides nothing"
+    decide_nothing = {"dump_dir": "/elsewhere", "check": True, "cache": True}
+    for name, value in decide_nothing.items():
+        assert fingerprint({name: value}) == plain, name
     keys = [
         fingerprint({"disabled_passes": [name]}) for name in dict.fromkeys(pipeline.names()) if name != "user_rules"
     ]
@@ -219,7 +221,7 @@ def test_every_option_is_part_of_the_cache_key() -> None:
     keys += [fingerprint({"disabled_rules": [name]}) for name in rules]
     assert len({plain, *keys}) == 1 + len(keys)
     for field in dataclasses.fields(Options):
-        if isinstance(field.default, bool) and field.name != "check":
+        if isinstance(field.default, bool) and field.name not in decide_nothing:
             assert fingerprint({field.name: not field.default}) != plain, field.name
 
 
