@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_compiler.fusion_kernels.norms import refuses_dtypes
+from npu_compiler.fusion_kernels import triton_driver
+from npu_compiler.fusion_kernels.norms import refuses_dtypes, refuses_triton
 from npu_compiler.fusion_kernels.operator import FusedOperator, Provider
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -205,6 +206,7 @@ ADD_RMS_NORM_DYNAMIC_QUANT = FusedOperator(
         Provider(
             "aclnnAddRmsNormDynamicQuantV2", _cann_dynamic, ("npu::npu_add_rms_norm_dynamic_quant",), _refuses_dynamic
         ),
+        Provider("Triton", triton_driver.kernel("add_rms_norm_dynamic_quant"), ("triton",), refuses_triton),
         Provider(
             "aclnnAddRmsNorm and aclnnDynamicQuant",
             _cann_apart,

@@ -2,9 +2,10 @@
 
 CANN: aclnnRmsNorm (`npu_rms_norm`), aclnnAddRmsNorm (`npu_add_rms_norm`), aclnnAddRmsNormCast, which gives the norm in
 float32 too, and aclnnGemmaRmsNorm (`npu_gemma_rms_norm`), which adds the one in float32. There is no
-aclnnAddGemmaRmsNorm: the addition stays a kernel of its own, since handing 1 + weight in bfloat16 to aclnnAddRmsNorm
-would round it for good. All compute in float32 and round once; PyTorch's usual program rounds x / rms to the input
-dtype before it multiplies by the weight, so half-precision results may differ by one unit in the last place.
+aclnnAddGemmaRmsNorm: without Triton the addition stays a kernel of its own, since handing 1 + weight in bfloat16 to
+aclnnAddRmsNorm would round it for good. All compute in float32 and round once; PyTorch's usual program rounds x / rms
+to the input dtype before it multiplies by the weight, so half-precision results may differ by one unit in the last
+place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_compiler.fusion_kernels import triton_driver
 from npu_compiler.fusion_kernels.operator import FusedOperator, Provider
 
 CANN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -122,6 +124,12 @@ def refuses_dtypes(x: Tensor, *others: Any) -> str:
     return f"dtypes {x.dtype} and {different[0]} differ" if different else ""
 
 
+def refuses_triton(*args: Any) -> str:
+    """The kernels of triton_kernels.py load float32, float16 and bfloat16, mixed as they come."""
+    others = [arg.dtype for arg in args if isinstance(arg, Tensor) and arg.dtype not in CANN_DTYPES]
+    return f"{others[0]} is not one of {CANN_DTYPES}" if others else ""
+
+
 def refuses_cast(x: Tensor, *others: Any) -> str:
     """aclnnAddRmsNormCast takes half precision."""
     if x.dtype not in CANN_DTYPES[1:]:
@@ -143,6 +151,7 @@ RMS_NORM = FusedOperator(
     fake=_fake_norm,
     providers=(
         Provider("aclnnRmsNorm", _cann_norm, ("npu::npu_rms_norm",), refuses_norm),
+        Provider("Triton", triton_driver.kernel("rms_norm"), ("triton",), refuses_triton),
         Provider("composition", _contiguous_norm),
     ),
     example=_norm_example,
@@ -153,6 +162,7 @@ ADD_RMS_NORM = FusedOperator(
     fake=_fake_add_norm,
     providers=(
         Provider("aclnnAddRmsNorm", _cann_add_norm, ("npu::npu_add_rms_norm",), refuses_dtypes),
+        Provider("Triton", triton_driver.kernel("add_rms_norm"), ("triton",), refuses_triton),
         Provider("composition", _contiguous_add_norm),
     ),
     example=_add_norm_example,
@@ -173,6 +183,7 @@ GEMMA_RMS_NORM = FusedOperator(
     fake=_fake_norm,
     providers=(
         Provider("aclnnGemmaRmsNorm", _cann_gemma_norm, ("npu::npu_gemma_rms_norm",), refuses_dtypes),
+        Provider("Triton", triton_driver.kernel("gemma_rms_norm"), ("triton",), refuses_triton),
         Provider("composition", _contiguous_gemma_norm),
     ),
     example=_norm_example,
@@ -182,6 +193,7 @@ GEMMA_ADD_RMS_NORM = FusedOperator(
     reference=gemma_add_rms_norm_reference,
     fake=_fake_add_norm,
     providers=(
+        Provider("Triton", triton_driver.kernel("gemma_add_rms_norm"), ("triton",), refuses_triton),
         Provider("add and aclnnGemmaRmsNorm", _cann_gemma_add_norm, ("npu::npu_gemma_rms_norm",), refuses_dtypes),
         Provider("composition", _contiguous_gemma_add_norm),
     ),

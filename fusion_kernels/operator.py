@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from npu_compiler.fusion_kernels import triton_driver
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -17,7 +19,8 @@ class Provider:
     Attributes:
         name: for reports.
         run: takes the operator's arguments and returns its result.
-        needs: names of the operators it calls (such as "npu::npu_rms_norm"); each must have a kernel for the tensors.
+        needs: what it calls: operators by name (such as "npu::npu_rms_norm"), each with a kernel for the tensors, or
+            "triton", with a driver for them.
         refuses: why it can't take these arguments (a documented limit of what it calls); empty if it can.
     """
 
@@ -35,7 +38,8 @@ class FusedOperator:
         schema: name and signature as torch.library takes them; nothing is written and nothing aliased.
         reference: the meaning, in plain PyTorch; runs on any device, float64 included.
         fake: shapes, dtypes and strides of the result, from fake tensors.
-        providers: tried in this order; the last takes everything.
+        providers: tried in this order: operators of CANN, those of a custom operator library, a Triton kernel,
+            compositions of CANN's operators; the last, a composition of PyTorch's, takes everything.
         example: makes arguments for a test, given a dtype.
     """
 
@@ -69,14 +73,16 @@ class FusedOperator:
 
 def missing_kernel(provider: Provider, args: Sequence[Any]) -> str:
     """Which operator that `provider` calls has no kernel for these tensors; empty if all have one."""
-    missing = [name for name in provider.needs if not _has_kernel(name, _backend(args))]
-    return f"{missing[0]} has no kernel for {_backend(args)}" if missing else ""
+    device = next(arg for arg in args if isinstance(arg, torch.Tensor)).device.type
+    reasons = (_missing(name, device) for name in provider.needs)
+    return next(filter(None, reasons), "")
 
 
-def _backend(args: Sequence[Any]) -> str:
-    """The dispatch key under which a kernel for these tensors would be registered."""
-    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
-    return torch._C._dispatch_key_for_device(tensor.device.type)
+def _missing(name: str, device: str) -> str:
+    if name == triton_driver.PACKAGE:
+        return triton_driver.missing(device)
+    backend = torch._C._dispatch_key_for_device(device)  # under which a kernel for these tensors would be registered
+    return "" if _has_kernel(name, backend) else f"{name} has no kernel for {backend}"
 
 
 @functools.cache

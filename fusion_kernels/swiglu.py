@@ -1,8 +1,8 @@
 """The gate of a SwiGLU block: silu(gate) * up.
 
 CANN's aclnnSwiGlu reads gate and up as the two halves of one tensor (`swiglu`). Where a model computes them as two
-tensors (`silu_mul`), joining them would move more bytes than the fused kernel saves, so silu and an in-place product
-are what runs; what the operator saves there is one buffer.
+tensors (`silu_mul`), joining them would move more bytes than the fused kernel saves: without Triton, silu and an
+in-place product are what runs, and what the operator saves is one buffer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_compiler.fusion_kernels.norms import refuses_dtypes
+from npu_compiler.fusion_kernels import triton_driver
+from npu_compiler.fusion_kernels.norms import refuses_dtypes, refuses_triton
 from npu_compiler.fusion_kernels.operator import FusedOperator, Provider
 
 
@@ -57,6 +58,7 @@ SWIGLU = FusedOperator(
     fake=_fake_swiglu,
     providers=(
         Provider("aclnnSwiGlu", _cann_swiglu, ("npu::npu_swiglu",), refuses_dtypes),
+        Provider("Triton", triton_driver.kernel("swiglu"), ("triton",), refuses_triton),
         Provider("composition", swiglu_reference),
     ),
     example=_swiglu_example,
@@ -65,6 +67,9 @@ SILU_MUL = FusedOperator(
     "silu_mul(Tensor gate, Tensor up) -> Tensor",
     reference=silu_mul_reference,
     fake=_fake_silu_mul,
-    providers=(Provider("composition", _in_place_product),),
+    providers=(
+        Provider("Triton", triton_driver.kernel("silu_mul"), ("triton",), refuses_triton),
+        Provider("composition", _in_place_product),
+    ),
     example=_silu_mul_example,
 )

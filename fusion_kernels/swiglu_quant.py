@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_compiler.fusion_kernels import triton_driver
 from npu_compiler.fusion_kernels.norm_quant import HALVES, quantize, quantize_rows
+from npu_compiler.fusion_kernels.norms import refuses_triton
 from npu_compiler.fusion_kernels.operator import FusedOperator, Provider
 
 COLUMNS = 64  # aclnnDequantSwigluQuant on A2 and A3: the last dimension must divide by it
@@ -103,6 +105,7 @@ SWIGLU_DYNAMIC_QUANT = FusedOperator(
         Provider(
             "aclnnDequantSwigluQuant dynamic", _cann_dynamic, ("npu::npu_dequant_swiglu_quant",), _refuses_dynamic
         ),
+        Provider("Triton", triton_driver.kernel("swiglu_dynamic_quant"), ("triton",), refuses_triton),
         Provider(
             "aclnnSwiGlu and aclnnDynamicQuant",
             _cann_apart,

@@ -32,6 +32,7 @@ TEST_TOOLS = [
     "pytest-timeout",
     "hypothesis",
     "openai",
+    "triton; platform_machine == 'x86_64'",
     "ruff",
     "mypy",
     "clang-format==23.1.5",

@@ -29,8 +29,7 @@ def test_operator_of_cann() -> None:
 
 def test_host_tensors_have_no_kernel_of_cann() -> None:
     text = report_of(norm, torch.randn(3, 64), torch.randn(3, 64), torch.randn(64))
-    expected = "add_rms_norm x1: composition (not aclnnAddRmsNorm: npu::npu_add_rms_norm has no kernel for CPU)"
-    assert expected in text
+    assert "add_rms_norm x1: composition (not aclnnAddRmsNorm: npu::npu_add_rms_norm has no kernel for CPU" in text
 
 
 def test_a_refusal_gives_its_reason_and_guards_no_dynamic_size() -> None:
@@ -46,4 +45,4 @@ def test_a_refusal_gives_its_reason_and_guards_no_dynamic_size() -> None:
         reports = [str(graph) for graph in backend.compiled()]
     (text,) = reports
     assert "swiglu_dynamic_quant x1: aclnnSwiGlu and aclnnDynamicQuant" in text
-    assert "(not aclnnDequantSwigluQuant dynamic: 96 columns are no multiple of 64)" in text
+    assert "(not aclnnDequantSwigluQuant dynamic: 96 columns are no multiple of 64" in text
