@@ -21,7 +21,7 @@ _DECODER: dict[str, Any] = {
     "intermediate_size": 512,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": POSITIONS,
+    "max_position_embeddings": 2048,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,

@@ -14,7 +14,8 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 32
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), LAYERS),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "n_embed"), HEADS * HEAD_DIM),
-    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "ffn_dim", "d_ff", "n_inner"), 256),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner"), 256),
+    "ffn_hidden_size": 4 * HEADS * HEAD_DIM,  # Falcon's loader knows no other
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "num_query_groups"), KV_HEADS),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -59,8 +60,8 @@ class Subject:
 
 def subjects() -> tuple[list[Subject], list[str]]:
     """Every text-generation architecture of vLLM that transformers ships a configuration for, and the names of the
-    others, in vLLM's order."""
-    from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+    others, in vLLM's order: first those vLLM has a model of, then those it runs by transformers' own model."""
+    from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS, _TRANSFORMERS_SUPPORTED_MODELS
 
     types: dict[str, str] = {}
     for table in (
@@ -72,8 +73,10 @@ def subjects() -> tuple[list[Subject], list[str]]:
             for name in (names,) if isinstance(names, str) else names:
                 if model_type in CONFIG_MAPPING_NAMES:
                     types.setdefault(name.lower(), model_type)  # PhiMoE here, Phimoe there
-    found = [Subject(name, types[name.lower()]) for name in _TEXT_GENERATION_MODELS if name.lower() in types]
-    return found, [name for name in _TEXT_GENERATION_MODELS if name.lower() not in types]
+    text = [name for name, (_, kind) in _TRANSFORMERS_SUPPORTED_MODELS.items() if "MultiModal" not in kind]
+    names = [*_TEXT_GENERATION_MODELS, *text]
+    found = [Subject(name, types[name.lower()]) for name in names if name.lower() in types]
+    return found, [name for name in names if name.lower() not in types]
 
 
 def configuration(subject: Subject) -> transformers.PreTrainedConfig:
@@ -106,7 +109,9 @@ def changes(defaults: dict[str, Any]) -> dict[str, Any]:
     heads = next((defaults[n] for n in ("num_attention_heads", "n_head", "num_heads") if n in defaults), None)
     for name in kv:  # multi-head and multi-query attention stay what they are
         given = defaults[name]
-        made[name] = HEADS if given is not None and given == heads else 1 if given == 1 else KV_HEADS
+        made[name] = HEADS if given == heads else 1 if given == 1 else KV_HEADS
+    if "num_key_value_heads" in defaults and defaults["num_key_value_heads"] is None:
+        made["num_key_value_heads"] = HEADS  # transformers means as many as there are heads, vLLM wants the number
     if defaults.get("head_dim") is None:
         made.pop("head_dim", None)
     return made

@@ -29,10 +29,12 @@ ROW = "SWEEP-ROW "
 PROMPTS = ([5, 9, 17, 100, 3], [7] * 12 + [40, 41, 42], list(range(20, 60)))
 TOKENS = 16
 SIZES = [1, 2, 4]
+_TIDYING = ("common", "noop", "dead_code", "reinplace", "assertions")
+"""Passes that clear up, which say nothing about a model."""
 
 
-def write_checkpoint(subject: shrink.Subject, folder: str) -> str:
-    """Saves a random model of `subject`; returns vLLM's load_format and, where no model could be saved, why."""
+def write_checkpoint(subject: shrink.Subject, folder: str) -> tuple[str, list[list[int]]]:
+    """Saves a random model of `subject`. Returns why none could be saved ("" if one was), and transformers' tokens."""
     config = shrink.configuration(subject)
     try:
         torch.manual_seed(0)
@@ -48,8 +50,31 @@ def write_checkpoint(subject: shrink.Subject, folder: str) -> str:
         model.save_pretrained(folder)
     except (*SETUP_ERRORS, KeyError, OSError) as error:
         config.save_pretrained(folder)
-        return f"{type(error).__name__}: {first_line(error)}"
-    return ""
+        return f"{type(error).__name__}: {first_line(error)}", []
+    return "", reference_tokens(model)
+
+
+@torch.inference_mode()
+def reference_tokens(model: transformers.PreTrainedModel) -> list[list[int]]:
+    """Greedy tokens of the prompts by transformers, without a cache; none where its model does not run."""
+    found = []
+    for prompt in PROMPTS:
+        text = list(prompt)
+        for _ in range(TOKENS):
+            try:
+                logits = model(input_ids=torch.tensor([text]), use_cache=False).logits
+            except (*SETUP_ERRORS, KeyError):
+                return []
+            text.append(int(logits[0, -1].argmax()))
+        found.append(text[len(prompt) :])
+    return found
+
+
+def make_known(architecture: str) -> None:
+    """Loads the architecture's class here: vLLM would import itself in another process first to look at it."""
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
 @contextlib.contextmanager
@@ -102,37 +127,46 @@ def run(subject: shrink.Subject, row: dict[str, Any]) -> None:
     that a failure finds it there: "not made", "eager fails" or "compiled fails"."""
     row |= {"architecture": subject.architecture, "model_type": subject.model_type, "outcome": "not made"}
     with tempfile.TemporaryDirectory() as folder:
-        row["dummy_because"] = write_checkpoint(subject, folder)
+        row["dummy_because"], reference = write_checkpoint(subject, folder)
         load_format = "dummy" if row["dummy_because"] else "auto"
         row["outcome"] = "eager fails"
+        make_known(subject.architecture)
         with engine(folder, load_format, enforce_eager=True) as llm:
             wanted = tokens(llm)
         row["outcome"] = "compiled fails"
         graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES}
-        known = {id(graph) for graph in captured.graphs()}
+        known = {id(one) for one in (*captured.graphs(), *_compiled_graphs())}
         with engine(folder, load_format, compilation_config=graphs) as llm:
             compiled = tokens(llm)
             row |= describe(llm, known)
     row["distinct_tokens"] = len({token for line in wanted for token in line})
     row["outcome"] = "equal" if compiled == wanted else "different"
     row["reason"] = _first_difference(wanted, compiled)
+    row["as_transformers"] = wanted == reference if reference else None
 
 
 def describe(llm: Any, known: set[int]) -> dict[str, Any]:
     """What the compiled engine did: kernels, rules, compile time, decode steps."""
-    from npu_compiler.backend import CompiledGraph
+    from npu_compiler.backend import fingerprint
 
     made = captured.largest([graph for graph in captured.graphs() if id(graph) not in known])
     fired: Counter[str] = Counter()
-    for found in [found for found in gc.get_objects() if type(found) is CompiledGraph]:
+    for found in [found for found in _compiled_graphs() if id(found) not in known]:
         fired.update(entry.rule for record in found.records for entry in record.fired if entry.rule.isidentifier())
     return {
         "kernels": len(made.kernels),
         "layer_kernels": layer_kernels(made.kernels),
-        "fired": {rule: count for rule, count in sorted(fired.items()) if rule != "dead_code"},
+        "fired": {rule: count for rule, count in sorted(fired.items()) if rule not in _TIDYING},
+        "compiler": fingerprint(),
         "compile_seconds": round(llm.llm_engine.vllm_config.compilation_config.compilation_time, 2),
         "decode_steps": llm.collective_rpc("report")[0]["decode_steps"],
     }
+
+
+def _compiled_graphs() -> list[Any]:
+    from npu_compiler.backend import CompiledGraph
+
+    return [found for found in gc.get_objects() if type(found) is CompiledGraph]
 
 
 def first_line(error: BaseException) -> str:

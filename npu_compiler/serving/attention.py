@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch_npu
 from torch import Tensor
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -76,6 +76,10 @@ class NPUAttentionBackend(AttentionBackend):
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         return head_size % 16 == 0
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True  # of a window that no text outgrows; NPUAttentionImpl refuses a shorter one
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -180,10 +184,19 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
-        for value, feature in ((alibi_slopes, "ALiBi"), (logits_soft_cap, "a soft cap on the logits")):
-            if value:
+        unserved = {"ALiBi": alibi_slopes, "a soft cap on the logits": logits_soft_cap, "sinks": sinks}
+        for feature, value in unserved.items():
+            if value is not None and value is not False:
                 raise NotImplementedError(f"attention with {feature} is not served on npu")
+        longest = get_current_vllm_config().model_config.max_model_len
+        if sliding_window is not None and sliding_window < longest:
+            # The operator takes no band for queries that lie one behind the other ("TND").
+            raise NotImplementedError(
+                f"attention with a sliding window of {sliding_window} tokens over texts of up to {longest} is not "
+                f"served on npu; --max-model-len {sliding_window} serves texts that the window never cuts"
+            )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

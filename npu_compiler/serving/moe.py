@@ -1,0 +1,198 @@
+"""Mixture of experts for vLLM, by CANN's routing operators and grouped products. Imported once a process.
+
+vLLM's routers call operators of its library `_moe_C`, which is built for CUDA only: those that choose experts are
+given an implementation for npu here. The experts themselves are the method that vLLM leaves to a platform
+(`UnquantizedMoeBackend.OOT`). A layer is then
+
+    choose the experts, sort the tokens by expert, grouped product, activation, grouped product, add up a token's rows
+
+and nothing of it is read back on the host, so a full graph holds it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch_npu
+from torch import Tensor
+from torch.nn import functional
+from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts
+
+_SOFTMAX, _SIGMOID = 0, 1
+_EPSILON = 1e-20  # keeps a sum of sigmoids that are all zero from dividing
+
+
+@UnquantizedFusedMoEMethod.register_oot
+class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
+    """The experts of a layer, unquantised. Weights stay as vLLM loads them: [experts, out, in]."""
+
+    def __init__(self, moe: FusedMoEConfig) -> None:
+        parallel = moe.moe_parallel_config
+        for present, feature in (
+            (parallel.use_ep, "expert parallelism (--enable-expert-parallel)"),
+            (parallel.dp_size > 1, "data parallelism of a mixture of experts (--data-parallel-size)"),
+        ):
+            if present:
+                raise NotImplementedError(f"{feature} is not served on npu yet; leave it out")
+        super().__init__(moe)
+
+    @property
+    def is_monolithic(self) -> bool:
+        return False
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: SharedExperts | None,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        """x [tokens, hidden], topk_weights [tokens, k] float32, topk_ids [tokens, k]; sums over a token's experts."""
+        if layer.apply_router_weight_on_input:
+            x = x * topk_weights.to(x.dtype)  # one expert a token: that is when vLLM asks for it
+            topk_weights = torch.ones_like(topk_weights)
+        experts = layer.w13_weight.shape[0]
+        rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
+            x,
+            topk_ids.to(torch.int32),
+            active_num=topk_ids.numel(),
+            expert_num=experts,
+            expert_tokens_num_type=1,  # how many rows an expert has
+            expert_tokens_num_flag=True,
+            active_expert_range=[0, experts],
+            quant_mode=-1,
+            row_idx_type=0,
+        )
+        quantisation = self.moe_quant_config or self.get_fused_moe_quant_config(layer)
+        settings = ApplyMoEActivationConfig.from_configs(self.moe, quantisation)
+        rows = grouped_product(rows, layer.w13_weight, getattr(layer, "w13_bias", None), counts)
+        rows = activated(layer.activation, rows, settings)
+        rows = grouped_product(rows, layer.w2_weight, getattr(layer, "w2_bias", None), counts)
+        return torch_npu.npu_moe_token_unpermute(rows, places, probs=topk_weights)
+
+
+def grouped_product(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """rows [n, in], sorted by expert, `counts` [experts] of them for each; weight [experts, out, in]."""
+    if bias is not None and bias.dtype == torch.bfloat16:
+        bias = bias.float()  # GroupedMatmul adds a float32 bias to a bfloat16 product
+    return torch_npu.npu_grouped_matmul(
+        [rows],
+        [weight.transpose(1, 2)],
+        bias=None if bias is None else [bias],
+        group_list=counts,
+        split_item=3,
+        group_type=0,
+        group_list_type=1,
+    )[0]
+
+
+def activated(activation: MoEActivation, rows: Tensor, settings: ApplyMoEActivationConfig) -> Tensor:
+    """What vLLM's apply_moe_activation computes: gated kinds halve the last dimension.
+
+    Raises:
+        NotImplementedError: a kind that has no meaning here yet.
+    """
+    kind, limit = activation, settings.clamp_limit
+    if kind == MoEActivation.SILU and limit is None:
+        return torch_npu.npu_swiglu(rows)
+    if kind in (MoEActivation.SILU_NO_MUL, MoEActivation.GELU_NO_MUL, MoEActivation.GELU_TANH_NO_MUL):
+        return _plain(kind)(rows)
+    if kind == MoEActivation.RELU2_NO_MUL:
+        return torch.relu(rows).square()
+    if kind == MoEActivation.SWIGLUOAI:  # gate and up alternate
+        return _clamped_swiglu(rows[..., ::2], rows[..., 1::2], limit=7.0, alpha=1.702, beta=1.0)
+    gate, up = rows.chunk(2, dim=-1)
+    if kind in (MoEActivation.GELU, MoEActivation.GELU_TANH):
+        return _plain(kind.without_mul())(gate) * up
+    if kind == MoEActivation.RELU2:
+        return torch.relu(gate).square() * up
+    if limit is not None and kind in (MoEActivation.SILU, MoEActivation.SWIGLUOAI_UNINTERLEAVE):
+        return _clamped_swiglu(gate, up, limit, settings.alpha, settings.beta)
+    if kind == MoEActivation.SWIGLUSTEP:
+        return functional.silu(gate).clamp(max=7.0) * up.clamp(-7.0, 7.0)
+    raise NotImplementedError(f"experts with the activation {kind.value} are not served on npu")
+
+
+def _plain(kind: MoEActivation) -> torch.nn.Module:
+    if kind == MoEActivation.SILU_NO_MUL:
+        return torch.nn.SiLU()
+    return torch.nn.GELU("tanh" if kind == MoEActivation.GELU_TANH_NO_MUL else "none")
+
+
+def _clamped_swiglu(gate: Tensor, up: Tensor, limit: float, alpha: float, beta: float) -> Tensor:
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + beta)
+
+
+# -- routing: operators of vLLM's library that write their outputs -----------------------------------------------------
+
+
+def topk_softmax(
+    topk_weights: Tensor,
+    topk_indices: Tensor,
+    token_expert_indices: Tensor,
+    gating_output: Tensor,
+    renormalize: bool,
+    bias: Tensor | None = None,
+    is_padding: Tensor | None = None,
+) -> None:
+    """Writes the k largest of softmax(gating_output) [tokens, experts], chosen with `bias` where there is one.
+
+    Rows of padding are routed like any other: nobody reads them. `token_expert_indices` is scratch of vLLM's kernel.
+    """
+    k = topk_weights.shape[-1]
+    if bias is None:
+        weights, chosen, _ = torch_npu.npu_moe_gating_top_k_softmax_v2(gating_output, k=k, renorm=int(renormalize))
+    else:
+        weights, chosen, _ = _gating(gating_output, k, bias, _SOFTMAX)
+        if renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+    topk_weights.copy_(weights)
+    topk_indices.copy_(chosen)
+
+
+def topk_sigmoid(
+    topk_weights: Tensor,
+    topk_indices: Tensor,
+    token_expert_indices: Tensor,
+    gating_output: Tensor,
+    renormalize: bool,
+    bias: Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
+    is_padding: Tensor | None = None,
+) -> None:
+    """As `topk_softmax`, with sigmoids, times `routed_scaling_factor`."""
+    k = topk_weights.shape[-1]
+    weights, chosen, _ = _gating(gating_output, k, bias, _SIGMOID, routed_scaling_factor)
+    if not renormalize:  # the operator always divides sigmoids by their sum
+        weights = gating_output.float().sigmoid().gather(-1, chosen.long()) * routed_scaling_factor
+    topk_weights.copy_(weights)
+    topk_indices.copy_(chosen)
+
+
+def _gating(logits: Tensor, k: int, bias: Tensor | None, norm: int, scale: float = 1.0) -> tuple[Tensor, ...]:
+    if bias is not None and bias.dtype != logits.dtype:
+        logits, bias = logits.float(), bias.float()
+    return torch_npu.npu_moe_gating_top_k(
+        logits, k, bias=bias, norm_type=norm, routed_scaling_factor=scale, eps=_EPSILON
+    )
+
+
+_SIGNATURE = (
+    "(Tensor! topk_weights, Tensor! topk_indices, Tensor! token_expert_indices, Tensor gating_output, "
+    "bool renormalize, Tensor? bias, {}Tensor? is_padding) -> ()"
+)
+_LIBRARY = torch.library.Library("_moe_C", "FRAGMENT")  # vLLM's own name; kept, as its end would undo what follows
+for _function, _extra in ((topk_softmax, ""), (topk_sigmoid, "float routed_scaling_factor, ")):
+    if not hasattr(torch.ops._moe_C, _function.__name__):
+        _LIBRARY.define(_function.__name__ + _SIGNATURE.format(_extra))
+    _LIBRARY.impl(_function.__name__, _function, "PrivateUse1")

@@ -1,0 +1,194 @@
+"""Mixture of experts: routing and experts against plain programs, and a model's tokens against transformers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation
+
+from npu_compiler.serving import moe
+from tests.models import checkpoints, tokenizer
+from tests.runtime import reference
+from tests.serving import oracle
+from tests.serving.engine import engine, generate, graphs, report
+
+TOKENS, EXPERTS, K, HIDDEN, INNER = 7, 6, 2, 32, 48
+Kind = MoEActivation
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(3)
+
+
+# -- routing -----------------------------------------------------------------------------------------------------------
+
+
+def route(name: str, logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Weights and experts as vLLM's routers ask for them."""
+    weights = torch.empty(TOKENS, K, device="npu")
+    experts, scratch = (torch.empty(TOKENS, K, dtype=torch.int32, device="npu") for _ in range(2))
+    getattr(torch.ops._moe_C, name)(weights, experts, scratch, logits.npu(), *arguments)
+    return weights.cpu(), experts.cpu()
+
+
+def chosen(scores: Tensor, bias: Tensor | None, renormalize: bool, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The same in float64: the bias decides who is chosen, not with what weight."""
+    experts = (scores if bias is None else scores + bias.double()).topk(K).indices
+    weights = scores.gather(1, experts)
+    return (weights / weights.sum(-1, keepdim=True) if renormalize else weights) * scale, experts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_routing_by_softmax(biased: bool, renormalize: bool, dtype: torch.dtype) -> None:
+    logits, bias = torch.randn(TOKENS, EXPERTS).to(dtype), torch.randn(EXPERTS) if biased else None
+    weights, experts = route("topk_softmax", logits, renormalize, None if bias is None else bias.npu(), None)
+    expected = chosen(logits.double().softmax(-1), bias, renormalize)
+    reference.assert_close(weights, expected[0], dtype)
+    assert torch.equal(experts.long(), expected[1])
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_routing_by_sigmoid(biased: bool, renormalize: bool) -> None:
+    logits, bias = torch.randn(TOKENS, EXPERTS), torch.randn(EXPERTS) if biased else None
+    weights, experts = route("topk_sigmoid", logits, renormalize, None if bias is None else bias.npu(), 2.5, None)
+    expected = chosen(logits.double().sigmoid(), bias, renormalize, 2.5)
+    reference.assert_close(weights, expected[0], torch.float32)
+    assert torch.equal(experts.long(), expected[1])
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+def oai(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+FORMULAS = {
+    Kind.SILU: lambda x: functional.silu(x[:, :INNER]) * x[:, INNER:],
+    # torch_npu's gelu is CANN's Gelu, which has the tanh form whatever it is asked for
+    Kind.GELU: lambda x: functional.gelu(x[:, :INNER], approximate="tanh") * x[:, INNER:],
+    Kind.GELU_TANH: lambda x: functional.gelu(x[:, :INNER], approximate="tanh") * x[:, INNER:],
+    Kind.SWIGLUOAI: lambda x: oai(x[:, ::2], x[:, 1::2]),
+    Kind.SWIGLUSTEP: lambda x: functional.silu(x[:, :INNER]).clamp(max=7) * x[:, INNER:].clamp(-7, 7),
+    Kind.SILU_NO_MUL: functional.silu,
+    Kind.RELU2_NO_MUL: lambda x: functional.relu(x).square(),
+}
+
+
+def layer(kind: Kind, dtype: torch.dtype, with_bias: bool, on_input: bool = False) -> SimpleNamespace:
+    inner = 2 * INNER if kind.is_gated else INNER
+    made = SimpleNamespace(activation=kind, apply_router_weight_on_input=on_input)
+    made.w13_weight = torch.randn(EXPERTS, inner, HIDDEN).to(dtype) / 4
+    made.w2_weight = torch.randn(EXPERTS, HIDDEN, INNER).to(dtype) / 8
+    if with_bias:
+        made.w13_bias, made.w2_bias = torch.randn(EXPERTS, inner).to(dtype), torch.randn(EXPERTS, HIDDEN).to(dtype)
+    return made
+
+
+def on_device(made: SimpleNamespace) -> Any:
+    return SimpleNamespace(**{k: v.npu() if isinstance(v, Tensor) else v for k, v in vars(made).items()})
+
+
+def method() -> moe.NPUFusedMoEMethod:
+    """The method without what vLLM builds around it: `apply` reads the settings of the activation only."""
+    made = object.__new__(moe.NPUFusedMoEMethod)
+    torch.nn.Module.__init__(made)
+    made.moe = SimpleNamespace(  # type: ignore[assignment]  # the part of FusedMoEConfig that is read
+        swiglu_limit=None, swiglu_alpha=None, swiglu_beta=None, activation_situ_beta=None,
+        activation_situ_linear_beta=None, has_bias=False,
+    )  # fmt: skip
+    made.moe_quant_config = None
+    return made
+
+
+def plain(made: SimpleNamespace, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    total = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
+    for token in range(TOKENS):
+        for weight, expert in zip(weights[token].double(), experts[token].tolist(), strict=True):
+            row = x[token : token + 1].double() * (weight if made.apply_router_weight_on_input else 1)
+            row = row @ made.w13_weight[expert].double().T
+            if hasattr(made, "w13_bias"):
+                row = row + made.w13_bias[expert].double()
+            row = FORMULAS[made.activation](row) @ made.w2_weight[expert].double().T
+            if hasattr(made, "w2_bias"):
+                row = row + made.w2_bias[expert].double()
+            total[token] += row[0] * (1 if made.apply_router_weight_on_input else weight)
+    return total
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", FORMULAS, ids=lambda kind: kind.value)
+def test_experts(kind: Kind, dtype: torch.dtype, with_bias: bool) -> None:
+    made, x = layer(kind, dtype, with_bias), torch.randn(TOKENS, HIDDEN).to(dtype)
+    weights, experts = torch.rand(TOKENS, K), torch.stack([torch.randperm(EXPERTS - 1)[:K] for _ in range(TOKENS)])
+    actual = method().apply(on_device(made), x.npu(), weights.npu(), experts.int().npu(), None, None)
+    # bfloat16 is rounded after each of the two products and the activation
+    reference.assert_close(actual, plain(made, x, weights, experts), dtype, factor=3.0)
+
+
+def test_weights_on_the_input() -> None:
+    made, x = layer(Kind.SILU, torch.float32, False, on_input=True), torch.randn(TOKENS, HIDDEN)
+    weights, experts = torch.rand(TOKENS, 1), torch.randint(EXPERTS, (TOKENS, 1))
+    actual = method().apply(on_device(made), x.npu(), weights.npu(), experts.int().npu(), None, None)
+    reference.assert_close(actual, plain(made, x, weights, experts), torch.float32, factor=3.0)
+
+
+def test_a_limit_of_the_gate() -> None:
+    rows = torch.randn(5, 2 * INNER) * 4
+    settings = ApplyMoEActivationConfig(clamp_limit=2.0, alpha=1.5, beta=1.0)
+    gate, up = rows[:, :INNER].double().clamp(max=2.0), rows[:, INNER:].double().clamp(-2.0, 2.0)
+    expected = gate * torch.sigmoid(1.5 * gate) * (up + 1)
+    actual = moe.activated(Kind.SWIGLUOAI_UNINTERLEAVE, rows.npu(), settings)
+    reference.assert_close(actual, expected, torch.float32)
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="experts with the activation situ are not served on npu"):
+        moe.activated(Kind.SITU, torch.ones(1, 4).npu(), ApplyMoEActivationConfig())
+
+
+# -- a model -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = checkpoints.configuration(checkpoints.Shape()).to_dict()
+    shared = {name: shape[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")}
+    config = Qwen3MoeConfig(
+        **shared, num_key_value_heads=2, vocab_size=shape["vocab_size"], num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=64, intermediate_size=128, max_position_embeddings=1024, dtype="float32",
+        bos_token_id=None, eos_token_id=tokenizer.TURN_END_ID, pad_token_id=tokenizer.END_OF_TEXT_ID,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).float()
+    checkpoints.initialise(model, seed=0)
+    return checkpoints.save(model.eval(), tmp_path_factory.mktemp("moe"))
+
+
+def test_tokens_are_those_of_transformers(folder: Path) -> None:
+    prompts = oracle.prompts()[:4]
+    expected = [oracle.greedy(folder, prompt, 16) for prompt in prompts]
+    with engine(folder, **graphs("FULL_DECODE_ONLY")) as llm:
+        assert generate(llm, prompts, 16) == expected
+        steps = report(llm)["decode_steps"]
+    assert steps["replayed"] > 0
+    assert steps["eager"] == 0
+
+
+@pytest.mark.parametrize(("changes", "option"), [({"use_ep": True}, "expert"), ({"dp_size": 2}, "data")])
+def test_other_parallelism_is_refused(changes: dict[str, Any], option: str) -> None:
+    parallel = SimpleNamespace(**({"use_ep": False, "dp_size": 1} | changes))
+    with pytest.raises(NotImplementedError, match=f"--{'enable-' * (option == 'expert')}{option}-parallel"):
+        moe.NPUFusedMoEMethod(SimpleNamespace(moe_parallel_config=parallel))  # type: ignore[arg-type]
