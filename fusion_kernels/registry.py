@@ -8,6 +8,7 @@ import torch
 
 from npu_compiler.fusion_kernels.geglu import GEGLU
 from npu_compiler.fusion_kernels.layer_norm import ADD_LAYER_NORM
+from npu_compiler.fusion_kernels.matmul_all_reduce import MATMUL_ALL_REDUCE
 from npu_compiler.fusion_kernels.mul_add import MUL_ADD
 from npu_compiler.fusion_kernels.norm_quant import ADD_RMS_NORM_DYNAMIC_QUANT, ADD_RMS_NORM_QUANT, RMS_NORM_QUANT
 from npu_compiler.fusion_kernels.norms import (
@@ -44,6 +45,7 @@ OPERATORS: tuple[FusedOperator, ...] = (
     SWIGLU_QUANT,
     GEGLU,
     TRANSPOSE_BMM,
+    MATMUL_ALL_REDUCE,
     MUL_ADD,
 )
 

@@ -52,6 +52,9 @@ class Options:
     `user_rules`, in front of the built-in rules."""
     passes: tuple[Any, ...] = ()
     """Your own passes (passes.record.Pass, placed by `before` or `after`), or "module:name" of a pass or a list."""
+    matmul_all_reduce: int = 0
+    """Fewest rows at which a matrix product and its sum over the ranks are one operator, which CANN has for Atlas A2
+    only and advises for prompts, not for decode steps. 0: never. Give all ranks the same number."""
     cache: bool = False
     """Keep compiled programs on disk (npu_compiler/cache.py); the next process that compiles the same function for the
     same inputs skips everything behind Dynamo. $NPU_COMPILER_CACHE names the folder."""
@@ -74,6 +77,12 @@ class Options:
                 f"capture_sizes={self.capture_sizes} can't work",
                 rule="sizes are positive and named once",
                 fix="list each dynamic size to capture once, for example capture_sizes=(1, 2, 4, 8)",
+            )
+        if self.matmul_all_reduce < 0:
+            raise OptionError(
+                f"matmul_all_reduce={self.matmul_all_reduce} is no number of rows",
+                rule="matmul_all_reduce is the fewest rows that are worth one operator, or 0",
+                fix="use for example 256, or leave the option out",
             )
         if self.capture_error_mode not in CAPTURE_ERROR_MODES:
             raise _unknown_value("capture_error_mode", self.capture_error_mode, CAPTURE_ERROR_MODES)

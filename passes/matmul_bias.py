@@ -10,8 +10,10 @@ After::
     y = aten.addmm.default(bias, x, weight)
 
 CANN's aclnnAddmm adds a bias of one dimension in the product's own kernel. F.linear with a bias comes as addmm already.
-An activation behind it stays a kernel of its own: aclnnFusedMatmul, which would take relu and gelu, is for Ascend 950
-only, and no operator of Atlas A2 or A3 takes one.
+An activation behind it stays a kernel of its own. aclnnFusedMatmul, which would take relu and gelu, is for Ascend 950
+only. aclnnFFN (`npu_ffn`) computes activation(x @ w1 + b1) @ w2 + b2 on Atlas A2 and A3, but makes its weights
+contiguous first: those of nn.Linear, which come transposed, would be copied at every call. Beside bfloat16 it wants
+float32 biases, which are two more kernels.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from npu_compiler.passes import (
     dead_code,
     geglu,
     gemma_rms_norm,
+    matmul_all_reduce,
     matmul_bias,
     mul_add,
     noop,
@@ -56,6 +57,11 @@ PASSES: tuple[Pass, ...] = (
     Pass(geglu.NAME, "any place among the rules", rules=geglu.RULES),
     Pass(transpose_bmm.NAME, "any place among the rules", rules=transpose_bmm.RULES),
     Pass(matmul_bias.NAME, "behind the norms, which claim additions of a residual", rules=matmul_bias.RULES),
+    Pass(
+        matmul_all_reduce.NAME,
+        "behind matmul_bias, whose bias it takes along; only with the option of its name",
+        rules=matmul_all_reduce.RULES,
+    ),
     Pass(mul_add.NAME, "last of the rules: it would take arithmetic apart that others look for", rules=mul_add.RULES),
     Pass(common.NAME, "again: the rules repeat small work, such as widening cos, in every layer", common.run),
     Pass(dead_code.NAME, "before reinplace: an unread view must not keep a clone alive", dead_code.run),
@@ -77,6 +83,7 @@ def selected(options: Options) -> tuple[Pass, ...]:
     if twice:
         raise OptionError(f"rule {twice!r} exists already", rule="names are used once", fix="choose another name")
     check_names("disabled_rules", options.disabled_rules, known)
+    order = users.with_rules(order, matmul_all_reduce.NAME, matmul_all_reduce.rules(options.matmul_all_reduce))
     return tuple(entry for entry in order if entry.name not in options.disabled_passes)
 
 

@@ -136,7 +136,7 @@ class Build:
 def apply(module: fx.GraphModule, rules: Iterable[Rule], record: PassRecord) -> None:
     """Applies the rules wherever they match and are legal; the first that fires at a call wins."""
     rules = [rule for rule in rules if rule.name not in record.disabled]
-    if any(rule.operator and "::" not in rule.operator for rule in rules):
+    if rules:
         register()
     anchored: dict[str, list[Rule]] = {}
     for rule in rules:

@@ -13,6 +13,7 @@ from torch import fx
 
 from npu_compiler.graph.effects import storage, tensors, written_storages
 from npu_compiler.graph.traffic import launches
+from npu_compiler.plan.engines import Engine, engine_of
 
 GENERATOR = -1
 UNKNOWN = -2
@@ -54,8 +55,7 @@ def is_opaque(node: fx.Node) -> bool:
 def is_pinned(node: fx.Node) -> bool:
     """Whether a call must stay on the main stream: hidden effects, random draws, collectives (which bring their own
     streams along)."""
-    name = str(node.target)
-    return is_opaque(node) or _draws(node) or name.startswith(("_c10d_functional.", "c10d."))
+    return is_opaque(node) or _draws(node) or engine_of(node) is Engine.LINK
 
 
 def _draws(node: fx.Node) -> bool:

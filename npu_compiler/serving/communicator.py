@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
 
 
 class NPUCommunicator(DeviceCommunicatorBase):
-    """HCCL behind vLLM's communicator interface. Every call runs on the current stream and can be captured."""
+    """HCCL behind vLLM's communicator interface. Every call runs on the current stream and can be captured.
+
+    The device's group is found in torch under vLLM's name too, such as "tp:0" (of which there is one a process and
+    engine): operators that compute and communicate take a group by name (fusion_kernels/matmul_all_reduce.py).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.device_group is not None and self.unique_name:
+            _register_process_group(self.unique_name, self.device_group)
+
+    def destroy(self) -> None:
+        """See DeviceCommunicatorBase: called before the group is destroyed."""
+        if self.device_group is not None and self.unique_name:
+            _unregister_process_group(self.unique_name)
+        super().destroy()
 
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
         """Sum over the group, as a new tensor: vLLM's operator promises not to change its argument."""

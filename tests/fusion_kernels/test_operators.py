@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from npu_compiler.fusion_kernels import OPERATORS, register
 from npu_compiler.fusion_kernels.operator import FusedOperator, Provider, missing_kernel
 from npu_compiler.fusion_kernels.rope import QK_NORM_ROPE, QK_ROPE
+from tests.one_rank import one_rank
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 MOST_STEPS = 0.02  # part of the int8 values that may be one step off
@@ -46,8 +47,10 @@ def error(got: Any, expected: Any, most_steps: float = MOST_STEPS) -> float:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def registered() -> None:
+def registered() -> Iterator[None]:
     register()
+    with one_rank():  # for operators that communicate
+        yield
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -3,7 +3,7 @@ near misses, and says why."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from npu_compiler.passes import pipeline
 from npu_compiler.passes.record import PassRecord
 from npu_compiler.passes.rewrite import NearMiss, Rule, apply
+from tests.one_rank import one_rank
 from tests.passes.lowered import calls, lowered
 
 RULES = list(dict.fromkeys(rule for entry in pipeline.PASSES for rule in entry.rules))
@@ -21,6 +22,13 @@ RULES = list(dict.fromkeys(rule for entry in pipeline.PASSES for rule in entry.r
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 MOST_ROUNDED_APART = 0.02
 """Quantised results may differ by one step where the exact value lies half-way; in few places."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group() -> Iterator[None]:
+    """Of one rank, for rules about collectives."""
+    with one_rank():
+        yield
 
 
 def name(rule: Rule) -> str:

@@ -301,6 +301,35 @@ def check_captured_matmul_all_reduce() -> None:
         same(y, summed_products(fresh, everyone(8, 16, dtype=torch.bfloat16)).bfloat16())
 
 
+def check_compiled_matmul_all_reduce_in_two_groups() -> None:
+    """As of two engines in one process: each program keeps to its group and its option. Rank 0 alone has a bias, as
+    vLLM does it."""
+    from npu_compiler.backend import ascend, report  # for this check alone: dynamo takes seconds to import
+
+    pair = dist.new_group(list(range(RANKS)), backend="hccl")
+    x, w = everyone(3, 8, dtype=torch.bfloat16), everyone(8, 16, dtype=torch.bfloat16)
+    mine, bias = (x[RANK].npu(), w[RANK].npu()), torch.arange(16).bfloat16()
+    expected = (summed_products(x, w) + bias.double()).bfloat16()
+    operator = "npu_fused.matmul_all_reduce.default"
+    for name, rows, provider in (("0", 3, "aclnnMatmulAllReduce"), (pair.group_name, 4, "")):
+
+        def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, name: str = name) -> torch.Tensor:
+            product = torch.addmm(bias, x, w) if RANK == 0 else x @ w
+            functional = torch.ops._c10d_functional
+            return functional.wait_tensor(functional.all_reduce(product, "sum", name))
+
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            linear, backend="ascend", options={"matmul_all_reduce": rows, "capture": bool(provider)}
+        )
+        for _ in range(3):  # uncaptured, captured, replayed
+            same(compiled(*mine, bias.npu()), expected)
+        graph = ascend.compiled()[-1].graph
+        targets = [str(node.target) for node in graph.graph.nodes]
+        assert targets.count(operator) == bool(provider), targets
+        assert not provider or f"matmul_all_reduce x1: {provider}" in report()
+
+
 def check_matmul_all_reduce_refuses() -> None:
     x, w = torch.zeros(2, 8).half().npu(), torch.zeros(8, 4).half().npu()
     name = group_name()

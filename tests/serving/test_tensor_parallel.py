@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,25 @@ def test_tokens(family: checkpoints.Family, mode: str) -> None:
     assert len(reports) == 2
     for data in reports:
         check_steps(mode, data)
+
+
+@pytest.mark.full
+def test_products_summed_by_one_operator_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of more rows than asked for go through aclnnMatmulAllReduce, decode steps through two operators."""
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")  # a program that is loaded is not dumped
+    folder = checkpoints.cached(checkpoints.Shape())
+    prompts = oracle.prompts()
+    tokens = []
+    for rows in (0, 8):
+        compile_options = {"dump_dir": str(tmp_path / str(rows)), "matmul_all_reduce": rows}
+        settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "dtype": "bfloat16"}
+        with engine(
+            folder, additional_config={"compile": compile_options}, **settings, **graphs("FULL_DECODE_ONLY")
+        ) as llm:
+            tokens.append(generate(llm, prompts, TOKENS))
+    assert tokens[0] == tokens[1]
+    (program,) = (tmp_path / "8").glob("*.matmul_all_reduce.py")
+    found = re.findall(r"npu_fused\.matmul_all_reduce\.default\(.*'(tp:\d+)', 8\)", program.read_text())
+    layers = checkpoints.Shape().layers
+    assert len(found) == 2 * layers, "the attention's output and the MLP's, in each layer"
+    assert not list((tmp_path / "0").glob("*.matmul_all_reduce.py"))
