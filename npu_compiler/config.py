@@ -28,7 +28,8 @@ class Options:
     capture_limit: int = 64
     """How many captured graphs (one a shape) a compiled graph keeps; the least recently used one goes first."""
     capture_sizes: tuple[int, ...] = ()
-    """Capture only calls whose dynamic sizes are all in this list; others are called uncaptured. Empty: all."""
+    """Capture only calls whose dynamic sizes are all in this list; others are called uncaptured. Empty: all.
+    With one dynamic size, the first capture gets memory for the largest in the list."""
     capture_error_mode: str = "thread_local"
     """Which threads CANN bars from blocking copies during a capture (aclmdlRICaptureMode): all ("global"), the one
     that captures ("thread_local"), none ("relaxed")."""
@@ -42,7 +43,7 @@ class Options:
     """npugraph_ex's options, where it captures; for example {"static_kernel_compile": True}."""
     clone_outputs: bool = True
     """Hand out copies of a captured graph's outputs. False: hand out the graph's own tensors, and refuse the next
-    replay with StaleOutputError while one of them is still in use."""
+    replay, of any shape, with StaleOutputError while one of them is still in use."""
     disabled_passes: tuple[str, ...] = ()
     """Names of passes to leave out (npu_compiler.passes.pipeline lists them), to find out which one is to blame."""
     disabled_rules: tuple[str, ...] = ()

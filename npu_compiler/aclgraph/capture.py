@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -61,6 +62,7 @@ def capture(
     streams: Sequence[Any],
     error_mode: str,
     plan: StreamPlan | None = None,
+    room: int = 0,
 ) -> Captured:
     """Records one run of `program`. Nothing is executed.
 
@@ -69,16 +71,19 @@ def capture(
         streams: the stream to capture, and those that `plan` uses beside it.
         plan: what runs on which stream (plan/schedule.py); None: everything on the first.
         pool: memory pool of the compiled function (torch.npu.graph_pool_handle()).
+        room: bytes to get for the pool in one piece before anything else takes from it, for larger shapes to come. A
+            pool gives back nothing while it has graphs, and can't join pieces: without this, each larger shape than
+            all before would leave the pieces of the smaller ones unused.
 
     Raises:
         CaptureError: a call was refused; it names the call and its source line.
     """
     with EXCLUSIVE:
-        return _capture(StreamRunner(program, plan, streams), arguments, name, pool, streams[0], error_mode)
+        return _capture(StreamRunner(program, plan, streams), arguments, name, pool, streams[0], error_mode, room)
 
 
 def _capture(
-    runner: StreamRunner, arguments: Sequence[Any], name: str, pool: Any, stream: Any, error_mode: str
+    runner: StreamRunner, arguments: Sequence[Any], name: str, pool: Any, stream: Any, error_mode: str, room: int
 ) -> Captured:
     npu = torch.npu
     # A capture must not meet work that is still running, and can't free cached memory to make room.
@@ -89,6 +94,7 @@ def _capture(
     with npu.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode=error_mode)
         try:
+            _make_room(room)
             outputs = runner.run(*arguments, enable_io_processing=False)
         except Exception as error:
             _abandon(graph, error)
@@ -101,6 +107,14 @@ def _capture(
         graph.capture_end()
     milliseconds = (time.perf_counter() - start) * 1e3
     return Captured(graph, list(outputs), milliseconds, (npu.memory_reserved() - reserved) / MIB)
+
+
+def _make_room(size: int) -> None:
+    """Gets memory for the pool that is being captured into, and lets go of it. Without that much, shapes that need less
+    may still fit."""
+    if size:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            torch.empty(size, dtype=torch.uint8, device="npu")
 
 
 def _abandon(graph: Any, error: BaseException) -> None:

@@ -7,7 +7,6 @@ inputs in, launches the graph and copies the outputs out.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import fx
 
 from npu_compiler.aclgraph.capture import EXCLUSIVE, capture, refuse_uncapturable
+from npu_compiler.aclgraph.forecast import Forecast
 from npu_compiler.aclgraph.inputs import Buffers, InputPlan, writable
 from npu_compiler.aclgraph.ledger import Capture, Ledger
 from npu_compiler.aclgraph.outputs import OutputPlan
@@ -85,6 +85,9 @@ class Replayer:
         self._graphs: OrderedDict[Key, Replayable] = OrderedDict()
         self._moves: Counter[int] = Counter()
         self._buffers = Buffers()
+        self._forecast = Forecast(program.graph, self._plan.sizes)
+        self._pool: Any = None
+        self._handed_out: OutputPlan | None = None  # the outputs of the last replay
         self._streams = Streams(program, options.stream_limit if options.multistream == "auto" else 1)
         self._last_stream: Any = None
         # Copies in, launch and copies out of one call must not mix with another thread's: they share the buffers.
@@ -107,12 +110,17 @@ class Replayer:
                 return self._uncaptured(args, "a size is not in capture_sizes")
             return self._first(key, args, "new shape")
         if [args[position].data_ptr() for position in found.bound] != found.addresses:
-            return self._first(key, args, self._what_moved(found, args))
+            reason = self._what_moved(found, args)
+            del found  # its memory is for the graph that takes its place
+            self._drop(key)
+            return self._first(key, args, reason)
         self._graphs.move_to_end(key)
         return self._replay(found, args)
 
     def _replay(self, found: Replayable, args: Sequence[Any]) -> list[Any]:
-        found.outputs.refuse_stale()
+        if self._handed_out is not None:
+            self._handed_out.refuse_stale()
+        self._handed_out = found.outputs
         self._follow_last_stream()
         for position, buffer in found.feeds:
             source = args[position]
@@ -132,15 +140,18 @@ class Replayer:
     def _first(self, key: Key, args: Sequence[Any], reason: str) -> Any:
         """Runs the call, then captures its shape."""
         results = self._uncaptured(args, "first call of a shape, before its capture")
-        self._graphs.pop(key, None)
         while len(self._graphs) >= self._options.capture_limit:
-            evicted, gone = self._graphs.popitem(last=False)
-            with EXCLUSIVE:
-                torch.npu.synchronize()  # the evicted graph may still be running
-                gone.graph.reset()
+            evicted = next(iter(self._graphs))
+            self._drop(evicted)
             self.ledger.evicted.append(self._key_text(evicted))
         self._graphs[key] = self._capture(key, args, reason)
         return results
+
+    def _drop(self, key: Key) -> None:
+        gone = self._graphs.pop(key)
+        with EXCLUSIVE:
+            torch.npu.synchronize()  # it may still be running
+            gone.graph.reset()
 
     def _capture(self, key: Key, args: Sequence[Any], reason: str) -> Replayable:
         copied_back = [position for position in self._plan.written if self._moves[position] >= MOVES_BEFORE_COPY]
@@ -150,6 +161,7 @@ class Replayer:
         for position, buffer in feeds:
             arguments[position] = buffer
         plan = self._streams.plan(arguments)
+        room = self._new_pool() if not self._graphs else 0
         made = capture(
             self._program,
             arguments,
@@ -158,6 +170,7 @@ class Replayer:
             streams=self._streams.of(plan),
             error_mode=self._options.capture_error_mode,
             plan=plan,
+            room=room,
         )
         self.ledger.captures.append(
             Capture(self._key_text(key), reason, made.milliseconds, made.mebibytes, self._calls, summary(plan))
@@ -172,10 +185,14 @@ class Replayer:
             outputs=OutputPlan(made.outputs, self._returned_inputs, owners, self._options.clone_outputs),
         )
 
-    @functools.cached_property
-    def _pool(self) -> Any:
-        """One memory pool for all shapes: they never run at the same time, so they may share memory."""
-        return torch.npu.graph_pool_handle()
+    def _new_pool(self) -> int:
+        """Takes a pool for the captures to come, and returns how many bytes the largest of them needs, if it is known.
+
+        All shapes share it: they never run at the same time. A pool whose graphs are all gone takes no new ones.
+        """
+        self._pool = torch.npu.graph_pool_handle()
+        largest = self._forecast.keys(self._options.capture_sizes)[:1]
+        return max(map(self._forecast.pool_bytes, largest), default=0)
 
     def _follow_last_stream(self) -> None:
         """Replays share buffers and pool, so one on another stream has to wait for the last."""

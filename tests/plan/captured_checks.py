@@ -65,6 +65,23 @@ def check_each_shape_has_its_plan() -> None:
     assert texts[0] != texts[1], texts
 
 
+def check_shapes_with_outputs_in_one_place_on_two_streams() -> None:
+    """Outputs of several shapes share memory, and the calls come from two streams in turn."""
+    torch._dynamo.reset()
+    compiled = torch.compile(branches, backend="ascend", dynamic=True)
+    weight, side, results = torch.rand(16, 16), torch.npu.Stream(), []
+    for index, rows in enumerate((64, 8, 32, 16) * 4):
+        x = torch.rand(rows, 16)
+        on_device = x.npu()
+        torch.npu.synchronize()
+        with torch.npu.stream(side if index % 2 else torch.npu.default_stream()):
+            results.append((compiled(on_device, weight.npu()), x))
+    torch.npu.synchronize()
+    for given, x in results:
+        for got, expected in zip(given, branches(x, weight), strict=True):
+            torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
 def check_random_programs() -> None:
     """Programs with writes in place and views, on three streams, replayed with new inputs each time."""
     used = 0
