@@ -32,6 +32,7 @@ from npu_compiler.errors import StoredProgramError
 from npu_compiler.fusion_kernels.chosen import providers
 from npu_compiler.graph import digest, serialized
 from npu_compiler.graph.source import where
+from npu_compiler.lowering.floats import specialize_module_floats
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
 from npu_compiler.passes.record import PassRecord
@@ -111,6 +112,7 @@ class AscendBackend:
         """What torch.compile calls: lower, run the passes, serve calls by captured graphs."""
         refuse_mode(mode)
         chosen = Options.of(options)
+        specialize_module_floats(gm)
         compiled = CompiledGraph(f"graph_{next(self._count)}", chosen)
         names = [_input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
 

@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "standalone.md"
 
 def test_examples_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     file = tmp_path / "example.py"
     file.write_text("\n".join(blocks))  # a real file, so that messages can show its lines
     with torch.enable_grad():
