@@ -93,6 +93,12 @@ class Amounts:
         """A number to sort by: consistent with every order that is known."""
         return sum(a * b for a, b in zip(amount, self._typical, strict=False))
 
+    @property
+    def typical_sizes(self) -> str:
+        """The sizes that `typical` takes, as text."""
+        found = self._typical_values().items()
+        return ", ".join(f"{symbol}={size}" for symbol, size in sorted(found, key=lambda pair: str(pair[0])))
+
     def _vector(self, size: sympy.Expr) -> Amount:
         shifted = sympy.expand(size.xreplace({s: _step(s) + self._start(s) for s in size.free_symbols}))
         terms = shifted.as_coefficients_dict()
@@ -103,7 +109,7 @@ class Amounts:
             if entry not in self._places:
                 self._places[entry] = len(self._basis)
                 self._basis.append(entry)
-                self._typical.append(max(1, int(entry.subs(self._typical_steps(entry)))))
+                self._typical.append(max(1, int(entry.subs(self._typical_steps()))))
             vector += [0] * (len(self._basis) - len(vector))
             vector[self._places[entry]] = int(coefficient)
         return tuple(vector)
@@ -114,12 +120,15 @@ class Amounts:
             self._starts[symbol] = 0 if low is None else min(low, SMALLEST) if low <= 2 else low
         return self._starts[symbol]
 
-    def _typical_steps(self, entry: sympy.Expr) -> dict[sympy.Symbol, int]:
+    def _typical_values(self) -> dict[sympy.Symbol, int]:
         values = {}
         for symbol, start in self._starts.items():
             _, high = self._facts.bounds(symbol)
-            values[_step(symbol)] = max(0, min(TYPICAL, high if high is not None else TYPICAL) - start)
+            values[symbol] = max(start, min(TYPICAL, TYPICAL if high is None else high))
         return values
+
+    def _typical_steps(self) -> dict[sympy.Symbol, int]:
+        return {_step(symbol): size - self._starts[symbol] for symbol, size in self._typical_values().items()}
 
     def _is_never_negative(self, entry: sympy.Expr) -> bool:
         """Whether a term is a product of steps, or a floor of something made of such."""

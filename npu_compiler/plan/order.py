@@ -35,10 +35,12 @@ class Arrangement:
     Attributes:
         winner: the order that was taken.
         peaks: bytes alive at once for each order that was tried, at sizes taken for typical where they are symbolic.
+        sizes: what symbolic sizes were taken for, as text; empty without any.
     """
 
     winner: str
     peaks: dict[str, int]
+    sizes: str = ""
 
     @property
     def moved(self) -> bool:
@@ -46,11 +48,10 @@ class Arrangement:
         return self.winner != PROGRAM
 
     def __str__(self) -> str:
+        alive = f"{_mib(self.peaks[self.winner])} alive at once" + (f" at {self.sizes}" if self.sizes else "")
         if not self.moved:
-            return f"{PROGRAM} of calls, {_mib(self.peaks[PROGRAM])} alive at once; no other needs less"
-        return (
-            f"calls {self.winner}, {_mib(self.peaks[self.winner])} alive at once instead of {_mib(self.peaks[PROGRAM])}"
-        )
+            return f"{PROGRAM} of calls, {alive}; no other needs less"
+        return f"calls {self.winner}, {alive} instead of {_mib(self.peaks[PROGRAM])}"
 
 
 def arrange(graph: fx.Graph, device: str = DEVICE) -> Arrangement:
@@ -75,7 +76,7 @@ def arrange(graph: fx.Graph, device: str = DEVICE) -> Arrangement:
     winner = min(safe, key=peaks.__getitem__)  # the first of equals
     if winner != PROGRAM:
         _put(graph, orders[winner])
-    return Arrangement(winner, peaks)
+    return Arrangement(winner, peaks, of.typical_sizes)
 
 
 def _put(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
