@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,14 @@ class Options:
     capture_sizes: tuple[int, ...] = ()
     """Capture only calls whose dynamic sizes are all in this list; others are called uncaptured. Empty: all.
     With one dynamic size, the first capture gets memory for the largest in the list."""
+    capture_budget_seconds: float = 0.0
+    """Seconds that all captures of a compiled graph may take, estimated before each from those before it. A shape that
+    does not fit is called uncaptured, with one CaptureBudgetWarning. 0: no limit."""
+    capture_budget_mib: float = 0.0
+    """MiB of device memory that a compiled graph's captures may take, input buffers included, estimated from the memory
+    plan. As above."""
+    capture_budget_streams: int = 0
+    """Streams that the captured graphs of a compiled graph may use together. As above."""
     capture_error_mode: str = "thread_local"
     """Which threads CANN bars from blocking copies during a capture (aclmdlRICaptureMode): all ("global"), the one
     that captures ("thread_local"), none ("relaxed")."""
@@ -85,6 +94,13 @@ class Options:
                 rule="matmul_all_reduce is the fewest rows that are worth one operator, or 0",
                 fix="use for example 256, or leave the option out",
             )
+        for name in ("capture_budget_seconds", "capture_budget_mib", "capture_budget_streams"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise OptionError(
+                    f"{name}={getattr(self, name)} is no budget",
+                    rule="a budget is a positive number; 0 sets no limit",
+                    fix='use options={"capture": False} to call the compiled graph without capture',
+                )
         if self.capture_error_mode not in CAPTURE_ERROR_MODES:
             raise _unknown_value("capture_error_mode", self.capture_error_mode, CAPTURE_ERROR_MODES)
         if self.multistream not in MULTISTREAM:
@@ -123,6 +139,9 @@ DEFAULTS = Options()
 OF_CAPTURES = (
     "capture_limit",
     "capture_sizes",
+    "capture_budget_seconds",
+    "capture_budget_mib",
+    "capture_budget_streams",
     "capture_error_mode",
     "clone_outputs",
     "multistream",
@@ -191,6 +210,8 @@ def _typed(name: str, default: Any, value: Any) -> Any:
         expected = f"a list of {inner.__name__}"
     elif type(value) is type(default):
         return value
+    elif isinstance(default, float) and type(value) is int:
+        return float(value)
     elif isinstance(default, Mapping):
         expected = "a dict of npugraph_ex's options"
     else:

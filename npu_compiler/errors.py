@@ -61,3 +61,7 @@ class StoredProgramError(NpuCompilerError):
 
 class TrainingWarning(UserWarning):
     """A compiled function needs gradients, so it runs without passes and without capture."""
+
+
+class CaptureBudgetWarning(UserWarning):
+    """A shape does not fit into what captures may take, so it runs uncaptured."""

@@ -77,6 +77,7 @@ def capture(
 
     Raises:
         CaptureError: a call was refused; it names the call and its source line.
+        torch.OutOfMemoryError: the device has no memory left.
     """
     with EXCLUSIVE:
         return _capture(StreamRunner(program, plan, streams), arguments, name, pool, streams[0], error_mode, room)
@@ -96,6 +97,9 @@ def _capture(
         try:
             _make_room(room)
             outputs = runner.run(*arguments, enable_io_processing=False)
+        except torch.OutOfMemoryError as error:
+            _abandon(graph, error)
+            raise
         except Exception as error:
             _abandon(graph, error)
             raise CaptureError(

@@ -32,9 +32,13 @@ class Forecast:
         return memory.plan(self._graph)
 
     def pool_bytes(self, key: Sequence[Any]) -> int:
-        """What the pool needs for a graph of these sizes: results and outputs, without inputs."""
+        """What the pool needs for a graph of these sizes: results and outputs, without inputs. 0 where the plan can't
+        say, as for sizes below the program's smallest."""
         values = zip(self._symbols, key, strict=True)
-        return self._plan.peak({symbol: int(size) for symbol, size in values if symbol is not None})
+        try:
+            return self._plan.peak({symbol: int(size) for symbol, size in values if symbol is not None})
+        except (KeyError, ValueError):
+            return 0
 
     def keys(self, sizes: Sequence[int]) -> list[tuple[int, ...]]:
         """The keys that a list of sizes stands for, largest first; none unless the program has one size.

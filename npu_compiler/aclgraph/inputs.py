@@ -109,10 +109,15 @@ class Buffers:
     def __init__(self) -> None:
         self._flat: dict[int, torch.Tensor] = {}
 
+    def growth(self, position: int, example: torch.Tensor) -> int:
+        """Bytes that `like` would newly take for this input."""
+        flat = self._flat.get(position)
+        needed = _needed(example)
+        return needed if flat is None or flat.numel() < needed else 0
+
     def like(self, position: int, example: torch.Tensor) -> torch.Tensor:
         """A tensor of example's dtype, shape and strides in the memory of input `position`."""
-        extent = 1 + sum((size - 1) * step for size, step in zip(example.shape, example.stride(), strict=True))
-        needed = max(0 if example.numel() == 0 else extent, 1) * example.element_size()
+        needed = _needed(example)
         # A tensor made in inference mode could not be written in a later call outside it.
         with torch.inference_mode(False):
             flat = self._flat.get(position)
@@ -120,6 +125,12 @@ class Buffers:
                 flat = self._flat[position] = torch.empty(needed, dtype=torch.uint8, device=example.device)
             typed = flat[: flat.numel() // example.element_size() * example.element_size()].view(example.dtype)
             return typed.as_strided(example.shape, example.stride())
+
+
+def _needed(example: torch.Tensor) -> int:
+    """Bytes from a tensor's first to its last element."""
+    extent = 1 + sum((size - 1) * step for size, step in zip(example.shape, example.stride(), strict=True))
+    return max(0 if example.numel() == 0 else extent, 1) * example.element_size()
 
 
 def writable(tensor: torch.Tensor) -> torch.Tensor:

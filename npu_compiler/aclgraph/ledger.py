@@ -12,7 +12,8 @@ class Capture:
 
     Attributes:
         key: the sizes it serves, as text: "s0=4", or "static" without any.
-        reason: why it was made: a new shape, or what changed since the last capture of that shape.
+        reason: why it was made: which size is new, from the capture before to this one; which input moved, from which
+            address to which; or the option that drove its graph out.
         milliseconds: from the synchronisation before to the end of the capture.
         mebibytes: by how much the device memory reserved by this process grew.
         calls: how many operators were recorded.
@@ -35,15 +36,18 @@ class Ledger:
         captures: in order. `evicted`: keys whose captured graph was dropped for capture_limit, in order.
         replays: calls served by a replay.
         uncaptured: calls that ran operator by operator, counted by reason; the run before each capture is one of them.
+        outlook: what captures of the listed sizes were estimated to take before the first; empty without a budget.
     """
 
     captures: list[Capture] = field(default_factory=list)
     evicted: list[str] = field(default_factory=list)
     replays: int = 0
     uncaptured: Counter[str] = field(default_factory=Counter)
+    outlook: str = ""
 
     def __str__(self) -> str:
-        lines = [
+        lines = [self.outlook] if self.outlook else []
+        lines += [
             f"captured {entry.key}: {entry.calls} calls, {entry.milliseconds:.1f} ms, {entry.mebibytes:.1f} MiB "
             f"({entry.reason})" + (f"; {entry.streams}" if entry.streams else "")
             for entry in self.captures

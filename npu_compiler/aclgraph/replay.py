@@ -8,6 +8,7 @@ inputs in, launches the graph and copies the outputs out.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from npu_compiler.aclgraph.budget import Budget
 from npu_compiler.aclgraph.capture import EXCLUSIVE, capture, refuse_uncapturable
 from npu_compiler.aclgraph.forecast import Forecast
 from npu_compiler.aclgraph.inputs import Buffers, InputPlan, writable
@@ -24,8 +26,10 @@ from npu_compiler.aclgraph.outputs import OutputPlan
 from npu_compiler.aclgraph.sizes import NumberOutputs
 from npu_compiler.aclgraph.streams import Streams, summary
 from npu_compiler.config import Options
+from npu_compiler.errors import CaptureBudgetWarning
 from npu_compiler.graph.effects import draws_on_host, tensors
 from npu_compiler.graph.source import where
+from npu_compiler.plan.schedule import StreamPlan
 
 Key = tuple[Any, ...]
 MOVES_BEFORE_COPY = 2
@@ -43,6 +47,7 @@ class Replayable:
         bound: positions whose address is part of the graph, and `addresses` there.
         feeds: (argument position, the buffer to copy it to).
         returns: (argument position, the buffer to copy back from).
+        streams: how many it uses.
         replays: how often it was replayed.
     """
 
@@ -52,6 +57,7 @@ class Replayable:
     feeds: list[tuple[int, torch.Tensor]]
     returns: list[tuple[int, torch.Tensor]]
     outputs: OutputPlan
+    streams: int
     replays: int = 0
 
 
@@ -85,7 +91,10 @@ class Replayer:
         self._graphs: OrderedDict[Key, Replayable] = OrderedDict()
         self._moves: Counter[int] = Counter()
         self._buffers = Buffers()
-        self._forecast = Forecast(program.graph, self._plan.sizes)
+        self._budget = Budget(options, Forecast(program.graph, self._plan.sizes), self._calls)
+        self._refused: dict[Key, str] = {}  # shapes that don't fit into the budget, and what is said of each
+        self._evicted: set[Key] = set()
+        self._captured: Key | None = None  # the shape captured last
         self._pool: Any = None
         self._handed_out: OutputPlan | None = None  # the outputs of the last replay
         self._streams = Streams(program, options.stream_limit if options.multistream == "auto" else 1)
@@ -108,7 +117,9 @@ class Replayer:
         if found is None:
             if self._allowed and not self._allowed.issuperset(key):
                 return self._uncaptured(args, "a size is not in capture_sizes")
-            return self._first(key, args, "new shape")
+            if key in self._refused:
+                return self._uncaptured(args, self._refused[key])
+            return self._first(key, args, self._what_is_new(key))
         if [args[position].data_ptr() for position in found.bound] != found.addresses:
             reason = self._what_moved(found, args)
             del found  # its memory is for the graph that takes its place
@@ -140,27 +151,50 @@ class Replayer:
     def _first(self, key: Key, args: Sequence[Any], reason: str) -> Any:
         """Runs the call, then captures its shape."""
         results = self._uncaptured(args, "first call of a shape, before its capture")
+        plan = self._streams.plan(args)
+        needs = self._new_buffers(args), plan.streams if plan is not None else 1
+        if not self.ledger.captures:
+            self.ledger.outlook = self._budget.outlook(self._options.capture_sizes, *needs)
+        refusal = self._budget.refusal(key, *needs)
+        if refusal:
+            self._refuse(key, refusal)
+            return results
         while len(self._graphs) >= self._options.capture_limit:
             evicted = next(iter(self._graphs))
             self._drop(evicted)
+            self._evicted.add(evicted)
             self.ledger.evicted.append(self._key_text(evicted))
-        self._graphs[key] = self._capture(key, args, reason)
+        try:
+            self._graphs[key] = self._capture(key, args, reason, plan)
+        except torch.OutOfMemoryError as error:
+            self._refuse(key, f"the device has no memory left for it: {str(error).splitlines()[0]}")
         return results
+
+    def _refuse(self, key: Key, why: str) -> None:
+        """Lets a shape run uncaptured from now on, and says so once."""
+        size = self._key_text(key)
+        self._refused[key] = f"{size} does not fit: {why}"
+        warnings.warn(
+            f"{self._name} runs {size} uncaptured: {why}; other sizes are captured as before",
+            CaptureBudgetWarning,
+            stacklevel=2,
+        )
 
     def _drop(self, key: Key) -> None:
         gone = self._graphs.pop(key)
+        self._budget.spent.streams -= gone.streams
         with EXCLUSIVE:
             torch.npu.synchronize()  # it may still be running
             gone.graph.reset()
 
-    def _capture(self, key: Key, args: Sequence[Any], reason: str) -> Replayable:
-        copied_back = [position for position in self._plan.written if self._moves[position] >= MOVES_BEFORE_COPY]
+    def _capture(self, key: Key, args: Sequence[Any], reason: str, plan: StreamPlan | None) -> Replayable:
+        copied_back = self._copied_back()
         bound = [*self._plan.stable, *(position for position in self._plan.written if position not in copied_back)]
+        new_buffers = self._new_buffers(args)
         feeds = [(i, self._buffers.like(i, args[i])) for i in (*self._plan.copied, *copied_back)]
         arguments = list(args)
         for position, buffer in feeds:
             arguments[position] = buffer
-        plan = self._streams.plan(arguments)
         room = self._new_pool() if not self._graphs else 0
         made = capture(
             self._program,
@@ -172,6 +206,9 @@ class Replayer:
             plan=plan,
             room=room,
         )
+        streams = plan.streams if plan is not None else 1
+        self._budget.add(made.milliseconds / 1e3, made.mebibytes, new_buffers, streams)
+        self._captured = key
         self.ledger.captures.append(
             Capture(self._key_text(key), reason, made.milliseconds, made.mebibytes, self._calls, summary(plan))
         )
@@ -183,6 +220,7 @@ class Replayer:
             feeds=feeds,
             returns=[(position, buffer) for position, buffer in feeds if position in copied_back],
             outputs=OutputPlan(made.outputs, self._returned_inputs, owners, self._options.clone_outputs),
+            streams=streams,
         )
 
     def _new_pool(self) -> int:
@@ -191,8 +229,15 @@ class Replayer:
         All shapes share it: they never run at the same time. A pool whose graphs are all gone takes no new ones.
         """
         self._pool = torch.npu.graph_pool_handle()
-        largest = self._forecast.keys(self._options.capture_sizes)[:1]
-        return max(map(self._forecast.pool_bytes, largest), default=0)
+        self._budget.spent.pool = 0.0
+        return self._budget.room(self._options.capture_sizes)
+
+    def _copied_back(self) -> list[int]:
+        return [position for position in self._plan.written if self._moves[position] >= MOVES_BEFORE_COPY]
+
+    def _new_buffers(self, args: Sequence[Any]) -> int:
+        """Bytes that a capture for these arguments takes for its inputs."""
+        return sum(self._buffers.growth(i, args[i]) for i in (*self._plan.copied, *self._copied_back()))
 
     def _follow_last_stream(self) -> None:
         """Replays share buffers and pool, so one on another stream has to wait for the last."""
@@ -208,7 +253,17 @@ class Replayer:
                 self._moves[position] += 1
         copied = [i for i in moved if self._moves[i] >= MOVES_BEFORE_COPY]
         note = "; it is copied in and back from now on" if copied else ""
-        return f"moved in memory: {', '.join(self._plan.names[i] for i in moved)}{note}"
+        before = dict(zip(found.bound, found.addresses, strict=True))
+        texts = [f"{self._plan.names[i]} {before[i]:#x} -> {args[i].data_ptr():#x}" for i in moved]
+        return f"moved in memory: {', '.join(texts)}{note}"
+
+    def _what_is_new(self, key: Key) -> str:
+        if key in self._evicted:
+            return f"called again after capture_limit={self._options.capture_limit} drove its graph out"
+        if self._captured is None:
+            return "first shape"
+        pairs = zip(self._plan.sizes, self._captured, key, strict=True)
+        return "new shape: " + ", ".join(f"{self._plan.names[i]} {old} -> {new}" for i, old, new in pairs if old != new)
 
     def _key_text(self, key: Key) -> str:
         pairs = zip((self._plan.names[i] for i in self._plan.sizes), key, strict=True)

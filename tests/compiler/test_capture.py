@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -79,7 +80,12 @@ def test_dynamic_shapes_have_a_graph_each() -> None:
     compiled = check(lambda x: x @ x.transpose(0, 1) + x.shape[0], [(torch.rand(n, 8),) for n in sizes], dynamic=True)
     assert len(compiled.ledger.captures) == 3
     assert compiled.ledger.replays == 3
-    assert all(entry.reason == "new shape" for entry in compiled.ledger.captures)
+    name = compiled.ledger.captures[0].key.split("=")[0]
+    assert [entry.reason.split(",")[0] for entry in compiled.ledger.captures] == [
+        "first shape",
+        f"new shape: {name} 3 -> 5",
+        f"new shape: {name} 5 -> 7",
+    ]
 
 
 def test_least_recently_used_graph_is_evicted() -> None:
@@ -92,6 +98,7 @@ def test_least_recently_used_graph_is_evicted() -> None:
     assert [rows(entry.key) for entry in ledger.captures] == ["3", "4", "5", "4"]
     assert [rows(key) for key in ledger.evicted] == ["4", "5"]
     assert ledger.replays == 2
+    assert ledger.captures[-1].reason == "called again after capture_limit=2 drove its graph out"
 
 
 def test_only_listed_sizes_are_captured() -> None:
@@ -245,7 +252,10 @@ def test_written_input_that_moves_rarely_is_never_copied() -> None:
             x = torch.rand(4)
             assert_same(compiled(kept[-1], x.npu()), step(expected, x))
         torch.testing.assert_close(kept[-1].cpu(), expected)
-    assert [entry.reason for entry in compiled.ledger.captures[1:]] == ["moved in memory: cache"] * 3
+    addresses = [f"{cache.data_ptr():#x}" for cache in kept]
+    assert [entry.reason for entry in compiled.ledger.captures[1:]] == [
+        f"moved in memory: cache {before} -> {after}" for before, after in pairwise(addresses)
+    ]
 
 
 def test_number_that_no_operator_reads_is_not_in_the_key() -> None:

@@ -26,7 +26,11 @@ PASSES = (
 )
 
 
-CAPTURE = ("30 graphs 1.4% padding", "[7, 41, 100]", "[16, 32, 48, 64]\n[31, 64]", "evicted s", "2 replays")
+CAPTURE = (
+    *("30 graphs 1.4% padding", "[7, 41, 100]", "[16, 32, 48, 64]\n[31, 64]", "evicted s", "2 replays"),
+    *("(first shape)", " 3 -> 4)", "11 tokens; 5 replays", "output 0 of an earlier call is still in use"),
+    *("budget: 2 of 3 sizes fit", "of 48 MiB", "=256 does not fit: ", "capture_budget_mib is 48"),
+)
 FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
 
 
