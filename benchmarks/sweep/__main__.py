@@ -97,20 +97,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 when every architecture that runs eagerly also runs compiled with equal tokens."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
     parser.add_argument("names", nargs="*", help="architectures (default: all without a row)")
-    parser.add_argument("--again", choices=["failed", "all"], help="run these again although they have a row")
+    parser.add_argument("--again", choices=["failed", "stale", "all"], help="run these too although they have a row")
     parser.add_argument("--processes", type=int, default=2, help="how many at a time (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=400.0, help="seconds a model may take (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="run nothing, write docs/sweep.md from the rows there are")
     options = parser.parse_args(arguments)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    subjects, without = _subjects()
+    subjects, without, compiler = _subjects()
     unknown = set(options.names) - set(subjects)
     if unknown:
         parser.error(f"no architecture {sorted(unknown)[0]!r} with a configuration in transformers")
     if not options.table:
-        _run(options.names or [name for name in subjects if _wanted(name, options.again)], options)
+        _run(options.names or [name for name in subjects if _wanted(name, options.again, compiler)], options)
     rows = [json.loads(path.read_text()) for path in map(_file, subjects) if path.exists()]
-    TABLE.write_text(table.page(rows, [name for name in subjects if not _file(name).exists()], without))
+    stale = [row["architecture"] for row in rows if row["outcome"] == "equal" and row.get("compiler") != compiler]
+    TABLE.write_text(table.page(rows, [name for name in subjects if not _file(name).exists()], without, stale))
     print(table.summary(rows))
     return int(any(row["outcome"] in ("different", "compiled fails") for row in rows))
 
@@ -144,23 +145,26 @@ def _run(names: Sequence[str], options: argparse.Namespace) -> None:
         thread.join()
 
 
-def _subjects() -> tuple[list[str], list[str]]:
-    """Architectures with and without a configuration in transformers, asked for in a process of its own (it imports
-    vLLM)."""
+def _subjects() -> tuple[list[str], list[str], str]:
+    """Architectures with and without a configuration in transformers, and the compiler's fingerprint, asked for in a
+    process of its own (it imports vLLM)."""
     code = (
-        "import json; from benchmarks.sweep import shrink; found, without = shrink.subjects(); "
-        "print('\\n' + json.dumps([[one.architecture for one in found], without]))"
+        "import json; from benchmarks.sweep import shrink; from npu_compiler.backend import fingerprint; "
+        "found, without = shrink.subjects(); "
+        "print('\\n' + json.dumps([[one.architecture for one in found], without, fingerprint()]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    found, without = json.loads(done.stdout.splitlines()[-1])
-    return list(found), list(without)
+    found, without, compiler = json.loads(done.stdout.splitlines()[-1])
+    return list(found), list(without), str(compiler)
 
 
-def _wanted(name: str, again: str | None) -> bool:
+def _wanted(name: str, again: str | None, compiler: str) -> bool:
     path = _file(name)
     if not path.exists() or again == "all":
         return True
-    return again == "failed" and json.loads(path.read_text())["outcome"] != "equal"
+    row = json.loads(path.read_text())
+    failed, stale = row["outcome"] != "equal", row.get("compiler") != compiler
+    return {"failed": failed, "stale": stale, None: False}[again]
 
 
 def _file(name: str) -> Path:

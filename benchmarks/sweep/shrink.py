@@ -10,6 +10,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 32
+_EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
 # Names that configuration classes use for the same thing, and the small value of it.
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), LAYERS),
@@ -19,7 +20,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "num_query_groups"), KV_HEADS),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"), 2),
+    **dict.fromkeys(_EXPERTS_A_TOKEN, 2),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 64),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"), 256),
     **dict.fromkeys(("pad_token_id", "bos_token_id"), 0),
@@ -31,6 +32,7 @@ SMALL: dict[str, Any] = {
     "v_head_dim": 32,
     "kv_lora_rank": 64,
     "q_lora_rank": 64,
+    "num_kv_shared_layers": 0,
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
@@ -48,6 +50,9 @@ SMALL: dict[str, Any] = {
     "torch_dtype": "float32",
 }
 SECTIONS = ("text_config", "attn_config", "ffn_config")
+# What published checkpoints of a type say beside the fields of its configuration class.
+PUBLISHED: dict[str, dict[str, Any]] = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+_COMMON_FIELDS = frozenset(transformers.PreTrainedConfig().to_dict())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +94,8 @@ def configuration(subject: Subject) -> transformers.PreTrainedConfig:
     config = family(**changes(family().to_dict()))
     config.architectures = [subject.architecture]
     config.dtype = "float32"
+    for name, value in PUBLISHED.get(subject.model_type, {}).items():
+        setattr(config, name, value)
     return config
 
 
@@ -98,13 +105,14 @@ def changes(defaults: dict[str, Any]) -> dict[str, Any]:
     layers = next((defaults[name] for name in SMALL if SMALL[name] == LAYERS and name in defaults), None)
     for name, value in defaults.items():
         if name in SECTIONS and isinstance(value, dict):
-            made[name] = value | changes(value)
+            own = {field: given for field, given in value.items() if field not in _COMMON_FIELDS}
+            made[name] = own | changes(own)
         elif name in ("layer_types", "layers_block_type", "mlp_layer_types") and isinstance(value, list):
             made[name] = _spread(value)
         elif isinstance(value, list) and layers is not None and len(value) == layers:
             made[name] = value[:LAYERS]
         elif name in SMALL and (value is not None or name in ("head_dim",)):
-            made[name] = SMALL[name]
+            made[name] = 1 if name in _EXPERTS_A_TOKEN and value == 1 else SMALL[name]
     kv = [name for name in ("num_key_value_heads", "num_kv_heads") if name in made]
     heads = next((defaults[n] for n in ("num_attention_heads", "n_head", "num_heads") if n in defaults), None)
     for name in kv:  # multi-head and multi-query attention stay what they are

@@ -29,8 +29,6 @@ ROW = "SWEEP-ROW "
 PROMPTS = ([5, 9, 17, 100, 3], [7] * 12 + [40, 41, 42], list(range(20, 60)))
 TOKENS = 16
 SIZES = [1, 2, 4]
-_TIDYING = ("common", "noop", "dead_code", "reinplace", "assertions")
-"""Passes that clear up, which say nothing about a model."""
 
 
 def write_checkpoint(subject: shrink.Subject, folder: str) -> tuple[str, list[list[int]]]:
@@ -48,6 +46,8 @@ def write_checkpoint(subject: shrink.Subject, folder: str) -> tuple[str, list[li
             elif "norm" in name.lower():
                 parameter.data.uniform_(0.5, 1.5)
         model.save_pretrained(folder)
+        model.config.architectures = [subject.architecture]  # vLLM's spelling of the name
+        model.config.save_pretrained(folder)
     except (*SETUP_ERRORS, KeyError, OSError) as error:
         config.save_pretrained(folder)
         return f"{type(error).__name__}: {first_line(error)}", []
@@ -156,7 +156,7 @@ def describe(llm: Any, known: set[int]) -> dict[str, Any]:
     return {
         "kernels": len(made.kernels),
         "layer_kernels": layer_kernels(made.kernels),
-        "fired": {rule: count for rule, count in sorted(fired.items()) if rule not in _TIDYING},
+        "fired": dict(sorted(fired.items())),
         "compiler": fingerprint(),
         "compile_seconds": round(llm.llm_engine.vllm_config.compilation_config.compilation_time, 2),
         "decode_steps": llm.collective_rpc("report")[0]["decode_steps"],

@@ -11,10 +11,12 @@ import os
 # What the plugin needs of vLLM's own environment settings. A value the user has set is left alone.
 #   VLLM_USE_V2_MODEL_RUNNER: the second runner's kernels exist in Triton only.
 #   VLLM_WORKER_MULTIPROC_METHOD: a device context does not survive a fork.
+#   VLLM_MLA_DISABLE: latent attention (MLA) is served with its heads expanded; there is no kernel for the latent form.
 #   VLLM_USE_AOT_COMPILE: vLLM's ahead-of-time artifacts are typed as Inductor's.
 ENVIRONMENT_DEFAULTS = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_MLA_DISABLE": "1",
     "VLLM_USE_AOT_COMPILE": "0",
 }
 

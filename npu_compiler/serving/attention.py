@@ -34,6 +34,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from npu_compiler.serving.graph_updates import AttentionCall, GraphUpdates
 from npu_compiler.serving.padding import spread_padding
+from npu_compiler.serving.plain_attention import Extras, attend
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
@@ -79,7 +80,11 @@ class NPUAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        return True  # of a window that no text outgrows; NPUAttentionImpl refuses a shorter one
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -104,6 +109,10 @@ class NPUAttentionMetadata(AttentionMetadata):
     """[num_tokens or more] int64, all of them valid slots"""
     mask: Tensor
     """[MASK_SIZE, MASK_SIZE] bool, True where a key must not be seen"""
+    query_starts: Tensor
+    """[requests + 1] int32, on the device, for attention by plain operators"""
+    lengths: Tensor
+    """[requests] int32, likewise: tokens in the cache"""
 
 
 class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]):
@@ -150,6 +159,8 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
             block_table=block_table,
             slot_mapping=common.slot_mapping,
             mask=self.mask,
+            query_starts=common.query_start_loc,
+            lengths=common.seq_lens,
         )
 
     def _with_padding_rows(self, block_table: Tensor, num_tokens: int) -> Tensor:
@@ -186,24 +197,20 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        unserved = {"ALiBi": alibi_slopes, "a soft cap on the logits": logits_soft_cap, "sinks": sinks}
-        for feature, value in unserved.items():
-            if value is not None and value is not False:
-                raise NotImplementedError(f"attention with {feature} is not served on npu")
         longest = get_current_vllm_config().model_config.max_model_len
-        if sliding_window is not None and sliding_window < longest:
-            # The operator takes no band for queries that lie one behind the other ("TND").
-            raise NotImplementedError(
-                f"attention with a sliding window of {sliding_window} tokens over texts of up to {longest} is not "
-                f"served on npu; --max-model-len {sliding_window} serves texts that the window never cuts"
-            )
+        self.extras = Extras(
+            window=sliding_window if sliding_window is not None and sliding_window < longest else None,
+            soft_cap=logits_soft_cap or None,
+            slopes=None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32, device="npu"),
+            sinks=sinks,
+        )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.cache_owner = kv_sharing_target_layer_name
-        self.fractal: bool | None = None
+        self.fractal: bool | None = False if self.extras else None
         """The order of the cache. The layer's first call decides it for good; vLLM makes it before there is a cache."""
 
     def forward(
@@ -269,6 +276,8 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
         attn_metadata: NPUAttentionMetadata,
         output: Tensor,
     ) -> Tensor:
+        if self.extras:
+            return self._attend_plainly(query, key_cache, value_cache, attn_metadata, output)
         call = AttentionCall(
             query=query,
             key=self._for_operator(key_cache),
@@ -286,6 +295,20 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
             call.run(attn_metadata.query_ends, attn_metadata.kv_lengths)
         else:
             updates.capture(layer.layer_name, call, attn_metadata)  # type: ignore[attr-defined]
+        return output
+
+    def _attend_plainly(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, step: NPUAttentionMetadata, output: Tensor
+    ) -> Tensor:
+        if self.fractal:
+            raise NotImplementedError(
+                f"{self.extras} over the cache of {self.cache_owner}, which is in fractal order, is not served on npu; "
+                "leave the pass qkv_attention out (disabled_passes)"
+            )
+        found = attend(
+            query, key_cache, value_cache, step.block_table, step.query_starts, step.lengths, self.scale, self.extras
+        )
+        output[: step.num_tokens].copy_(found.view_as(output[: step.num_tokens]))
         return output
 
     def _is_fractal(self, otherwise: bool) -> bool:

@@ -58,7 +58,12 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
     ) -> Tensor:
         """x [tokens, hidden], topk_weights [tokens, k] float32, topk_ids [tokens, k]; sums over a token's experts."""
         if layer.apply_router_weight_on_input:
-            x = x * topk_weights.to(x.dtype)  # one expert a token: that is when vLLM asks for it
+            if topk_ids.shape[1] != 1:
+                raise NotImplementedError(
+                    f"router weights on the input of {topk_ids.shape[1]} experts a token are not served: with more "
+                    "than one a token would have several inputs"
+                )
+            x = x * topk_weights.to(x.dtype)
             topk_weights = torch.ones_like(topk_weights)
         experts = layer.w13_weight.shape[0]
         rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(

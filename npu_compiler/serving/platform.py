@@ -251,6 +251,11 @@ def _refuse_unserved(vllm_config: VllmConfig) -> None:
     for present, feature in unserved:
         if present:
             raise ValueError(f"{feature} is not served on npu yet; leave it out")
+    if model is not None and (model.is_hybrid or model.is_attention_free):
+        raise ValueError(
+            f"{model.architecture} has layers that keep a state instead of keys and values (state-space, linear "
+            "attention, short convolutions), which vLLM runs by Triton kernels only; they are not served on npu yet"
+        )
 
 
 def _refuse_missing_devices(vllm_config: VllmConfig) -> None:

@@ -35,6 +35,10 @@ def test_a_hybrid_model_keeps_two_kinds_of_layers() -> None:
     assert made == {"num_hidden_layers": 2, "layer_types": ["linear", "full"]}
 
 
+def test_one_expert_a_token_stays_one() -> None:
+    assert [shrink.changes({"num_experts_per_tok": k})["num_experts_per_tok"] for k in (1, 8)] == [1, 2]
+
+
 def test_kernels_of_a_layer_lie_between_two_attentions() -> None:
     assert worker.layer_kernels(("A", "Attention", "B", "C", "Attention", "D")) == 3
     assert worker.layer_kernels(("A", "Attention", "B")) is None
@@ -53,10 +57,17 @@ def test_a_crash_or_a_hang_costs_one_row(program: str, reason: str) -> None:
 
 
 def test_the_page_names_what_failed_and_why() -> None:
-    good = {"architecture": "A", "outcome": "equal", "reason": "", "fired": {"swiglu": 2}, "dummy_because": ""}
+    good = {
+        "architecture": "A",
+        "outcome": "equal",
+        "reason": "",
+        "fired": {"swiglu": 2, "noop": 3},
+        "dummy_because": "",
+    }
     good |= {"layer_kernels": 9, "compile_seconds": 1.5}
     bad = {"architecture": "B", "outcome": "eager fails", "reason": "RuntimeError: no operator | here"}
-    page = table.page([good, bad], ["C"], ["D"])
-    assert "| A | equal | saved | 9 | swiglu x 2 | 1.5 |" in page
+    page = table.page([good, bad], ["C"], ["D"], ["A"])
+    assert "| A | equal | - | saved | 9 | swiglu x 2 | 1.5 |" in page
+    assert "another state of the compiler than this page's: A." in page
     assert "| B | eager fails | RuntimeError: no operator \\| here |" in page
     assert "equal 1, eager fails 1" in table.summary([good, bad])
