@@ -51,7 +51,19 @@ SMALL: dict[str, Any] = {
 }
 SECTIONS = ("text_config", "attn_config", "ffn_config")
 # What published checkpoints of a type say beside the fields of its configuration class.
-PUBLISHED: dict[str, dict[str, Any]] = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "afmoe": {"n_group": 1, "topk_group": 1, "route_norm": True, "score_func": "sigmoid"},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm4_moe": {"head_dim": HEAD_DIM},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True},
+    "mimo_v2_flash": {
+        **{"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "layernorm_epsilon": 1e-5},
+        **{"swa_head_dim": HEAD_DIM, "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": KV_HEADS},
+        "sliding_window_size": 128,
+    },
+    "minimax_m2": {"rotary_dim": HEAD_DIM, "scoring_func": "sigmoid"},
+}
 _COMMON_FIELDS = frozenset(transformers.PreTrainedConfig().to_dict())
 
 

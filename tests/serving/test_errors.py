@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 
+from npu_compiler.serving import platform
 from tests.models import checkpoints
 from tests.serving.engine import engine
 
@@ -97,3 +99,14 @@ def test_more_ranks_than_devices() -> None:
     divisible = checkpoints.cached(checkpoints.Shape(family="qwen3", heads=ranks, kv_heads=ranks, head_dim=16))
     with pytest.raises(ValueError, match=f"{ranks} ranks .* but {ranks // 2} are visible; lower it"):
         configure(divisible, tensor_parallel_size=ranks)
+
+
+def test_layers_that_keep_a_state() -> None:
+    """vLLM's own settings of such a model ask for Triton before a platform is asked, so this one is made by hand."""
+    off = SimpleNamespace(use_ubatching=False, pipeline_parallel_size=1, decode_context_parallel_size=1)
+    unset = dict.fromkeys(("speculative_config", "lora_config", "kv_transfer_config", "use_v2_model_runner"))
+    model = SimpleNamespace(is_hybrid=False, is_attention_free=True, enable_sleep_mode=False, architecture="Mamba")
+    cache = SimpleNamespace(cache_dtype="auto")
+    made = SimpleNamespace(**unset, model_config=model, cache_config=cache, parallel_config=off)
+    with pytest.raises(ValueError, match="Mamba has layers that keep a state instead of keys and values"):
+        platform._refuse_unserved(made)  # type: ignore[arg-type]  # what is read of it
