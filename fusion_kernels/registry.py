@@ -7,6 +7,7 @@ import functools
 import torch
 
 from npu_compiler.fusion_kernels.geglu import GEGLU
+from npu_compiler.fusion_kernels.gelu import FAST_GELU
 from npu_compiler.fusion_kernels.layer_norm import ADD_LAYER_NORM
 from npu_compiler.fusion_kernels.matmul_all_reduce import MATMUL_ALL_REDUCE
 from npu_compiler.fusion_kernels.mul_add import MUL_ADD
@@ -44,6 +45,7 @@ OPERATORS: tuple[FusedOperator, ...] = (
     SWIGLU_DYNAMIC_QUANT,
     SWIGLU_QUANT,
     GEGLU,
+    FAST_GELU,
     TRANSPOSE_BMM,
     MATMUL_ALL_REDUCE,
     MUL_ADD,

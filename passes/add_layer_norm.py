@@ -9,30 +9,31 @@ After::
 
     normed, total = npu_fused.add_layer_norm(x, residual, weight, bias, 1e-12)
 
-`aten.native_layer_norm`, of which only the first output is used, likewise.
+`aten.native_layer_norm`, of which only the first output is used, likewise. The sum may be reshaped in front of the norm
+(OPT), and the norm may have no bias (ModernBERT): then it is given zeros, which `common` makes one tensor a model.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from npu_compiler.facts.sizes import Fact, equal, known, same_shape
-from npu_compiler.passes.pattern import Any, Call, Item, Match, Number, OneOf
-from npu_compiler.passes.rewrite import NearMiss, Rule
+from npu_compiler.passes.pattern import VIEWS, Any, Call, Item, Match, Number, OneOf
+from npu_compiler.passes.rewrite import Build, NearMiss, Rule
 
 NAME = "add_layer_norm"
 EPSILON = 1e-5
 SUM = Call("aten.add.Tensor", Any("x"), Any("residual"), name="total")
-OPERANDS = (SUM, Any("shape"), Any("weight"), Any("bias"), Number("epsilon"))
+NORMED = OneOf((SUM, Call("|".join(VIEWS), SUM, Any("view"), name="viewed")))
+OPERANDS = (NORMED, Any("shape"), Any("weight"), Any("bias"), Number("epsilon"))
 
 
 def _legal(match: Match) -> Fact:
-    names = ("x", "residual", "weight", "bias")
-    missing = [name for name in names if not match.is_tensor(name)]
+    missing = [name for name in ("x", "residual", "weight") if not match.is_tensor(name)]
     if missing:
         return known(False, f"{missing[0]} is {match.bindings[missing[0]]}, not a tensor")
-    x, residual, weight, bias = (match.tensor(name) for name in names)
+    x, residual, weight = (match.tensor(name) for name in ("x", "residual", "weight"))
     shape = match.bindings["shape"]
     assert isinstance(shape, (list, tuple))
     return (
@@ -41,8 +42,29 @@ def _legal(match: Match) -> Fact:
         & known(len(shape) == 1, f"the norm is over {len(shape)} dimensions")
         & known(match.tensor("total").dtype == x.dtype, "the addition changes the dtype")
         & equal(weight.shape[0], x.shape[-1], "weight and last dimension")
-        & equal(bias.shape[0], x.shape[-1], "bias and last dimension")
+        & _legal_bias(match, weight, x)
     )
+
+
+def _legal_bias(match: Match, weight: Tensor, x: Tensor) -> Fact:
+    if match.bindings["bias"] is None:
+        return known(isinstance(weight.shape[0], int), "there is no bias, and the size of one is not known")
+    return equal(match.tensor("bias").shape[0], x.shape[-1], "bias and last dimension")
+
+
+def _replacement(build: Build, match: Match) -> list[fx.Node]:
+    x, residual, weight, bias, epsilon = (
+        match.bindings[name] for name in ("x", "residual", "weight", "bias", "epsilon")
+    )
+    if bias is None:
+        like = match.tensor("weight")
+        bias = build(torch.ops.aten.full.default, [like.shape[0]], 0.0, dtype=like.dtype, device=like.device)
+    fused = build(torch.ops.npu_fused.add_layer_norm.default, x, residual, weight, bias, epsilon)
+    normed, total = build.unpack(fused)
+    if "viewed" not in match.bindings:
+        return [normed, total, total]  # the last is left out: there is no such result
+    view = match.bindings["view"]
+    return [build(torch.ops.aten.view.default, normed, view), total, build(torch.ops.aten.view.default, total, view)]
 
 
 def _program(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,9 +72,9 @@ def _program(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple
     return torch.nn.functional.layer_norm(total, (total.shape[-1],), weight, bias, EPSILON), total
 
 
-def _no_bias(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _no_weight(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     total = x + residual
-    return torch.nn.functional.layer_norm(total, (total.shape[-1],), weight, None, EPSILON) + bias
+    return torch.nn.functional.layer_norm(total, (total.shape[-1],), None, None, EPSILON) * weight + bias
 
 
 def _two_dimensions(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -85,15 +107,15 @@ RULES = (
         pattern=OneOf(
             (Item(Call("aten.native_layer_norm.default", *OPERANDS), 0), Call("aten.layer_norm.default", *OPERANDS))
         ),
-        operator="add_layer_norm",
-        operands=lambda match: tuple(match.bindings[name] for name in ("x", "residual", "weight", "bias", "epsilon")),
-        results=("root", "total"),
+        replacement=_replacement,
+        results=("root", "total", "viewed"),
         legal=_legal,
         reference=_program,
         example=_example,
+        after=("npu_fused.add_layer_norm.default",),
         near_misses=(
             NearMiss(_program, _broadcast_example, "the addition broadcasts"),
-            NearMiss(_no_bias, reason="bias is None, not a tensor"),
+            NearMiss(_no_weight, reason="weight is None, not a tensor"),
             NearMiss(_two_dimensions, _wide_example, "the norm is over 2 dimensions"),
             NearMiss(_statistics, reason="is also used by"),
         ),

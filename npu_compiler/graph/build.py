@@ -34,7 +34,7 @@ def call(
     node.meta.update(origin_of(replaces, made_by))
     fake_args = tree_map(lambda arg: value(arg), node.args)
     fake_kwargs = tree_map(lambda arg: value(arg), node.kwargs)
-    mode = detect_fake_mode((fake_args, fake_kwargs))
+    mode = detect_fake_mode((fake_args, fake_kwargs, [value(node) for node in replaces]))
     if mode is None:
         raise RuntimeError(f"{made_by}: no fake value among the arguments of {target}; lower the graph first")
     with mode, torch.no_grad():

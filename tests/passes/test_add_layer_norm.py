@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 import npu_compiler.backend
-from npu_compiler.passes import add_layer_norm
+from npu_compiler.passes import add_layer_norm, common
 from npu_compiler.passes.record import Pass
 from tests.passes.lowered import apply, calls, lowered
 
@@ -26,6 +26,38 @@ def test_both_lowerings(inference: bool) -> None:
     program = lowered(block, *args, inference=inference)
     apply(PASS, program.graph)
     assert calls(program.graph) == ["npu_fused.add_layer_norm.default", "aten.add.Tensor"]
+    torch.testing.assert_close(program.graph(*args)[0], block(*args))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_sum_that_is_reshaped_for_the_norm_and_goes_on(inference: bool) -> None:
+    """OPT: the residual stream goes on from the reshaped sum."""
+
+    def block(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        total = (x + residual).reshape(-1, 8)
+        return torch.nn.functional.layer_norm(total, (8,), weight, bias) + total
+
+    args = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(8), torch.randn(8)
+    program = lowered(block, *args, inference=inference)
+    apply(PASS, program.graph)
+    found = [name for name in calls(program.graph) if "view" not in name and "reshape" not in name]
+    assert found == ["npu_fused.add_layer_norm.default", "aten.add.Tensor"]
+    torch.testing.assert_close(program.graph(*args)[0], block(*args))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_norms_without_a_bias_share_their_zeros(inference: bool) -> None:
+    def block(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        for _ in range(3):
+            residual = x + residual
+            x = torch.nn.functional.layer_norm(residual, (8,), weight)
+        return x
+
+    args = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
+    program = lowered(block, *args, inference=inference)
+    apply(PASS, program.graph)
+    apply(Pass(common.NAME, "", common.run), program.graph)
+    assert sorted(calls(program.graph)) == ["aten.full.default", *["npu_fused.add_layer_norm.default"] * 3]
     torch.testing.assert_close(program.graph(*args)[0], block(*args))
 
 
