@@ -30,7 +30,7 @@ from npu_compiler.cache import Program
 from npu_compiler.config import Options, refuse_mode
 from npu_compiler.errors import StoredProgramError
 from npu_compiler.fusion_kernels.chosen import providers
-from npu_compiler.graph import digest, serialized
+from npu_compiler.graph import digest, once, serialized
 from npu_compiler.graph.source import where
 from npu_compiler.lowering.floats import specialize_module_floats
 from npu_compiler.lowering.functional import Functional, lower
@@ -55,6 +55,7 @@ class CompiledGraph:
         arrangement: the order of calls that was chosen; None where the option `reorder` is off or the program was
             found in a cache, in order.
         ledger: captures and replays; None where nothing is captured (compile_fx).
+        constants: the values that are computed once, which the program has as its last inputs; None without any.
         stored: what the cache did for it, as text; empty without a cache.
     """
 
@@ -65,6 +66,7 @@ class CompiledGraph:
         self.graph: fx.GraphModule | None = None
         self.arrangement: Arrangement | None = None
         self.ledger: Ledger | None = None
+        self.constants: once.Split | None = None
         self.stored = ""
         self._call: Callable[..., Any] | None = None
 
@@ -90,6 +92,8 @@ class CompiledGraph:
 
     def _planned(self) -> list[str]:
         order = [f"order: {self.arrangement}"] if self.arrangement else []
+        if self.constants:
+            order.append(f"constants: {len(self.constants.values)} computed once, {self.constants.size} bytes")
         return [*order, *([f"memory: {self.memory.summary}"] if self.memory else [])]
 
 
@@ -119,7 +123,9 @@ class AscendBackend:
         def serve(functional: Functional) -> Callable[..., Any]:
             if chosen.capture_with == "npugraph_ex":
                 return npugraph_ex.serve(functional.graph, functional.inputs, functional.stable, chosen.npugraph_ex)
-            replayer = Replayer(functional.graph, functional.stable, chosen, compiled.name, names)
+            values = compiled.constants.values if compiled.constants else ()
+            every_name = [*names, *(node.name for node in values)]
+            replayer = Replayer(functional.graph, functional.stable, chosen, compiled.name, every_name)
             compiled.ledger = replayer.ledger
             return replayer
 
@@ -216,6 +222,8 @@ def _compile(
 
     def finish(functional: Functional) -> Callable[..., Any]:
         compiled.graph = functional.graph
+        if compiled.options.freeze:
+            once.freeze(functional.graph.graph, functional.stable)
         compiled.records = pipeline.run(
             functional.graph, compiled.options, after_rules=after_passes, dump_name=compiled.name
         )
@@ -228,16 +236,31 @@ def _compile(
             if not why_not:
                 guards = cache.guards_since(environment, known_guards)
                 keep(Program(functional.graph, functional.stable, compiled.records, guards))
-        return serve(functional)
+        return _serve_once(compiled, functional, serve)
 
     unflatten = _return_flat_tuple(gm)
     if found is not None:
         compiled.graph, compiled.records, compiled.stored = found.graph, found.records, "from the cache"
-        call = serve(Functional(found.graph, list(example_inputs), found.stable))
+        call = _serve_once(compiled, Functional(found.graph, list(example_inputs), found.stable), serve)
     else:
         call = lower(gm, example_inputs, finish)
     compiled._call = call if unflatten is None else lambda *args: unflatten(call(*args))
     return compiled
+
+
+def _serve_once(
+    compiled: CompiledGraph, functional: Functional, serve: Callable[[Functional], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """`serve`, with what is computed once taken out of the program and handed to it as inputs."""
+    part = compiled.constants = once.split(functional.graph)
+    if part is None:
+        return serve(functional)
+    count = len(functional.inputs)
+    inputs = [*functional.inputs, *(node.meta["val"] for node in part.values)]
+    lasting = (*functional.stable, *range(count, len(inputs)))
+    call = serve(Functional(functional.graph, inputs, lasting, functional.convention))
+    values = once.Once(part)
+    return lambda *args: call(*args, *values(args))
 
 
 def _stored(

@@ -68,6 +68,9 @@ class Options:
     cache: bool = False
     """Keep compiled programs on disk (npu_compiler/cache.py); the next process that compiles the same function for the
     same inputs skips everything behind Dynamo. $NPU_COMPILER_CACHE names the folder."""
+    freeze: bool = False
+    """Take parameters and buffers as constants: what depends on them alone is computed once, and again when one of them
+    was written or replaced. Writes through `.data` go unnoticed."""
     reorder: bool = True
     """Put the calls into the order that needs the least memory, where another one than the program's own does."""
     check: bool = False

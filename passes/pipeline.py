@@ -18,6 +18,7 @@ from npu_compiler.passes import (
     add_layer_norm,
     add_rms_norm,
     common,
+    constant_folding,
     dead_code,
     geglu,
     gelu,
@@ -67,7 +68,12 @@ PASSES: tuple[Pass, ...] = (
     Pass(mul_add.NAME, "last of the rules: it would take arithmetic apart that others look for", rules=mul_add.RULES),
     Pass(common.NAME, "again: the rules repeat small work, such as widening cos, in every layer", common.run),
     Pass(dead_code.NAME, "before reinplace: an unread view must not keep a clone alive", dead_code.run),
-    Pass(reinplace.NAME, "last: all before it may assume a functional program", reinplace.run),
+    Pass(reinplace.NAME, "behind all that may assume a functional program", reinplace.run),
+    Pass(
+        constant_folding.NAME,
+        "last: reinplace has decided what is written, and what is written is no constant",
+        constant_folding.run,
+    ),
 )
 
 

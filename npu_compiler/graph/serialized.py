@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._graph_pickler import GraphPickler, Options
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
-KEPT = frozenset({"stack_trace", "npu_origin"})
+from npu_compiler.graph.once import ONCE
+
+KEPT = frozenset({"stack_trace", "npu_origin", ONCE})
 """What is written of a node's metadata. Module paths are not among it: they hold live objects."""
 
 

@@ -42,8 +42,8 @@ class Functional:
     Attributes:
         graph: the functional program; placeholders are tensors and sizes (SymInt).
         inputs: the fake inputs, in placeholder order.
-        stable: indices of inputs whose address does not change between calls: parameters, buffers and tensors marked
-            with torch._dynamo.mark_static_address.
+        stable: indices of inputs whose address does not change between calls: parameters, buffers, tensors marked with
+            torch._dynamo.mark_static_address, and values computed once.
         convention: what AOTAutograd does around the graph at each call, as text; empty where it only calls it.
     """
 
