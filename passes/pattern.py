@@ -74,6 +74,23 @@ class Call(Pattern):
 
 
 @dataclass(frozen=True)
+class Result(Pattern):
+    """What a call of one of `targets` (names joined by "|") computed, bound to `name`. The call itself is not part of
+    the match: it stays, and others may use it."""
+
+    targets: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Among(Pattern):
+    """A list of values, bound to `name`, at least one of which is a Result of `targets`."""
+
+    targets: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Cast(Pattern):
     """A conversion of `inner` to another dtype, or `inner` itself. What lies before the conversion is tried first."""
 
@@ -223,6 +240,12 @@ def _match(pattern: object, value: object, state: _State, miss: Miss) -> Iterato
         case Together():
             for matched in _match(pattern.results[0], value, state, miss):
                 yield from _match_together(pattern.results[1:], matched, miss)
+        case Result():
+            if _is_result(value, pattern.targets):
+                yield from _some(state.bind(pattern.name, value))
+        case Among():
+            if isinstance(value, (list, tuple)) and any(_is_result(item, pattern.targets) for item in value):
+                yield from _some(state.bind(pattern.name, list(value)))
         case Cast():
             if isinstance(value, fx.Node) and _is_cast(value):
                 yield from _match(pattern.inner, value.args[0], state.cover(value), miss)
@@ -242,6 +265,10 @@ def _match(pattern: object, value: object, state: _State, miss: Miss) -> Iterato
                 yield from _match_all(pattern, value, state, miss)
         case _:
             raise TypeError(f"not a pattern: {pattern!r}")
+
+
+def _is_result(value: object, targets: str) -> bool:
+    return isinstance(value, fx.Node) and str(value.target) in targets.split("|")
 
 
 def _some(state: _State | None) -> Iterator[_State]:

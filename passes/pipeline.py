@@ -17,6 +17,7 @@ from npu_compiler.graph.spec import SpecCheck, refresh_aliases
 from npu_compiler.passes import (
     add_layer_norm,
     add_rms_norm,
+    cat_split,
     common,
     constant_folding,
     dead_code,
@@ -45,6 +46,11 @@ PASSES: tuple[Pass, ...] = (
     Pass(common.NAME, "before the rules: one cos a model, not one a layer, is what pairs q with k", common.run),
     Pass(USER_RULES, "before the built-in rules: a user's own rule wins", rules=()),
     Pass(qk_norm_rope.NAME, "before add_rms_norm, which would claim the norms of q and k alone", qk_norm_rope.run),
+    Pass(
+        cat_split.NAME,
+        "behind qk_norm_rope, which looks for cats; before the others, which find what a cat hid",
+        rules=cat_split.RULES,
+    ),
     Pass(
         gemma_rms_norm.NAME,
         "before add_rms_norm, which would leave the one to be added apart",

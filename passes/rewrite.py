@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._prims_common import is_contiguous_or_false
 
-from npu_compiler.facts.sizes import Fact, known, same_layout
+from npu_compiler.facts.sizes import Fact, known, same_layout, same_shape
 from npu_compiler.fusion_kernels import register
 from npu_compiler.graph.build import call
-from npu_compiler.graph.effects import is_pure, storage, tensors, written_storages
+from npu_compiler.graph.effects import is_pure, storage, tensors, value, written_storages
+from npu_compiler.graph.spec import infer
 from npu_compiler.graph.traffic import is_view
 from npu_compiler.passes.pattern import Match, Pattern, find, root_targets
 from npu_compiler.passes.record import PassRecord, Saving
@@ -299,15 +301,40 @@ def unpack(graph: fx.Graph, fused: fx.Node, made_by: str) -> list[fx.Node]:
 
 
 def same_layouts(old: Sequence[fx.Node], new: Sequence[fx.Node]) -> Fact:
-    """Whether each new node's tensors have the shape, dtype and strides of the old node's."""
+    """Whether each new node's tensors have the shape, dtype and strides of the old node's. A contiguous tensor may also
+    take the place of one that is not, where nobody sees the strides: all who read it have results of one layout."""
     verdict = known(True, "no result")
     for before, after in zip(old, new, strict=True):
         pairs = itertools.zip_longest(tensors(before), tensors(after))
         for left, right in pairs:
             if left is None:  # a call with more outputs may take the place of one with fewer, which come first
                 break
-            verdict = verdict & same_layout(left, right, f"result {before.name}")
+            layout = same_layout(left, right, f"result {before.name}")
+            if not layout and left is value(before) and _strides_unseen(before, right):
+                continue
+            verdict = verdict & layout
     return verdict if verdict else Fact(verdict.truth, f"{verdict.text}; the rest of the program relies on the old one")
+
+
+def _strides_unseen(node: fx.Node, new: torch.Tensor) -> bool:
+    """Whether all users of a node, given `new` in its place, have results of the layouts they have now."""
+    old = value(node)
+    assert isinstance(old, torch.Tensor)
+    if (
+        not is_contiguous_or_false(new)
+        or old.dtype != new.dtype
+        or old.device != new.device
+        or not same_shape(old.shape, new.shape, "shape")
+    ):
+        return False
+    return all(_unaffected(user, node, new) for user in node.users)
+
+
+def _unaffected(user: fx.Node, node: fx.Node, new: torch.Tensor) -> bool:
+    if user.op != "call_function" or is_view(user) or not is_pure(user):
+        return False
+    now, then = list(tensors(user)), list(tensors(infer(user, {node: new})))
+    return len(now) == len(then) and all(same_layout(*pair, "result") for pair in zip(now, then, strict=True))
 
 
 def erase_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:

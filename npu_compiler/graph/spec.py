@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def refresh_aliases(graph: fx.Graph) -> None:
             continue
         inputs = {storage(tensor) for source in node.all_input_nodes for tensor in tensors(source)}
         if not list(tensors(node)) or any(storage(tensor) not in inputs for tensor in tensors(node)):
-            inferred = None if _returns_nothing(node) else _infer(node)
+            inferred = None if _returns_nothing(node) else infer(node)
             shared = {storage(tensor) for tensor in tree_leaves(inferred) if isinstance(tensor, torch.Tensor)}
             if shared <= inputs:  # a reshape may copy: then the recorded value was right
                 node.meta["val"] = inferred
@@ -108,7 +108,7 @@ def _wrong_value(node: fx.Node) -> str:
         return "it has no fake value"
     if not isinstance(node.target, torch._ops.OpOverload) and not is_view(node):
         return ""  # a higher-order operator, or arithmetic on sizes
-    recorded, inferred = tree_leaves(value(node)), tree_leaves(_infer(node))
+    recorded, inferred = tree_leaves(value(node)), tree_leaves(infer(node))
     if len(recorded) != len(inferred):
         return f"{len(recorded)} results are recorded, {len(inferred)} are inferred"
     inputs = [tensor for source in node.all_input_nodes for tensor in tensors(source)]
@@ -119,8 +119,14 @@ def _wrong_value(node: fx.Node) -> str:
     return ""
 
 
-def _infer(node: fx.Node) -> Any:
-    args, kwargs = tree_map(value, (node.args, dict(node.kwargs)), is_leaf=lambda item: isinstance(item, fx.Node))
+def infer(node: fx.Node, instead: Mapping[fx.Node, torch.Tensor] | None = None) -> Any:
+    """The fake value of a call, inferred from those of its arguments, or from others given `instead`."""
+    given = instead or {}
+
+    def value_of(item: Any) -> Any:
+        return given[item] if isinstance(item, fx.Node) and item in given else value(item)
+
+    args, kwargs = tree_map(value_of, (node.args, dict(node.kwargs)), is_leaf=lambda item: isinstance(item, fx.Node))
     mode = detect_fake_mode((args, kwargs)) or detect_fake_mode(node.meta.get("val"))
     if mode is None:
         return node.target(*args, **kwargs)  # type: ignore[operator]

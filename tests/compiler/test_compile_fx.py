@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from npu_compiler.backend import CompiledGraph, compile_fx, fingerprint
+from npu_compiler.passes import pipeline
 
 
 def compiled_by(function: Callable[..., Any], *args: Any, dynamic: bool = False, **kwargs: Any) -> CompiledGraph:
@@ -158,5 +159,5 @@ def test_dump(tmp_path: Any) -> None:
     compiled_by(lambda x: x + 1, torch.rand(2), options={"dump_dir": str(tmp_path)}, name="piece")
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names[0] == "piece.00.lowered.py"
-    assert names[-1].endswith(".reinplace.py")
+    assert names[-1].endswith(f".{pipeline.PASSES[-1].name}.py")
     assert "aten.add.Tensor" in (tmp_path / names[0]).read_text()
