@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,13 @@ class ServingOptions:
 
     report_interval: float = 10.0
     """Seconds between two writes of the report while requests run; 0 writes it at shutdown only."""
+
+    capture_budget_seconds: float = 0.0
+    """Seconds that captures may take in all. They go from the largest size down; what no longer fits is served eagerly,
+    with one warning a size. 0: no limit."""
+
+    capture_budget_mib: float = 0.0
+    """MiB of device memory that captures may take, likewise."""
 
     compile: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the `ascend` compile backend (npu_compiler.config), without those of its capture: vLLM captures."""
@@ -80,6 +88,13 @@ class ServingOptions:
                 f"additional_config: report_interval must be seconds >= 0, got {self.report_interval!r}; "
                 "0 writes the report at shutdown only"
             )
+        for name in ("capture_budget_seconds", "capture_budget_mib"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(
+                    f"additional_config: {name} must be a number >= 0, got {value!r}; 0 sets no limit, and "
+                    "cudagraph_mode NONE captures nothing"
+                )
         if not isinstance(self.compile, dict):
             raise ValueError(f"additional_config: compile must be a JSON object of options, got {self.compile!r}")
         compile_options(self.compile)

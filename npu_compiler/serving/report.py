@@ -49,6 +49,8 @@ class RunReport:
     decode_steps: Counter[str] = dataclasses.field(default_factory=Counter)
     other_steps: Counter[str] = dataclasses.field(default_factory=Counter)
     eager_reasons: Counter[str] = dataclasses.field(default_factory=Counter)
+    not_captured: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Sizes that have no graph, such as "FULL 8 tokens", and why."""
     replayed_tokens: int = 0
     replayed_padding: int = 0
     generated_tokens: int = 0
@@ -87,6 +89,7 @@ class RunReport:
             "model": self.model,
             "device": self.device,
             "graphs": [dataclasses.asdict(graph) for graph in self._summed_graphs()],
+            "not_captured": dict(self.not_captured),
             "capture_milliseconds": round(sum(graph.milliseconds for graph in self.graphs), 3),
             "capture_mebibytes": round(sum(graph.mebibytes for graph in self.graphs), 3),
             "decode_steps": {
@@ -121,6 +124,7 @@ class RunReport:
                 f"{g['replays']} replays"
                 for g in data["graphs"]
             ),
+            *(f"  {size} not captured: {reason}" for size, reason in data["not_captured"].items()),
             f"decode steps: {decode['replayed']} replayed, {decode['piecewise']} piecewise, {decode['eager']} eager",
             f"other steps: {other['replayed']} replayed, {other['piecewise']} piecewise, {other['eager']} eager",
             *(f"  eager because {reason}: {count}" for reason, count in data["eager_reasons"].items()),

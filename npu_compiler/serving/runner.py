@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import lock_workspace
 
+from npu_compiler.serving.capture_budget import CaptureBudget, agreed
 from npu_compiler.serving.graph_updates import UpdateResources
 from npu_compiler.serving.graph_wrapper import ACLGraphWrapper
 from npu_compiler.serving.options import ServingOptions
@@ -42,6 +43,8 @@ class NPUModelRunner(GPUModelRunner):
         writes = options.report_path is not None and vllm_config.parallel_config.rank == 0
         self.report_file = ReportFile(str(options.report_path), options.report_interval) if writes else None
         self._dispatch: dict[str, Any] = {}
+        self._options = options
+        self._budget: CaptureBudget | None = None  # while capture_model runs
 
     # -- model and cache ----------------------------------------------------------------------------------------------
 
@@ -89,6 +92,8 @@ class NPUModelRunner(GPUModelRunner):
         npu.empty_cache()
         free = npu.mem_get_info()[0]
         set_cudagraph_capturing_enabled(True)
+        seconds, mebibytes = self._options.capture_budget_seconds, self._options.capture_budget_mib
+        self._budget = CaptureBudget(seconds, mebibytes) if seconds or mebibytes else None
         try:
             with self._freeze_gc():
                 for mode, descriptors in self.cudagraph_dispatcher.get_capture_descs():
@@ -96,6 +101,7 @@ class NPUModelRunner(GPUModelRunner):
                     npu.synchronize()
         finally:
             set_cudagraph_capturing_enabled(False)
+            self._budget = None
         used = free - npu.mem_get_info()[0]
         npu.empty_cache()
         lock_workspace()
@@ -111,6 +117,45 @@ class NPUModelRunner(GPUModelRunner):
             used / 2**20,
         )
         return used
+
+    def _warmup_and_capture(
+        self, desc: BatchDescriptor, cudagraph_runtime_mode: CUDAGraphMode, *args: Any, **kwargs: Any
+    ) -> None:
+        """Captures one size, unless it does not fit into the budget: then vLLM's dispatcher forgets it, and batches of
+        that size run without this graph."""
+        budget = self._budget
+        if budget is None:
+            return super()._warmup_and_capture(desc, cudagraph_runtime_mode, *args, **kwargs)
+        refusal = agreed(budget.refusal(lambda: self._memory_of_a_run(desc, cudagraph_runtime_mode)))
+        if refusal:
+            self.cudagraph_dispatcher.cudagraph_keys[cudagraph_runtime_mode].discard(desc)
+            size = f"{cudagraph_runtime_mode.name} {desc.num_tokens} tokens"
+            self.report.not_captured[size] = refusal
+            logger.warning("No graph for %s: %s; such batches run without it, other sizes keep theirs", size, refusal)
+            return None
+        npu.empty_cache()  # of the runs before: what is reserved from here on is the capture's
+        start, reserved = time.perf_counter(), npu.memory_reserved()
+        super()._warmup_and_capture(desc, cudagraph_runtime_mode, *args, **kwargs)
+        npu.empty_cache()
+        budget.add(time.perf_counter() - start, (npu.memory_reserved() - reserved) / 2**20)
+        return None
+
+    def _memory_of_a_run(self, desc: BatchDescriptor, mode: CUDAGraphMode) -> float:
+        """MiB that a run of this size without a graph takes at its peak, beyond what there is."""
+        npu.synchronize()
+        npu.reset_peak_memory_stats()
+        before = npu.memory_allocated()
+        self._dummy_run(
+            desc.num_tokens,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            force_attention=mode == CUDAGraphMode.FULL,
+            uniform_decode=desc.uniform,
+            skip_eplb=True,
+            remove_lora=False,
+            num_active_loras=desc.num_active_loras,
+        )
+        npu.synchronize()
+        return (npu.max_memory_allocated() - before) / 2**20
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -178,6 +223,10 @@ class NPUModelRunner(GPUModelRunner):
             return f"more tokens than the largest graph ({largest})" if decode else "prefill larger than any graph"
         if not decode and mode.mixed_mode() == CUDAGraphMode.NONE:
             return f"the batch holds prefill, which {mode.name} has no graphs for"
+        sizes = self.compilation_config.cudagraph_capture_sizes or []
+        size = f"FULL {next((size for size in sorted(sizes) if size >= tokens), largest)} tokens"
+        if size in self.report.not_captured:
+            return f"{size} not captured: {self.report.not_captured[size]}"
         return "no graph for this batch"
 
 

@@ -19,6 +19,8 @@ def test_defaults() -> None:
         ({"report_interval": -1}, "report_interval must be seconds >= 0, got -1"),
         ({"report_interval": "often"}, "report_interval must be seconds >= 0, got 'often'"),
         ({"report_interval": True}, "report_interval must be seconds"),
+        ({"capture_budget_mib": -1}, "capture_budget_mib must be a number >= 0, got -1"),
+        ({"capture_budget_seconds": "short"}, "capture_budget_seconds must be a number >= 0, got 'short'"),
         ({"compile": ["fast"]}, "compile must be a JSON object"),
         (["report_path"], "expected a JSON object, got list"),
         ({"compile": {"disable_passes": []}}, "(?s)compile: unknown option 'disable_passes'.*disabled_passes"),
