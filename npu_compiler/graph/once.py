@@ -130,8 +130,8 @@ class Once:
             for kept, value in zip(self._values, values, strict=True):
                 kept.copy_(value)
             values = self._values
-        if self._on_device:
-            torch.accelerator.synchronize()  # the next call may come on another stream
+        for device in {value.device for value in values if value.device.type != "cpu"}:
+            torch.accelerator.current_stream(device).synchronize()  # the next call may come on another stream
         self._values, self._state = values, state
         return values
 

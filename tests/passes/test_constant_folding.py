@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,23 @@ def test_inside_a_capture_of_the_users_own() -> None:
         torch.npu.synchronize()
         torch.testing.assert_close(inside.cpu(), steps(x.cpu()))
         torch.testing.assert_close(run(x).cpu(), steps(x.cpu()))
+
+
+def test_another_stream_and_another_thread_read_finished_values() -> None:
+    """The first call comes from a thread with a stream of its own, the next from here."""
+    run, backend = compiled(steps)
+    x = torch.randn(4, 8)
+
+    def first() -> None:
+        with torch.no_grad(), torch.npu.stream(torch.npu.Stream()):
+            results.append(run(x.npu()).cpu())
+
+    results: list[Tensor] = []
+    thread = threading.Thread(target=first)
+    thread.start()
+    thread.join()
+    for _ in range(2):
+        results.append(run(x.npu()).cpu())
+    for result in results:
+        torch.testing.assert_close(result, steps(x))
+    assert only(backend).constants is not None
