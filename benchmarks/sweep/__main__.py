@@ -110,8 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.table:
         _run(options.names or [name for name in subjects if _wanted(name, options.again, compiler)], options)
     rows = [json.loads(path.read_text()) for path in map(_file, subjects) if path.exists()]
-    stale = [row["architecture"] for row in rows if row["outcome"] == "equal" and row.get("compiler") != compiler]
-    TABLE.write_text(table.page(rows, [name for name in subjects if not _file(name).exists()], without, stale))
+    waiting = [name for name in subjects if not _file(name).exists()]
+    TABLE.write_text(table.page(rows, waiting, without, compiler))
     print(table.summary(rows))
     return int(any(row["outcome"] in ("different", "compiled fails") for row in rows))
 

@@ -53,9 +53,12 @@ SECTIONS = ("text_config", "attn_config", "ffn_config")
 # What published checkpoints of a type say beside the fields of its configuration class.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "afmoe": {"n_group": 1, "topk_group": 1, "route_norm": True, "score_func": "sigmoid"},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe": {"head_dim": HEAD_DIM},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
+    "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
     "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True},
     "mimo_v2_flash": {
         **{"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "layernorm_epsilon": 1e-5},

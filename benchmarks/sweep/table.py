@@ -18,11 +18,19 @@ with `enforce_eager`, and compiled with `FULL_DECODE_ONLY`. `equal` means that 1
 same in both; `as transformers` says whether transformers' own model, in float32 on the CPU, gives those tokens too.
 Nothing here ran on an Ascend card.
 
-`kernels a layer` counts the captured tasks from behind the first attention up to and with the second; `-` where the
-graph holds no two attentions. `weights`: `saved` is a checkpoint written by transformers and loaded by vLLM; `dummy`
-is vLLM's own made-up weights, because transformers could not write one. With those, every token tends to be the
-same, so that the row shows that the model runs, and little about its numbers.
+`kernels a layer` counts the captured tasks from behind the first attention up to and with the second (from one write
+to the cache to the next, where attention runs by plain operators); `-` where the graph holds no two. Rules are named
+with how often they fired in all layers. `compiler` is the beginning of its fingerprint: rows with different ones are of
+different states of it, and `-` is older than that column.
+
+`weights`: `saved` is a checkpoint written by transformers and loaded by vLLM; `dummy` is vLLM's own made-up weights,
+because transformers could not write one. With those, every token tends to be the same, so that the row shows that the
+model runs, and little about its numbers.
 """
+COLUMNS = (
+    *("architecture", "tokens", "as transformers", "weights"),
+    *("kernels a layer", "rules that fired", "compile s", "compiler"),
+)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
@@ -31,15 +39,14 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     return ", ".join(f"{outcome} {count}" for outcome, count in counts.most_common())
 
 
-def page(rows: Sequence[dict[str, Any]], missing: Sequence[str], without: Sequence[str], stale: Sequence[str]) -> str:
-    """The whole page. `stale` names the rows that another state of the compiler made."""
+def page(rows: Sequence[dict[str, Any]], missing: Sequence[str], without: Sequence[str], compiler: str) -> str:
+    """The whole page. `compiler` is the fingerprint of the compiler as it is now."""
     ran = [row for row in rows if row["outcome"] in ("equal", "different")]
     rest = [row for row in rows if row["outcome"] not in ("equal", "different")]
-    parts = [HEAD, f"{len(rows)} architectures ran: {summary(rows)}.\n"]
-    parts += ["| architecture | tokens | as transformers | weights | kernels a layer | rules that fired | compile s |"]
-    parts += ["| --- | --- | --- | --- | --- | --- | --- |", *map(_line, ran)]
-    if stale:
-        parts += [f"\nMade by another state of the compiler than this page's: {', '.join(stale)}."]
+    now = sum(row.get("compiler") == compiler for row in ran)
+    parts = [HEAD, f"{len(rows)} architectures ran: {summary(rows)}. {now} rows are of the compiler as it is now "]
+    parts[-1] += f"(`{compiler[:6]}`).\n"
+    parts += [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|", *map(_line, ran)]
     parts += ["\n## What does not run\n", "| architecture | stage | reason |", "| --- | --- | --- |"]
     parts += [f"| {row['architecture']} | {row['outcome']} | {_cell(row['reason'])} |" for row in rest]
     if missing:
@@ -55,6 +62,7 @@ def _line(row: dict[str, Any]) -> str:
     kernels = "-" if row["layer_kernels"] is None else row["layer_kernels"]
     same = {True: "yes", False: "no", None: "-"}[row.get("as_transformers")]
     cells = (row["architecture"], outcome, same, weights, kernels, fired, row["compile_seconds"])
+    cells = (*cells, row.get("compiler", "-")[:6])
     return f"| {' | '.join(map(str, cells))} |"
 
 

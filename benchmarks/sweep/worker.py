@@ -117,9 +117,13 @@ def tokens(llm: Any) -> list[list[int]]:
 
 
 def layer_kernels(kernels: tuple[str, ...]) -> int | None:
-    """Kernels from behind the first attention up to and with the second; None without two attentions."""
-    marks = [place for place, name in enumerate(kernels) if "Attention" in name]
-    return marks[1] - marks[0] if len(marks) > 1 else None
+    """Kernels from behind the first attention up to and with the second; cache writes stand for attentions where these
+    run by plain operators. None without two."""
+    for mark in ("Attention", "ScatterPaKv"):
+        marks = [place for place, name in enumerate(kernels) if mark in name]
+        if len(marks) > 1:
+            return marks[1] - marks[0]
+    return None
 
 
 def run(subject: shrink.Subject, row: dict[str, Any]) -> None:
@@ -135,10 +139,10 @@ def run(subject: shrink.Subject, row: dict[str, Any]) -> None:
             wanted = tokens(llm)
         row["outcome"] = "compiled fails"
         graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES}
-        known = {id(one) for one in (*captured.graphs(), *_compiled_graphs())}
+        earlier = [*captured.graphs(), *_compiled_graphs()]  # of models before; held, so that no id is given again
         with engine(folder, load_format, compilation_config=graphs) as llm:
             compiled = tokens(llm)
-            row |= describe(llm, known)
+            row |= describe(llm, {id(one) for one in earlier})
     row["distinct_tokens"] = len({token for line in wanted for token in line})
     row["outcome"] = "equal" if compiled == wanted else "different"
     row["reason"] = _first_difference(wanted, compiled)

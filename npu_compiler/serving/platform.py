@@ -101,7 +101,8 @@ class NPUPlatform(Platform):
 
         if selected_backend is not None and selected_backend.name != NPUAttentionBackend.get_name():
             raise ValueError(
-                f"attention backend {selected_backend.name} does not run on npu; leave --attention-backend out"
+                f"attention backend {selected_backend.name} does not run on npu; leave --attention-backend out, or, "
+                "where vLLM chose it for this model (Gemma 4), give --attention-backend CUSTOM"
             )
         reasons = NPUAttentionBackend.validate_configuration(
             device_capability=None,  # type: ignore[arg-type]  # a CUDA notion, which this backend does not ask for

@@ -42,6 +42,7 @@ def test_one_expert_a_token_stays_one() -> None:
 def test_kernels_of_a_layer_lie_between_two_attentions() -> None:
     assert worker.layer_kernels(("A", "Attention", "B", "C", "Attention", "D")) == 3
     assert worker.layer_kernels(("A", "Attention", "B")) is None
+    assert worker.layer_kernels(("ScatterPaKvCache", "A", "ScatterPaKvCache", "Attention")) == 2
 
 
 @pytest.mark.parametrize(
@@ -64,10 +65,10 @@ def test_the_page_names_what_failed_and_why() -> None:
         "fired": {"swiglu": 2, "noop": 3},
         "dummy_because": "",
     }
-    good |= {"layer_kernels": 9, "compile_seconds": 1.5}
+    good |= {"layer_kernels": 9, "compile_seconds": 1.5, "compiler": "abcdef123"}
     bad = {"architecture": "B", "outcome": "eager fails", "reason": "RuntimeError: no operator | here"}
-    page = table.page([good, bad], ["C"], ["D"], ["A"])
-    assert "| A | equal | - | saved | 9 | swiglu x 2 | 1.5 |" in page
-    assert "another state of the compiler than this page's: A." in page
+    page = table.page([good, bad], ["C"], ["D"], "abcdef123")
+    assert "| A | equal | - | saved | 9 | swiglu x 2 | 1.5 | abcdef |" in page
+    assert "1 rows are of the compiler as it is now (`abcdef`)" in page
     assert "| B | eager fails | RuntimeError: no operator \\| here |" in page
     assert "equal 1, eager fails 1" in table.summary([good, bad])
