@@ -61,8 +61,8 @@ def _line(row: dict[str, Any]) -> str:
     weights = "dummy" if row["dummy_because"] else "saved"
     kernels = "-" if row["layer_kernels"] is None else row["layer_kernels"]
     same = {True: "yes", False: "no", None: "-"}[row.get("as_transformers")]
-    cells = (row["architecture"], outcome, same, weights, kernels, fired, row["compile_seconds"])
-    cells = (*cells, row.get("compiler", "-")[:6])
+    compiled = (row["compile_seconds"], row.get("compiler", "-")[:6])
+    cells = (row["architecture"], outcome, same, weights, kernels, fired, *compiled)
     return f"| {' | '.join(map(str, cells))} |"
 
 
