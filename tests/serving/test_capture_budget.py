@@ -53,6 +53,16 @@ def test_memory(folder: Path) -> None:
     assert data["decode_steps"]["replayed"] == 0
 
 
+@pytest.mark.full
+def test_two_ranks_leave_out_the_same_sizes(folder: Path) -> None:
+    settings: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    budget = {"capture_budget_seconds": 1e-4}
+    with engine(folder, additional_config=budget, **settings, **graphs("FULL_DECODE_ONLY")) as llm:
+        check_tokens(llm, folder, 4)
+        left_out = [list(data["not_captured"]) for data in llm.collective_rpc("report")]
+    assert left_out == [["FULL 2 tokens", "FULL 1 tokens"]] * 2
+
+
 def test_estimates() -> None:
     budget = CaptureBudget(seconds=1.0, mebibytes=10.0)
     assert budget.refusal(lambda: 11.0) == "about 11 MiB are needed, capture_budget_mib is 10"
