@@ -80,10 +80,13 @@ def test_fires_on_its_example_and_keeps_the_meaning(rule: Rule, dtype: torch.dty
     wide = tree_map(lambda leaf: leaf.double() if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf, args)
     oracle = (rule.oracle or rule.reference)(*wide)
     tolerance = (rule.tolerance or TOLERANCE)[dtype]
-    for got, same, exact in zip(*map(tree_leaves, (program.graph(*args), before, oracle)), strict=True):
-        assert got.dtype == same.dtype
-        assert got.stride() == same.stride()
-        assert_close(got, exact, tolerance)
+    for device in ("cpu", "npu"):  # compositions, and the kernels that the device has
+        there = tree_map(lambda leaf: leaf.to(device) if torch.is_tensor(leaf) else leaf, args)  # noqa: B023
+        for got, same, exact in zip(*map(tree_leaves, (program.graph(*there), before, oracle)), strict=True):
+            assert got.device.type == device
+            assert got.dtype == same.dtype
+            assert got.stride() == same.stride()
+            assert_close(got, exact, tolerance)
 
 
 def misses() -> list[Any]:

@@ -1,0 +1,83 @@
+"""Kernels of one layer of encoders and decoders with layer norms, of transformers, before and after the passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from npu_compiler.config import Options
+from npu_compiler.graph.traffic import launches
+from npu_compiler.passes import pipeline
+from tests.passes.lowered import lowered
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+# Settings by family, kernels of a layer before and after, and what is left apart from the attention.
+FAMILIES: dict[str, tuple[dict[str, Any], int, int, set[str]]] = {
+    "bert": ({}, 14, 10, {"aten.addmm.default", "npu_fused.add_layer_norm.default", "aten.gelu.default"}),
+    "albert": (
+        {"embedding_size": 64},
+        20,
+        10,
+        {"aten.addmm.default", "npu_fused.add_layer_norm.default", "aten.gelu.default"},
+    ),
+    "gpt2": (
+        {"bos_token_id": 1, "eos_token_id": 2},
+        22,
+        8,
+        {"aten.addmm.default", "npu_fused.add_layer_norm.default", "aten.gelu.default"},
+    ),
+    "opt": (
+        {"ffn_dim": 128, "word_embed_proj_dim": 64, "bos_token_id": 1, "eos_token_id": 2},
+        15,
+        11,
+        {"aten.addmm.default", "npu_fused.add_layer_norm.default", "aten.relu.default", "aten.mul.Tensor"},
+    ),
+}
+DECODERS = {"gpt2", "opt"}
+
+
+def kernels(family: str, layers: int) -> tuple[list[str], list[str]]:
+    """The kernels of a model before and after the passes, sorted."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL | FAMILIES[family][0])
+    config.num_hidden_layers = layers
+    model = AutoModel.from_config(config, dtype=torch.bfloat16).eval()
+    more = {"use_cache": False} if family in DECODERS else {}
+    tokens = torch.randint(3, 96, (2, 7))
+    program = lowered(lambda ids: model(input_ids=ids, **more).last_hidden_state, tokens)
+
+    def found() -> list[str]:
+        return sorted(str(node.target) for node in program.graph.graph.nodes if launches(node))
+
+    before = found()
+    pipeline.run(program.graph, Options())
+    return before, found()
+
+
+def difference(more: list[str], fewer: list[str]) -> list[str]:
+    left = list(more)
+    for name in fewer:
+        if name in left:
+            left.remove(name)
+    return left
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_of_a_layer(family: str) -> None:
+    """A layer is what two layers have more than one."""
+    _, before, after, left = FAMILIES[family]
+    one, two = kernels(family, 1), kernels(family, 2)
+    assert len(difference(two[0], one[0])) == before
+    layer = difference(two[1], one[1])
+    assert len(layer) == after, layer
+    assert {name for name in layer if "attention" not in name} == left
