@@ -59,13 +59,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
-    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True},
+    "hy_v3": {"first_k_dense_replace": 1, "qk_norm": True, "expert_hidden_dim": 64, "route_norm": True},
     "mimo_v2_flash": {
         **{"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "layernorm_epsilon": 1e-5},
         **{"swa_head_dim": HEAD_DIM, "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": KV_HEADS},
         "sliding_window_size": 128,
     },
-    "minimax_m2": {"rotary_dim": HEAD_DIM, "scoring_func": "sigmoid"},
+    "minimax_m2": {"rotary_dim": HEAD_DIM, "scoring_func": "sigmoid", "use_routing_bias": True},
 }
 _COMMON_FIELDS = frozenset(transformers.PreTrainedConfig().to_dict())
 

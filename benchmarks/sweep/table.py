@@ -21,7 +21,8 @@ Nothing here ran on an Ascend card.
 `kernels a layer` counts the captured tasks from behind the first attention up to and with the second (from one write
 to the cache to the next, where attention runs by plain operators); `-` where the graph holds no two. Rules are named
 with how often they fired in all layers. `compiler` is the beginning of its fingerprint: rows with different ones are of
-different states of it, and `-` is older than that column.
+different states of it. Rows with `-` are older than that column; their rules were not counted model by model, and are
+left out (`python -m benchmarks.sweep --again stale` runs them again).
 
 `weights`: `saved` is a checkpoint written by transformers and loaded by vLLM; `dummy` is vLLM's own made-up weights,
 because transformers could not write one. With those, every token tends to be the same, so that the row shows that the
@@ -57,6 +58,8 @@ def page(rows: Sequence[dict[str, Any]], missing: Sequence[str], without: Sequen
 
 def _line(row: dict[str, Any]) -> str:
     fired = ", ".join(f"{rule} x {count}" for rule, count in row["fired"].items() if _telling(rule)) or "-"
+    if "compiler" not in row:
+        fired = "-"
     outcome = row["outcome"] if not row["reason"] else f"{row['outcome']}: {row['reason']}"
     weights = "dummy" if row["dummy_because"] else "saved"
     kernels = "-" if row["layer_kernels"] is None else row["layer_kernels"]

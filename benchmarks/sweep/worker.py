@@ -145,7 +145,7 @@ def run(subject: shrink.Subject, row: dict[str, Any]) -> None:
             row |= describe(llm, {id(one) for one in earlier})
     row["distinct_tokens"] = len({token for line in wanted for token in line})
     row["outcome"] = "equal" if compiled == wanted else "different"
-    row["reason"] = _first_difference(wanted, compiled)
+    row["reason"] = _first_difference(wanted, compiled) or ("" if row["kernels"] else "no graph was captured")
     row["as_transformers"] = wanted == reference if reference else None
 
 
@@ -153,13 +153,14 @@ def describe(llm: Any, known: set[int]) -> dict[str, Any]:
     """What the compiled engine did: kernels, rules, compile time, decode steps."""
     from npu_compiler.backend import fingerprint
 
-    made = captured.largest([graph for graph in captured.graphs() if id(graph) not in known])
+    graphs = [graph for graph in captured.graphs() if id(graph) not in known]
+    made = captured.largest(graphs) if graphs else None
     fired: Counter[str] = Counter()
     for found in [found for found in _compiled_graphs() if id(found) not in known]:
         fired.update(entry.rule for record in found.records for entry in record.fired if entry.rule.isidentifier())
     return {
-        "kernels": len(made.kernels),
-        "layer_kernels": layer_kernels(made.kernels),
+        "kernels": None if made is None else len(made.kernels),
+        "layer_kernels": None if made is None else layer_kernels(made.kernels),
         "fired": dict(sorted(fired.items())),
         "compiler": fingerprint(),
         "compile_seconds": round(llm.llm_engine.vllm_config.compilation_config.compilation_time, 2),
