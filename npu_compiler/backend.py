@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -164,7 +166,8 @@ def compile_fx(
         gm: a dynamo graph (torch IR, as a torch.compile backend receives it). It is changed in place.
         example_inputs: what it will be called with: real or fake tensors, and sizes (int or SymInt).
         before_lowering: called with the dynamo graph; may rewrite it.
-        after_passes: called with the functional graph after the passes and before writes go back in place.
+        after_passes: called with the functional graph after the passes and before writes go back in place. It sees the
+            whole program, unless it says by a true attribute `local` that one of a few layers will do (passes.record).
         keep: called with the result as bytes, which `load_fx` takes, if it can be stored.
 
     Returns:
@@ -243,7 +246,8 @@ def _compile(
         compiled.graph, compiled.records, compiled.stored = found.graph, found.records, "from the cache"
         call = _serve_once(compiled, Functional(found.graph, list(example_inputs), found.stable), serve)
     else:
-        call = lower(gm, example_inputs, finish)
+        with _no_collections():
+            call = lower(gm, example_inputs, finish)
     compiled._call = call if unflatten is None else lambda *args: unflatten(call(*args))
     return compiled
 
@@ -261,6 +265,19 @@ def _serve_once(
     call = serve(Functional(functional.graph, inputs, lasting, functional.convention))
     values = once.Once(part)
     return lambda *args: call(*args, *values(args))
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Garbage collection waits: a large program is many small objects that all stay, and each full collection, of which
+    a compilation would trigger several, walks through every one of the process."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _stored(

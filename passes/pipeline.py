@@ -11,8 +11,10 @@ from torch import fx
 
 from npu_compiler.config import Options, check_names
 from npu_compiler.errors import OptionError
+from npu_compiler.graph import periods
 from npu_compiler.graph.content import of_content
 from npu_compiler.graph.digest import of_text
+from npu_compiler.graph.source import TIMES
 from npu_compiler.graph.spec import SpecCheck, refresh_aliases
 from npu_compiler.passes import (
     add_layer_norm,
@@ -42,6 +44,9 @@ from npu_compiler.passes import (
 from npu_compiler.passes.record import Pass, PassRecord
 from npu_compiler.passes.rewrite import apply
 
+Hook = Callable[[fx.Graph], None]
+Dump = Callable[[str, fx.GraphModule], None]
+LAYERS_ONCE = "layers_once"
 USER_RULES = "user_rules"
 PASSES: tuple[Pass, ...] = (
     Pass(noop.NAME, "first: patterns need not look through clones and views that do nothing", noop.run),
@@ -109,17 +114,26 @@ def run(
     module: fx.GraphModule,
     options: Options,
     *,
-    after_rules: Callable[[fx.Graph], None] | None = None,
+    after_rules: Hook | None = None,
     dump_name: str = "graph",
 ) -> list[PassRecord]:
     """Runs the selected passes on `module` in place and returns what each did.
 
     Args:
-        after_rules: called with the graph when all rules have run and it is still functional (before reinplace).
+        after_rules: called with the graph when all rules have run and it is still functional (before reinplace). With a
+            true attribute `local` (see Pass) it may be called with a program of a few layers.
     """
-    records = []
     dump = _dumper(options.dump_dir, dump_name)
     dump("lowered", module)
+    record = PassRecord(LAYERS_ONCE, nodes_before=count_calls(module.graph), nodes_after=count_calls(module.graph))
+    records = _run_once(module, options, after_rules, dump, record) if _is_local(options, after_rules) else None
+    if records is None:
+        records = _run_all(module, options, after_rules, dump)
+    return [record, *records] if record.fired or record.refused else records
+
+
+def _run_all(module: fx.GraphModule, options: Options, after_rules: Hook | None, dump: Dump) -> list[PassRecord]:
+    records = []
     check = SpecCheck(module) if options.check else None
     for entry in selected(options):
         if entry.name == reinplace.NAME and after_rules is not None:
@@ -128,6 +142,42 @@ def run(
         records.append(run_pass(entry, module, options, check))
         dump(entry.name, module)
     return records
+
+
+def _is_local(options: Options, after_rules: Hook | None) -> bool:
+    """Whether a program of a few layers shows what happens to all: not where a user's code may tell them apart."""
+    whole = options.rules or not all(entry.local for entry in users.passes_of(options))
+    return options.layers_once and not whole and (after_rules is None or getattr(after_rules, "local", False))
+
+
+def _run_once(
+    module: fx.GraphModule, options: Options, after_rules: Hook | None, dump: Dump, record: PassRecord
+) -> list[PassRecord] | None:
+    """Runs the passes on a few of a program's equal layers and repeats what they made of one. None where there are no
+    such layers, or where the rewritten ones are not equal, which the record says; `module` is then as it was."""
+    start = time.perf_counter()
+    layers = periods.find(module.graph)
+    if isinstance(layers, str):
+        if layers:
+            record.refuse(LAYERS_ONCE, module.graph.output_node(), layers)
+        return None
+    check = SpecCheck(module) if options.check else None
+    short = fx.GraphModule(module, periods.shortened(layers))
+    between = time.perf_counter()
+    records = _run_all(short, options, after_rules, dump)
+    again = time.perf_counter()
+    first = layers.calls[layers.run.start]
+    why_not = periods.expand(layers, short.graph)
+    if why_not:
+        record.refuse(LAYERS_ONCE, first, why_not)
+    else:
+        module.graph = short.graph
+        record.fire(f"{LAYERS_ONCE}: {layers.run.count} equal layers, {periods.KEPT} compiled", first, [])
+        if check is not None:
+            check.after(LAYERS_ONCE, module)
+        dump(LAYERS_ONCE, module)
+    record.seconds = time.perf_counter() - again + between - start
+    return None if why_not else records
 
 
 def run_pass(entry: Pass, module: fx.GraphModule, options: Options, check: SpecCheck | None = None) -> PassRecord:
@@ -150,8 +200,9 @@ def run_pass(entry: Pass, module: fx.GraphModule, options: Options, check: SpecC
 
 
 def count_calls(graph: fx.Graph) -> int:
-    """How many calls a graph makes (inputs and the output are not calls)."""
-    return sum(node.op in ("call_function", "call_module", "call_method") for node in graph.nodes)
+    """How many calls a graph makes (inputs and the output are not calls), in all the layers that it stands for."""
+    kinds = ("call_function", "call_module", "call_method")
+    return sum(node.meta.get(TIMES, 1) for node in graph.nodes if node.op in kinds)
 
 
 def fingerprint(options: Options) -> str:
@@ -166,7 +217,7 @@ def fingerprint(options: Options) -> str:
     )
 
 
-def _dumper(folder: str, name: str) -> Callable[[str, fx.GraphModule], None]:
+def _dumper(folder: str, name: str) -> Dump:
     """Writes `<folder>/<name>.<NN>.<stage>.py`, the program as text, at every call; does nothing without a folder."""
     if not folder:
         return lambda stage, module: None

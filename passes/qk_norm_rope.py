@@ -360,9 +360,9 @@ def _operator(graph: fx.Graph, first: Rotated, second: Rotated, made: list[fx.No
 def _table(graph: fx.Graph, table: fx.Node, like: Rotated, made: list[fx.Node]) -> fx.Node:
     """cos or sin as the fused operator takes it: [..., tokens, 1, D]."""
     if like.transposed:
-        table = call(graph, torch.ops.aten.transpose.int, (table, 1, 2), replaces=[table], made_by=NAME)
+        table = call(graph, torch.ops.aten.transpose.int, (table, 1, 2), replaces=[table, like.root], made_by=NAME)
         made.append(table)
     if like.half:
-        table = call(graph, torch.ops.aten.cat.default, ([table, table], -1), replaces=[table], made_by=NAME)
+        table = call(graph, torch.ops.aten.cat.default, ([table, table], -1), replaces=[table, like.root], made_by=NAME)
         made.append(table)
     return table

@@ -160,4 +160,6 @@ def _rewrite(graph: fx.Graph, attention: fx.Node, packed: Packed, record: PassRe
     erase_unused(graph, dict.fromkeys(packed.nodes))
 
 
-PASS = Pass(NAME, "behind the rule that joins norms and rotation, which it takes over", run, after="qk_norm_rope")
+PASS = Pass(
+    NAME, "behind the rule that joins norms and rotation, which it takes over", run, after="qk_norm_rope", local=True
+)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import sympy
 from torch import fx
 
-from npu_compiler.graph.source import where
+from npu_compiler.graph.source import TIMES, where
 from npu_compiler.graph.traffic import launches, moved_bytes
 
 if TYPE_CHECKING:
@@ -38,21 +38,23 @@ class Saving:
 @dataclass(frozen=True)
 class Fired:
     """A rewrite that was made: the rule, the place in the user's model, the nodes that went away, what that saves
-    (None where it was not worked out)."""
+    (None where it was not worked out), in how many equal layers it was made."""
 
     rule: str
     place: str
     nodes: tuple[str, ...]
     saves: Saving | None = None
+    layers: int = 1
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A rewrite that was considered and left out: the rule, the place, the reason."""
+    """A rewrite that was considered and left out: the rule, the place, the reason, in how many equal layers."""
 
     rule: str
     place: str
     reason: str
+    layers: int = 1
 
 
 @dataclass
@@ -72,19 +74,24 @@ class PassRecord:
 
     def fire(self, rule: str, anchor: fx.Node, nodes: Sequence[fx.Node], saves: Saving | None = None) -> None:
         """Notes a rewrite at `anchor` that replaces or removes `nodes`; call it before they are erased."""
-        self.fired.append(Fired(rule, where(anchor), tuple(node.name for node in nodes), saves))
+        names = tuple(node.name for node in nodes)
+        self.fired.append(Fired(rule, where(anchor), names, saves, anchor.meta.get(TIMES, 1)))
 
     def refuse(self, rule: str, anchor: fx.Node, reason: str) -> None:
         """Notes that `rule` was left out at `anchor`, and why."""
-        self.refused.append(Refused(rule, where(anchor), reason))
+        self.refused.append(Refused(rule, where(anchor), reason, anchor.meta.get(TIMES, 1)))
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.nodes_before} -> {self.nodes_after} calls, {self.seconds * 1e3:.1f} ms"]
         for entry in self.fired:
             saves = f", {entry.saves}" if entry.saves is not None else ""
-            lines.append(f"  fired {entry.rule} ({len(entry.nodes)} nodes{saves}) {entry.place}")
-        lines += [f"  left out {entry.rule}: {entry.reason} ({entry.place})" for entry in self.refused]
+            lines.append(f"  fired {entry.rule} ({len(entry.nodes)} nodes{saves}) {entry.place}{_more(entry)}")
+        lines += [f"  left out {entry.rule}: {entry.reason} ({entry.place}){_more(entry)}" for entry in self.refused]
         return "\n".join(lines)
+
+
+def _more(entry: Fired | Refused) -> str:
+    return f", and in {entry.layers - 1} more layers" if entry.layers > 1 else ""
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,8 @@ class Pass:
         run: rewrites the graph module in place and notes in the record what it did; None for a pass of rules alone.
         rules: tried in this order at every call of the program, by `rewrite.apply`. A pass that has `run` too applies
             them itself; they are listed so that they are tested and can be switched off by name (`disabled_rules`).
+        local: of a pass that a user adds: what it does to a call depends on the calls around it alone, not on which
+            layer of the model that is or on how many there are, so that equal layers need it once.
         before, after: of a pass that a user adds (options={"passes": [...]}): the pass it stands in front of or behind.
     """
 
@@ -106,6 +115,7 @@ class Pass:
     rules: tuple[Rule, ...] = ()
     before: str = ""
     after: str = ""
+    local: bool = False
 
     def __post_init__(self) -> None:
         if self.run is None and not isinstance(self.rules, tuple):

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from torch import fx
 
+TIMES = "npu_times"
+"""Metadata of a call that stands for as many equal ones, one a layer (graph/periods.py); no entry is one."""
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<text>.*)')
 
 
@@ -47,6 +49,8 @@ def origin_of(nodes: Iterable[fx.Node], made_by: str) -> dict[str, object]:
         earlier = node.meta.get("npu_origin")
         names += earlier["nodes"] if earlier else [node.name]
     meta: dict[str, object] = {"npu_origin": {"pass": made_by, "nodes": names}}
+    if nodes and TIMES in nodes[-1].meta:
+        meta[TIMES] = nodes[-1].meta[TIMES]
     for key in ("stack_trace", "nn_module_stack"):
         for node in reversed(nodes):
             if node.meta.get(key):
