@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, TypeAlias
 
-import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_aggregate
@@ -428,15 +427,8 @@ def _may_follow(left: Binding, right: Binding, after: Mapping[Binding, Binding] 
         return left in after and after[left] == right
     if isinstance(left, str) or isinstance(right, str):
         return isinstance(left, str) and isinstance(right, str)
-    if not left.op == "placeholder" == right.op:
-        return False
-    values = [node.meta.get("val") for node in (left, right)]
-    if not any(isinstance(value, torch.Tensor) for value in values):
-        # an opaque object, such as vLLM's name of a layer; sizes and numbers are not a layer's own
-        return type(values[0]) is type(values[1]) and not isinstance(
-            values[0], (int, float, torch.SymInt, torch.SymFloat)
-        )
-    return _layout(left) == _layout(right)
+    inputs = left.op == "placeholder" == right.op
+    return inputs and any(True for _ in tensors(left)) and _layout(left) == _layout(right)
 
 
 def _start(steps: Sequence[_Step | None], start: int, end: int, length: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_map_only
 
 from npu_compiler.graph.effects import storage, tensors
@@ -60,7 +60,8 @@ class Repeated:
 
         value = template.meta.get("val")
         if all(isinstance(tensor, FakeTensor) for tensor in tensors(value)):
-            found = tree_map_only(torch.Tensor, copied, value)
+            with unset_fake_temporarily():  # plain meta tensors are made, without asking the mode about each
+                found = tree_map_only(torch.Tensor, copied, value)
             if all(map(_same_memory, tensors(value), tensors(found))):
                 return found
         return infer(node)

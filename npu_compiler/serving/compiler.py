@@ -52,11 +52,6 @@ class PassManager(InductorPass):
             pass_(graph)
         self._lowering(graph)
 
-    @property
-    def local(self) -> bool:
-        """Whether a program of a few layers will do (compile_fx); a user's pass is shown the whole one."""
-        return not self.passes
-
     def uuid(self) -> str:
         """Changes when a pass, a provider or their order does."""
         return "|".join(str(pass_.uuid()) for pass_ in (*self.passes, self._lowering))
