@@ -21,6 +21,8 @@ giving such a call a copy to read.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,12 +31,20 @@ from torch._dynamo.utils import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from npu_compiler.graph.build import call
-from npu_compiler.graph.effects import is_functionalized, storage, tensors
+from npu_compiler.graph.effects import is_functionalized, storage, tensors, written_storages
 from npu_compiler.graph.spec import refresh_aliases
 from npu_compiler.passes.record import PassRecord
 
 NAME = "reinplace"
 aten = torch.ops.aten
+SCATTERS = (
+    aten.index_copy.default,
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
+    aten.as_strided_scatter.default,
+    aten.diagonal_scatter.default,
+)
+"""Functional writes that the analysis knows in another form."""
 
 
 def run(module: fx.GraphModule, record: PassRecord) -> None:
@@ -48,7 +58,7 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
     if mode is None:  # a program over sizes only writes nothing
         return
     functional = {node: str(node.target) for node in graph.nodes}
-    own = _own_outputs(graph)
+    kept = _keep_outputs(graph, inplaceable_ops)
     index_copies = graph.find_nodes(op="call_function", target=aten.index_copy.default)
     dimensions = {node: _as_index_put(node) for node in index_copies}
     for node in list(graph.nodes):
@@ -72,27 +82,53 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
         if node.target is aten.copy_.default and node.args[0] is node.args[1]:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    _keep_own(graph, own, record)
+    _drop_needless(graph, kept, record)
 
 
-def _own_outputs(graph: fx.Graph) -> list[bool]:
-    """For each output, whether its memory is the program's own, not an input's."""
-    inputs = {storage(tensor) for node in graph.find_nodes(op="placeholder") for tensor in tensors(node)}
-    return [not any(storage(tensor) in inputs for tensor in tensors(item)) for item in graph.output_node().args[0]]
-
-
-def _keep_own(graph: fx.Graph, own: list[bool], record: PassRecord) -> None:
-    """Clones an output that has become an input's memory: `x[0] = 1; return x.clone()` must not return x."""
-    refresh_aliases(graph)
+def _keep_outputs(graph: fx.Graph, inplaceable_ops: Container[Any]) -> list[fx.Node]:
+    """Clones, where they are made, the outputs that a write in place may leave in an input's memory, which the program
+    writes again at its end: `x[0] = 1; y = x.clone(); x[0] = 2; return y` must return neither x nor what x is then."""
+    inputs = _storages(graph.find_nodes(op="placeholder"))
+    written = _storages(node for node in graph.nodes if _may_be_in_place(node, inplaceable_ops)) - inputs
     output = graph.output_node()
-    returned = list(output.args[0])  # type: ignore[arg-type]
-    for index, (was, now) in enumerate(zip(own, _own_outputs(graph), strict=True)):
-        if was and not now:
-            node = returned[index]
-            with graph.inserting_before(output):
-                returned[index] = call(graph, aten.clone.default, (node,), replaces=[node], made_by=NAME)
-            record.refuse(NAME, node, f"output {index} became an input's memory; it got a copy")
-    output.args = (tuple(returned),)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in output.all_input_nodes:
+        if _storages([node]) & written:
+            with graph.inserting_after(node):
+                copies[node] = call(graph, aten.clone.default, (node,), replaces=[node], made_by=NAME)
+    output.args = fx.node.map_arg(output.args, lambda node: copies.get(node, node))
+    return list(copies.values())
+
+
+def _may_be_in_place(node: fx.Node, inplaceable_ops: Container[Any]) -> bool:
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return is_functionalized(node.args[0])
+    return node.target in inplaceable_ops or node.target in SCATTERS
+
+
+def _storages(nodes: Iterable[fx.Node]) -> set[int]:
+    return {storage(tensor) for node in nodes for tensor in tensors(node)}
+
+
+def _drop_needless(graph: fx.Graph, copies: Iterable[fx.Node], record: PassRecord) -> None:
+    """Drops those of `_keep_outputs`'s clones whose source is the program's own and is not written any more."""
+    refresh_aliases(graph)
+    inputs = _storages(graph.find_nodes(op="placeholder"))
+    for copy in copies:
+        source = copy.args[0]
+        assert isinstance(source, fx.Node)
+        shared = _storages([source])
+        if shared & inputs or any(written_storages(node) & shared for node in _behind(copy)):
+            record.refuse(NAME, source, "an output became an input's memory, or is written again; it got a copy")
+        else:
+            copy.replace_all_uses_with(source)
+            graph.erase_node(copy)
+
+
+def _behind(node: fx.Node) -> Iterator[fx.Node]:
+    while node.next.op != "root":
+        node = node.next
+        yield node
 
 
 def _as_index_put(node: fx.Node) -> int:

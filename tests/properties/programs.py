@@ -16,9 +16,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from tests.properties.fragments import HALVES, Fragment, fragments
+
 NAMESPACE = "npu_properties"
 COLUMNS = 8
-"""Every input has rows of this length (a block needs an even one)."""
+"""Inputs that are no fragment's have rows of this length (a block needs an even one)."""
 
 
 @contextmanager
@@ -82,7 +84,7 @@ ONE: dict[str, Callable[[Any], Any]] = {
     "sum_rows": lambda x: x.sum(-1, keepdim=True).expand(x.shape[0], x.shape[1]),
     "gram": lambda x: torch.tanh(x @ x.t()) @ x,
     "double_cat": lambda x: torch.cat([x, x], 0)[: x.shape[0]],
-    "cat_nothing": lambda x: torch.cat([x, x[:, :0]], -1),
+    "cat_nothing": lambda x: torch.cat([x, x[..., :0]], -1),
     "pieces": lambda x: torch.cat(x.chunk(2, -1)[::-1], -1),
 }
 """Steps that make a tensor from one."""
@@ -144,16 +146,40 @@ TABLES: dict[int, list[dict[str, Callable[..., Any]]]] = {
 }
 STEPS: dict[str, Callable[..., Any]] = {**ONE, **VIEW, **TWO, **WRITE_ONE, **WRITE_TWO, **WRITE_THREE}
 MAKES = {*ONE, *VIEW, *TWO}
+MATRICES_ONLY = {"gram", "double_cat", "sum_rows", "wide", "same", "double_transpose", "norm", "add_norm"}
+"""Steps that are written for two dimensions."""
+ANY_SHAPE = {
+    "clone",
+    "contiguous",
+    "alias",
+    "neg",
+    "zeros_like",
+    "add_scalar",
+    "add_",
+    "zero_",
+    "add",
+    "maximum",
+    "copy_",
+}
+"""Steps that take vectors too; everything between has two dimensions or more."""
+WHOLE_NUMBERS = {"clone", "contiguous", "alias", "first_rows", "every_row", "same", "double_transpose"}
+"""Steps that take quantized values."""
+JUMPS = {"where", "bfloat16_and_back"}
+"""Steps that make much of one rounding, or end in float32: not for programs in half precision."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """One argument: a tensor of its own (`of` is None), or `rows` of another one from row `start` on, or all of it."""
+    """One argument: `rows` of its own (`of` is None), `rows` of another one from row `start` on, or all of it; or what
+    a fragment takes in a place."""
 
     rows: int
     of: int | None = None
     start: int = 0
     whole: bool = False
+    fragment: str = ""
+    place: int = 0
+    grows: bool = True
 
 
 @dataclass(frozen=True)
@@ -163,39 +189,81 @@ class Program:
     inputs: tuple[Input, ...]
     steps: tuple[tuple[str, tuple[int, ...]], ...]
     outputs: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
-        values = list(arguments)
-        for name, operands in self.steps:
-            result = STEPS[name](*(values[index] for index in operands))
-            if name in MAKES:
-                values.append(result)
+        return self._run(list(arguments), exact=False)
+
+    def exact(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """The same in float64; the arguments are written in float64 too."""
+        return self._run(list(arguments), exact=True)
+
+    def _run(self, values: list[Any], exact: bool) -> tuple[Any, ...]:
+        for step in self.steps:
+            values += run_step(step, values, exact)
         return tuple(values[index] for index in self.outputs)
 
-    def arguments(self, seed: int, device: str = "cpu", more_rows: int = 0) -> list[Tensor]:
-        """Inputs with the program's aliases, equal for equal seeds; every input is `more_rows` longer than drawn."""
+    @property
+    def device(self) -> str:
+        """Half precision runs on the device, the only place where torch_npu quantizes."""
+        return "npu" if self.dtype in HALVES else "cpu"
+
+    def arguments(self, seed: int, device: str = "", more_rows: int = 0, exact: bool = False) -> list[Tensor]:
+        """Inputs with the program's aliases, equal for equal seeds; those that grow are `more_rows` longer than drawn.
+
+        Args:
+            device: the program's own if not given.
+            exact: the same values in float64.
+        """
         generator = torch.Generator().manual_seed(seed)
         made: list[Tensor] = []
-        for entry in self.inputs:
-            if entry.of is None:
-                base = torch.randn(entry.rows + more_rows + 2, COLUMNS, generator=generator).to(device)
-                made.append(base[: entry.rows + more_rows])
+        for index, entry in enumerate(self.inputs):
+            more = more_rows if entry.grows else 0
+            if entry.fragment:
+                made.append(self._moved(self._of_fragment(entry, seed + index, more), device, exact))
+            elif entry.of is None:
+                base = torch.randn(entry.rows + more + 2, COLUMNS, generator=generator).to(self.dtype)
+                made.append(self._moved(base, device, exact)[: entry.rows + more])
             elif entry.whole:
                 made.append(made[entry.of])
             else:
                 source = made[entry.of]
-                rows = torch.as_strided(source, (entry.rows + more_rows, COLUMNS), (COLUMNS, 1), entry.start * COLUMNS)
-                made.append(rows)
+                made.append(torch.as_strided(source, (entry.rows + more, COLUMNS), (COLUMNS, 1), entry.start * COLUMNS))
         return made
+
+    def _of_fragment(self, entry: Input, seed: int, more: int) -> Tensor:
+        given = fragments()[entry.fragment].arguments(self.dtype, seed)[entry.place]
+        return torch.cat([given] * (1 + more), 0)[: given.shape[0] + more] if more else given
+
+    def _moved(self, tensor: Tensor, device: str, exact: bool) -> Tensor:
+        wide = exact and tensor.is_floating_point()
+        return tensor.to("cpu" if exact else device or self.device, torch.float64 if wide else tensor.dtype)
 
     def __str__(self) -> str:
         lines = [f"x{i} = {entry}" for i, entry in enumerate(self.inputs)]
         count = len(self.inputs)
         for name, operands in self.steps:
             call = f"{name}({', '.join(f'x{index}' for index in operands)})"
-            lines.append(f"x{count} = {call}" if name in MAKES else call)
-            count += name in MAKES
+            results = count_results(name)
+            made = ", ".join(f"x{count + index}" for index in range(results))
+            lines.append(f"{made} = {call}" if made else call)
+            count += results
         return "\n".join([*lines, f"return {', '.join(f'x{index}' for index in self.outputs)}", repr(self)])
+
+
+def run_step(step: tuple[str, tuple[int, ...]], values: Sequence[Any], exact: bool = False) -> list[Any]:
+    """The tensors that a step makes; none if it only writes."""
+    name, operands = step
+    given = [values[index] for index in operands]
+    if name in fragments():
+        return (fragments()[name].exact if exact else fragments()[name])(*given)
+    result = STEPS[name](*given)
+    return [result] if name in MAKES else []
+
+
+def count_results(name: str) -> int:
+    """How many tensors a step makes."""
+    return fragments()[name].results if name in fragments() else int(name in MAKES)
 
 
 def traced(program: Program, sizes: Sequence[str] = ()) -> fx.GraphModule:
@@ -211,29 +279,89 @@ def traced(program: Program, sizes: Sequence[str] = ()) -> fx.GraphModule:
 
 
 @st.composite
-def programs(draw: st.DrawFn, max_steps: int = 10) -> Program:
+def programs(draw: st.DrawFn, max_steps: int = 10, first: str = "") -> Program:
     """Programs whose every step is valid: they are run while they are drawn, and a step that eager refuses (a copy
-    between tensors that overlap in part) becomes a cosine."""
+    between tensors that overlap in part) becomes a clone.
+
+    Args:
+        first: the fragment that is the first step; drawn like the others if not given.
+    """
+    dtypes = [torch.float32, torch.float32, *HALVES]
+    dtype = draw(st.sampled_from([one for one in dtypes if not first or one in fragments()[first].dtypes]))
     inputs = draw(_inputs())
-    values = Program(tuple(inputs), (), ()).arguments(seed=0)
+    values = Program(tuple(inputs), (), (), dtype).arguments(seed=0)
     steps: list[tuple[str, tuple[int, ...]]] = []
     for _ in range(draw(st.integers(1, max_steps))):
-        step = draw(_step(values))
+        if (first and not steps) or draw(st.integers(0, 2)) == 0:
+            misses = draw(st.integers(0, 3)) == 0
+            fitting = sorted(name for name, one in fragments().items() if dtype in one.dtypes and one.miss == misses)
+            name = first if first and not steps else draw(st.sampled_from(fitting))
+            more, step = draw(_fragment_step(fragments()[name], dtype, values, len(inputs)))
+            if more:
+                steps = [(name, tuple(_behind(index, len(inputs), len(more)) for index in old)) for name, old in steps]
+                values[len(inputs) : len(inputs)] = Program(tuple(more), (), (), dtype).arguments(seed=0)
+                inputs += more
+        else:
+            step = draw(_step(values, dtype))
         try:
-            result = _run(step, values)
+            made = run_step(step, values)
         except RuntimeError:
-            step = ("cos", step[1][:1])
-            result = _run(step, values)
-        if step[0] in MAKES:
-            values.append(result)
+            step = ("clone", step[1][:1])
+            made = run_step(step, values)
+        values += made
         steps.append(step)
     outputs = draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=4))
     last = len(values) - 1
-    return Program(tuple(inputs), tuple(steps), tuple(outputs if last in outputs else [*outputs, last]))
+    return Program(tuple(inputs), tuple(steps), tuple(outputs if last in outputs else [*outputs, last]), dtype)
 
 
-def _run(step: tuple[str, tuple[int, ...]], values: Sequence[Tensor]) -> Any:
-    return STEPS[step[0]](*(values[index] for index in step[1]))
+def _behind(index: int, inputs: int, more: int) -> int:
+    """The index of a value after `more` inputs have been put behind the first `inputs` ones."""
+    return index + more if index >= inputs else index
+
+
+@st.composite
+def _fragment_step(
+    draw: st.DrawFn, fragment: Fragment, dtype: torch.dtype, values: Sequence[Tensor], inputs: int
+) -> tuple[list[Input], tuple[str, tuple[int, ...]]]:
+    """A fragment's step and the inputs that it needs anew: each operand is one, or a value of the same kind that is
+    there already (so that fragments form chains, and operands repeat)."""
+    example = fragment.arguments(dtype, 0)
+    rows = _rows(example)
+    more: list[Input] = []
+    chosen: list[tuple[bool, int]] = []
+    for place, like in enumerate(example):
+        fits = [
+            index
+            for index, value in enumerate(values)
+            if value.shape == like.shape and value.dtype == like.dtype == dtype and value.device == like.device
+        ]
+        if fits and draw(st.integers(0, 3)):
+            chosen.append((False, max(draw(st.sampled_from(fits)), draw(st.sampled_from(fits)))))
+        else:
+            chosen.append((True, inputs + len(more)))
+            grows = like.dim() > 1 and like.shape[0] == rows
+            more.append(Input(like.shape[0], fragment=fragment.name, place=place, grows=grows))
+    operands = tuple(index if new else _behind(index, inputs, len(more)) for new, index in chosen)
+    return more, (fragment.name, operands)
+
+
+def alone(fragment: str, dtype: torch.dtype) -> Program:
+    """A fragment as a whole program."""
+    one = fragments()[fragment]
+    example = one.arguments(dtype, 0)
+    rows = _rows(example)
+    inputs = [
+        Input(like.shape[0], fragment=fragment, place=place, grows=like.dim() > 1 and like.shape[0] == rows)
+        for place, like in enumerate(example)
+    ]
+    results = range(len(inputs), len(inputs) + one.results)
+    return Program(tuple(inputs), ((fragment, tuple(range(len(inputs)))),), tuple(results), dtype)
+
+
+def _rows(example: Sequence[Tensor]) -> int:
+    """The size that grows: the first one of the first argument that is no vector; 0 if all are vectors."""
+    return next((item.shape[0] for item in example if item.dim() > 1), 0)
 
 
 @st.composite
@@ -253,23 +381,30 @@ def _inputs(draw: st.DrawFn) -> Sequence[Input]:
 
 
 @st.composite
-def _step(draw: st.DrawFn, values: Sequence[Tensor]) -> tuple[str, tuple[int, ...]]:
+def _step(draw: st.DrawFn, values: Sequence[Tensor], dtype: torch.dtype) -> tuple[str, tuple[int, ...]]:
     """A step that takes its operands' shapes. Later values are drawn more often: programs are chains, not bushes."""
     first = max(draw(st.integers(0, len(values) - 1)), draw(st.integers(0, len(values) - 1)))
-    like = [index for index, value in enumerate(values) if value.shape == values[first].shape]
+    kind = (values[first].shape, values[first].dtype)
+    like = [index for index, value in enumerate(values) if (value.shape, value.dtype) == kind]
     arity = draw(st.sampled_from([1, 1, 1, 2, 2, 2, 3]))
     table = draw(st.sampled_from(TABLES[arity]))
     name = draw(st.sampled_from(sorted(table)))
     operands = (first, *(draw(st.sampled_from(like)) for _ in range(arity - 1)))
-    if _takes(name, [values[index] for index in operands]):
+    if _takes(name, [values[index] for index in operands], dtype):
         return name, operands
-    return ("cos", operands[:1]) if arity == 1 else ("add", operands[:2])
+    return "clone", operands[:1]
 
 
-def _takes(name: str, values: Sequence[Tensor]) -> bool:
+def _takes(name: str, values: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether the step may be applied: blocks and halves need even columns, a write needs memory of its own for every
     element, and some writes operands that share none."""
-    columns = values[0].shape[1]
+    dimensions, columns = values[0].dim(), values[0].shape[-1]
+    if not values[0].is_floating_point():
+        return name in WHOLE_NUMBERS and (dimensions == 2 or name not in MATRICES_ONLY)
+    if (dimensions < 2 and name not in ANY_SHAPE) or (dimensions != 2 and name in MATRICES_ONLY):
+        return False
+    if dtype in HALVES and name in JUMPS:
+        return False
     if name in ("swiglu", "left", "right", "pieces", "even_columns") and columns % 2:
         return False
     written = values[:2] if name in WRITE_THREE else values[:1] if name not in MAKES else ()
@@ -277,4 +412,4 @@ def _takes(name: str, values: Sequence[Tensor]) -> bool:
         return False
     if name in NO_ALIAS and len({value.untyped_storage()._cdata for value in values}) < len(values):
         return False
-    return not (name == "flat" and columns > 4 * COLUMNS)
+    return not (name == "flat" and values[0].numel() > 4 * COLUMNS)

@@ -1,34 +1,38 @@
 """Random programs: eager equals compiled, at every stage of the pipeline, and captured and replayed.
 
 A failure prints the program, as text and as a value, and hypothesis's @reproduce_failure line. The value goes into
-test_found.py. `pytest --hypothesis-seed=N` repeats a whole run.
+test_found.py. `pytest --hypothesis-seed=N` repeats a whole run; the seed of a run with new programs is printed too.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, currently_in_test_context, given, note, settings
 from hypothesis import strategies as st
 
 from npu_compiler.backend import AscendBackend
-from npu_compiler.config import Options
-from npu_compiler.passes import pipeline
 from tests.properties.compare import SEED, Seen, check_all_stages
-from tests.properties.programs import Program, programs, traced
+from tests.properties.fragments import expected_to_fire, fragments
+from tests.properties.programs import Program, alone, programs, traced
 
-PASS_NAMES = list(dict.fromkeys(pipeline.names(pipeline.selected(Options()))))
-SCALE = int(os.environ.get("PROPERTY_SCALE", "1"))
+SCALE = float(os.environ.get("PROPERTY_SCALE", "1"))
 """How many times the default number of programs."""
+seeds = st.lists(st.integers(0, 1 << 16), min_size=3, max_size=3, unique=True)
+"""Of programs that return other values of the drawn one: each lowered program is four programs to the passes."""
+FIRED: Counter[str] = Counter()
+"""How often each rule fired in this file's tests so far."""
 
 
 def examples(count: int, fixed: bool) -> settings:
     """Settings for `count` programs: the same ones in every run, or new ones."""
     return settings(
         derandomize=fixed and SCALE == 1,
-        max_examples=count * SCALE,
+        max_examples=max(1, round(count * SCALE)),
         deadline=None,
         database=None,
         print_blob=True,
@@ -36,9 +40,12 @@ def examples(count: int, fixed: bool) -> settings:
     )
 
 
-def check_stages(program: Program, dynamic: bool, without: list[str]) -> None:
-    note(str(program))
-    assert check_all_stages(program, dynamic, without) >= len(pipeline.PASSES)
+def check_stages(program: Program, dynamic: bool, other_outputs: Sequence[int]) -> None:
+    if currently_in_test_context():
+        note(str(program))
+    check = check_all_stages(program, dynamic, other_outputs)
+    assert check.compared
+    FIRED.update(check.fired)
 
 
 def check_replay(program: Program, dynamic: bool) -> None:
@@ -48,14 +55,49 @@ def check_replay(program: Program, dynamic: bool) -> None:
     compiled = torch.compile(traced(program), backend=AscendBackend(), dynamic=dynamic, fullgraph=True)
     for call, more in enumerate((0, 0, 0, 0, 2, 2)):
         expected = Seen(program, program.arguments(SEED + call, more_rows=more))
+        exact = None
+        if program.device != "cpu":
+            exact = Seen(program.exact, program.arguments(SEED + call, more_rows=more, exact=True))
         got = Seen(compiled, program.arguments(SEED + call, "npu", more_rows=more))
-        got.assert_same(expected, f"call {call}, {more} more rows")
+        got.assert_same(expected, f"call {call}, {more} more rows", exact)
 
 
-@examples(30, fixed=True)
-@given(programs(), st.booleans(), st.lists(st.sampled_from(PASS_NAMES), min_size=2, max_size=2, unique=True))
-def test_stages(program: Program, dynamic: bool, without: list[str]) -> None:
-    check_stages(program, dynamic, without)
+@examples(200, fixed=True)
+@given(programs(), st.booleans(), seeds)
+def test_stages(program: Program, dynamic: bool, other_outputs: list[int]) -> None:
+    check_stages(program, dynamic, other_outputs)
+
+
+OPEN = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="behind qk_norm_rope q and k have other strides than in eager, on the CPU",
+)
+FRAGMENTS = [
+    pytest.param(name, marks=OPEN if name in ("rope_hugging_face", "norm_rope_hugging_face") else ())
+    for name, one in fragments().items()
+    if not one.miss
+]
+
+
+@pytest.mark.parametrize("fragment", FRAGMENTS)
+def test_stages_with_each_rule(fragment: str) -> None:
+    @examples(3, fixed=True)
+    @given(programs(max_steps=6, first=fragment), st.booleans(), seeds)
+    def check(program: Program, dynamic: bool, other_outputs: list[int]) -> None:
+        check_stages(program, dynamic, other_outputs)
+
+    for dtype in fragments()[fragment].dtypes:
+        check_stages(alone(fragment, dtype), True, [])
+    check()
+
+
+def test_every_rule_fired() -> None:
+    """In the programs above; what never fires was never compared."""
+    if not FIRED:
+        pytest.skip("the tests above did not run")
+    missing = expected_to_fire() - FIRED.keys()
+    assert not missing, f"never fired: {sorted(missing)}; fired: {FIRED}"
 
 
 @examples(5, fixed=True)
@@ -65,11 +107,11 @@ def test_replay(program: Program, dynamic: bool) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(7200)
-@examples(3000, fixed=False)
-@given(programs(max_steps=14), st.booleans())
-def test_stages_of_thousands(program: Program, dynamic: bool) -> None:
-    check_stages(program, dynamic, PASS_NAMES)
+@pytest.mark.timeout(14400)
+@examples(5000, fixed=False)
+@given(programs(max_steps=14), st.booleans(), seeds)
+def test_stages_of_thousands(program: Program, dynamic: bool, other_outputs: list[int]) -> None:
+    check_stages(program, dynamic, other_outputs)
 
 
 @pytest.mark.full
