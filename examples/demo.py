@@ -296,8 +296,9 @@ def talk(address: Address) -> None:
     say("\nstreaming completion")
     print(f"  {COMPLETION_PROMPT}", end="", flush=True)
     written = complete(client, COMPLETION_PROMPT)
+    limit = ", its limit" if written.tokens >= MAX_TOKENS else ""
     say(
-        f"\n  ({written.tokens} tokens; the first after {written.first_s * 1e3:.0f} ms, "
+        f"\n  ({written.tokens} tokens{limit}; the first after {written.first_s * 1e3:.0f} ms, "
         f"then {written.tokens_per_second:.0f} tokens/s)"
     )
     if not answer.text.strip() or not written.text.strip():
@@ -342,7 +343,7 @@ def render(report: dict[str, Any]) -> str:
     lines.append(f"  padding waste      {report['padding_waste']:.1%} of the replayed tokens")
     lines.append(
         f"  throughput         {report['generated_tokens']} tokens in {report['serving_seconds']:.2f} s: "
-        f"{report['tokens_per_second']:.0f} tokens/s"
+        f"{report['tokens_per_second']:.0f} tokens/s, prefill and gaps between steps included"
     )
     return "\n".join(lines)
 

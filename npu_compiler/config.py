@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -212,7 +213,7 @@ def _typed(name: str, default: Any, value: Any) -> Any:
         inner = {"capture_sizes": int, "rules": object, "passes": object}.get(name, str)
         if isinstance(value, (list, tuple)) and all(inner is object or type(item) is inner for item in value):
             return tuple(value)
-        expected = f"a list of {inner.__name__}"
+        expected = f"a list of {name if inner is object else inner.__name__}"
     elif type(value) is type(default):
         return value
     elif isinstance(default, float) and type(value) is int:
@@ -221,7 +222,8 @@ def _typed(name: str, default: Any, value: Any) -> Any:
         expected = "a dict of npugraph_ex's options"
     else:
         expected = type(default).__name__
-    raise OptionError(f"option {name}={value!r} has a wrong type", rule=f"{name} is {expected}", fix="correct the type")
+    fix = f"write {name}=[...]" if isinstance(default, tuple) else "correct the type"
+    raise OptionError(f"option {name}={reprlib.repr(value)} has a wrong type", rule=f"{name} is {expected}", fix=fix)
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:

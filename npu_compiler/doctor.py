@@ -23,7 +23,7 @@ OPTIONAL = {"vllm"}
 # Runs in a process of its own: a broken torch_npu must not end the doctor.
 DEVICE_PROBE = """
 import torch
-assert torch.npu.is_available(), "torch.npu.is_available() is False"
+torch.npu.init()  # is_available() would only say no
 x = torch.arange(4, device="npu") + 1
 assert x.cpu().tolist() == [1, 2, 3, 4], x.cpu().tolist()
 free, total = torch.npu.mem_get_info()
@@ -134,4 +134,7 @@ def _device() -> Iterator[Finding]:
         yield Finding("torch.npu", "ok", probe.stdout.strip().splitlines()[-1])
     else:
         lines = probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"]
-        yield Finding("torch.npu", "error", lines[-1], "the full message: python -c 'import torch; torch.npu.init()'")
+        own = [line for line in lines if line.startswith("[host runtime]")]
+        yield Finding(
+            "torch.npu", "error", (own or lines)[-1], "the full message: python -c 'import torch; torch.npu.init()'"
+        )

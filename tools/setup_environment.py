@@ -80,7 +80,7 @@ def steps() -> list[Step]:
             {},
             [ROOT / "setup.py", ROOT / "pyproject.toml"],
             [BUILD / "build.ninja", ROOT / "runtime" / "lib" / "libopapi.so"],
-            "several min: compiles the host runtime",
+            "4 min on two idle cores: compiles the host runtime, silently",
         ),
     ]
 
@@ -133,7 +133,10 @@ def main() -> None:
         raise SystemExit(
             f"setup: Python 3.11 is needed (this is {sys.version.split()[0]}); set PYTHON=/path/to/python3.11"
         )
-    prepare(arguments.venv.absolute())
+    try:
+        prepare(arguments.venv.absolute())
+    except KeyboardInterrupt:
+        raise SystemExit("\nsetup: stopped; finished steps are kept, run `make setup` again") from None
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from npu_compiler.errors import StoredProgramError
 from npu_compiler.serving import qkv_attention
 from npu_compiler.serving.options import ServingOptions, compile_options
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class PassManager(InductorPass):

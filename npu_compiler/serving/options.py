@@ -26,10 +26,10 @@ class ServingOptions:
     """What `additional_config` may hold."""
 
     report_path: str | None = None
-    """File that rank 0 keeps writing the run report to, as JSON. None: the report is only logged at shutdown."""
+    """File that rank 0 keeps writing the run report to, as JSON. None: the report is only logged, at shutdown."""
 
     report_interval: float = 10.0
-    """Seconds between two writes of the report while requests run; 0 writes it at shutdown only."""
+    """Seconds between two writes of the report while requests run; 0: only when none is left, and at shutdown."""
 
     capture_budget_seconds: float = 0.0
     """Seconds that captures may take in all. They go from the largest size down; what no longer fits is served eagerly,
@@ -86,7 +86,7 @@ class ServingOptions:
         if not number or self.report_interval < 0:
             raise ValueError(
                 f"additional_config: report_interval must be seconds >= 0, got {self.report_interval!r}; "
-                "0 writes the report at shutdown only"
+                "0 writes the report only when no request is left, and at shutdown"
             )
         for name in ("capture_budget_seconds", "capture_budget_mib"):
             value = getattr(self, name)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 _HERE = "npu_compiler.serving"
 
 # vLLM's fusion passes that emit CUDA operators. The `ascend` backend has its own passes.

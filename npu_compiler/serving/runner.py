@@ -15,6 +15,7 @@ from vllm.compilation.monitor import set_cudagraph_capturing_enabled
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import BatchDescriptor
 from vllm.logger import init_logger
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import lock_workspace
@@ -26,7 +27,7 @@ from npu_compiler.serving.options import ServingOptions
 from npu_compiler.serving.report import ReportFile, RunReport, Step
 from npu_compiler.serving.seams import cuda_names_mean_npu
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class NPUModelRunner(GPUModelRunner):
@@ -179,6 +180,13 @@ class NPUModelRunner(GPUModelRunner):
             self.async_output_copy_stream = npu.Stream()
         return self.async_output_copy_stream
 
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        # The step that only clears what has finished: nothing is left to do, and Ctrl-C may kill this process next.
+        if scheduler_output.total_num_scheduled_tokens == 0 and self.report_file is not None:
+            self.report_file.write(self.report)
+        return output
+
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         with cuda_names_mean_npu():
@@ -218,11 +226,11 @@ class NPUModelRunner(GPUModelRunner):
         mode = self.cudagraph_dispatcher.cudagraph_mode
         if mode == CUDAGraphMode.NONE:
             return "cudagraph_mode is NONE"
+        if not decode and mode.mixed_mode() == CUDAGraphMode.NONE:
+            return f"the batch holds prefill, which {mode.name} has no graphs for"
         largest = self.compilation_config.max_cudagraph_capture_size or 0
         if tokens > largest:
             return f"more tokens than the largest graph ({largest})" if decode else "prefill larger than any graph"
-        if not decode and mode.mixed_mode() == CUDAGraphMode.NONE:
-            return f"the batch holds prefill, which {mode.name} has no graphs for"
         sizes = self.compilation_config.cudagraph_capture_sizes or []
         size = f"FULL {next((size for size in sorted(sizes) if size >= tokens), largest)} tokens"
         if size in self.report.not_captured:

@@ -23,7 +23,7 @@ from npu_compiler.serving import moe  # noqa: F401  # gives vLLM its experts
 from npu_compiler.serving.platform import NPUPlatform
 from npu_compiler.serving.runner import NPUModelRunner
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class NPUWorker(Worker):
