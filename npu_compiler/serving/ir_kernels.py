@@ -1,7 +1,7 @@
 """Implementations named "npu" of vLLM's IR operators, by torch_npu's fused operators. Imported once a process.
 
-CANN's results are contiguous. vLLM's own definitions keep the layout of what they normalise, and programs are traced with
-that: a view behind the norm of transposed heads relies on it.
+CANN's results are contiguous. vLLM's own definitions keep the layout of what they normalise, and programs are traced
+with that: a view behind the norm of transposed heads relies on it.
 """
 
 from __future__ import annotations
