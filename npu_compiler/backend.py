@@ -44,6 +44,7 @@ from npu_compiler.plan.order import Arrangement, arrange
 
 GraphHook = Callable[[fx.Graph], None]
 STORED = "stored"
+FROM_CACHE = "from the cache"
 
 
 class CompiledGraph:
@@ -243,7 +244,7 @@ def _compile(
 
     unflatten = _return_flat_tuple(gm)
     if found is not None:
-        compiled.graph, compiled.records, compiled.stored = found.graph, found.records, "from the cache"
+        compiled.graph, compiled.records, compiled.stored = found.graph, found.records, FROM_CACHE
         call = _serve_once(compiled, Functional(found.graph, list(example_inputs), found.stable), serve)
     else:
         with _no_collections():
