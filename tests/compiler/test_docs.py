@@ -50,6 +50,22 @@ def test_examples(page: str, expected: tuple[str, ...], tmp_path: Path, capsys: 
         assert part in printed
 
 
+def test_printed_report_is_as_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = PAGE.read_text()
+    code, report = (re.findall(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL)[0] for kind in ("python", "text"))
+    file = tmp_path / "example.py"
+    file.write_text(code)
+    with torch.enable_grad():
+        exec(compile(code, str(file), "exec"), {"__name__": "example"})
+    printed = _without_times(capsys.readouterr().out).replace(f"{tmp_path}/", "")
+    for line in report.splitlines():
+        assert _without_times(line).removesuffix("...") in printed
+
+
+def _without_times(text: str) -> str:
+    return re.sub(r"graph_\d+", "graph_0", re.sub(r"[\d.]+ ms", "- ms", text)).replace("  ...", "")
+
+
 def test_page_names_every_option_and_pass() -> None:
     import dataclasses
 
