@@ -39,6 +39,10 @@ class DeviceError(NpuCompilerError):
     """Tensors of the graph lie on devices that one captured graph can't serve together."""
 
 
+class RuleError(NpuCompilerError):
+    """A function of a rewrite rule (its legality, replacement, operands or cost) failed or gave something unusable."""
+
+
 class SpecError(NpuCompilerError):
     """A pass left a program that breaks what holds between passes (npu_compiler/graph/spec.py)."""
 

@@ -66,8 +66,10 @@ class Call(Pattern):
     commutes: bool
     name: str
 
-    def __init__(self, targets: str, *args: object, commutes: bool = False, name: str = "") -> None:
-        object.__setattr__(self, "targets", tuple(targets.split("|")))
+    def __init__(
+        self, targets: str | torch._ops.OpOverload, *args: object, commutes: bool = False, name: str = ""
+    ) -> None:
+        object.__setattr__(self, "targets", tuple(str(targets).split("|")))
         object.__setattr__(self, "args", args)
         object.__setattr__(self, "commutes", commutes)
         object.__setattr__(self, "name", name)

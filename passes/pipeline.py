@@ -187,6 +187,8 @@ def run_pass(entry: Pass, module: fx.GraphModule, options: Options, check: SpecC
     if entry.run is not None:
         entry.run(module, record)
     else:
+        if entry.name == USER_RULES:
+            users.note_idle_rules(module.graph, entry.rules, record)
         apply(module, entry.rules, record)
     if entry.run is not None or record.fired:  # rules that did not fire leave the program as it was
         module.graph.lint()

@@ -81,6 +81,10 @@ class PassRecord:
         """Notes that `rule` was left out at `anchor`, and why."""
         self.refused.append(Refused(rule, where(anchor), reason, anchor.meta.get(TIMES, 1)))
 
+    def refuse_all(self, rule: str, reason: str) -> None:
+        """Notes that `rule` had nothing to look at in the whole program."""
+        self.refused.append(Refused(rule, "the whole program", reason))
+
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.nodes_before} -> {self.nodes_after} calls, {self.seconds * 1e3:.1f} ms"]
         for entry in self.fired:

@@ -8,9 +8,10 @@ tests/passes/test_rules.py, runs them all.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,12 @@ import torch
 from torch import fx
 from torch._prims_common import is_contiguous_or_false
 
+from npu_compiler.errors import NpuCompilerError, RuleError
 from npu_compiler.facts.sizes import Fact, known, same_layout, same_shape
 from npu_compiler.fusion_kernels import register
 from npu_compiler.graph.build import call
 from npu_compiler.graph.effects import is_pure, storage, tensors, value, written_storages
+from npu_compiler.graph.source import where
 from npu_compiler.graph.spec import infer
 from npu_compiler.graph.traffic import is_view
 from npu_compiler.passes.pattern import Match, Pattern, find, root_targets
@@ -165,8 +168,7 @@ def _rewrite(graph: fx.Graph, rule: Rule, match: Match, record: PassRecord, eras
     present = [name == "root" or name in match.bindings for name in rule.results]  # an Item may go unused
     names = [name for name, used in zip(rule.results, present, strict=True) if used]
     replaced = [match.root if name == "root" else match.node(name) for name in names]
-    verdict = rule.legal(match)
-    verdict = verdict & private(match.nodes, replaced)
+    verdict = _legality(rule, match) & private(match.nodes, replaced)
     if not verdict:
         return verdict
     point = insertion_point(_needed(rule, match), replaced, match.nodes)
@@ -180,7 +182,8 @@ def _rewrite(graph: fx.Graph, rule: Rule, match: Match, record: PassRecord, eras
     if not verdict:
         build.undo()
         return verdict
-    saves = rule.cost(match, build.made) if rule.cost else Saving.between(match.nodes, build.made)
+    with _blamed(rule, "cost", match):
+        saves = rule.cost(match, build.made) if rule.cost else Saving.between(match.nodes, build.made)
     record.fire(rule.name, match.root, match.nodes, saves)
     for old, new in zip(replaced, outputs, strict=True):
         old.replace_all_uses_with(new)
@@ -188,10 +191,40 @@ def _rewrite(graph: fx.Graph, rule: Rule, match: Match, record: PassRecord, eras
     return verdict
 
 
+def _legality(rule: Rule, match: Match) -> Fact:
+    with _blamed(rule, "legal", match):
+        verdict = rule.legal(match)
+    if not isinstance(verdict, Fact):
+        raise _unusable(rule, "legal", verdict, match, "return a Fact, such as facts.sizes.known(holds, reason)")
+    return verdict
+
+
+@contextlib.contextmanager
+def _blamed(rule: Rule, part: str, match: Match) -> Iterator[None]:
+    """Whatever a rule's own function raises becomes an error that names the rule, the function and the place."""
+    try:
+        yield
+    except NpuCompilerError:
+        raise
+    except Exception as error:
+        raise RuleError(
+            f"rule {rule.name!r}: its {part} failed: {type(error).__name__}: {error}",
+            where=where(match.root),
+            rule=f"the pattern bound {', '.join(match.bindings) or 'nothing'}",
+            fix=f'correct it, or leave it out with options={{"disabled_rules": ["{rule.name}"]}}',
+        ) from error
+
+
+def _unusable(rule: Rule, part: str, found: object, match: Match, fix: str) -> RuleError:
+    text = f"rule {rule.name!r}: its {part} returned {type(found).__name__}"
+    return RuleError(text, where=where(match.root), rule=f"what passes/rewrite.py says of `{part}`", fix=fix)
+
+
 def _needed(rule: Rule, match: Match) -> list[object]:
     """What has to be computed before the replacement: its operands, or all that the match binds outside of itself."""
     if rule.operands is not None:
-        return list(rule.operands(match))
+        with _blamed(rule, "operands", match):
+            return list(rule.operands(match))
     bound: list[fx.Node] = []
     fx.node.map_arg(tuple(match.bindings.values()), bound.append)
     return [node for node in dict.fromkeys(bound) if node not in match.nodes]
@@ -199,8 +232,12 @@ def _needed(rule: Rule, match: Match) -> list[object]:
 
 def _replacement(rule: Rule, match: Match, build: Build) -> Sequence[fx.Node]:
     if rule.replacement is not None:
-        outputs = rule.replacement(build, match)
-        return [outputs] if isinstance(outputs, fx.Node) else list(outputs)
+        with _blamed(rule, "replacement", match):
+            outputs = rule.replacement(build, match)
+        made = [outputs] if isinstance(outputs, fx.Node) else outputs
+        if not isinstance(made, Sequence) or not all(isinstance(item, fx.Node) for item in made):
+            raise _unusable(rule, "replacement", outputs, match, "return the new node, or one for each of `results`")
+        return made
     assert rule.operands is not None, "Rule.__post_init__ checks it"
     namespace, _, name = rule.operator.rpartition("::")
     target = getattr(getattr(torch.ops, namespace or "npu_fused"), name).default

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+from torch import fx
+
 from npu_compiler.config import Options, check_names
 from npu_compiler.errors import OptionError
-from npu_compiler.passes.record import Pass
+from npu_compiler.passes.pattern import root_targets
+from npu_compiler.passes.record import Pass, PassRecord
 from npu_compiler.passes.rewrite import Rule
 
 Wanted = TypeVar("Wanted", Rule, Pass)
@@ -72,6 +76,17 @@ def placed(passes: Sequence[Pass], added: Iterable[Pass], functional_until: str)
             )
         order.insert(position, entry)
     return tuple(order)
+
+
+def note_idle_rules(graph: fx.Graph, rules: Iterable[Rule], record: PassRecord) -> None:
+    """Notes each rule whose operator the program does not call: a misspelt name would go unnoticed."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    for rule in rules:
+        wanted = root_targets(rule.pattern)
+        if wanted and not wanted & called and rule.name not in record.disabled:
+            near = difflib.get_close_matches(min(wanted), called, n=1)
+            hint = f"; it calls {near[0]}" if near else ""
+            record.refuse_all(rule.name, f"the program does not call {' or '.join(sorted(wanted))}{hint}")
 
 
 def with_rules(passes: Sequence[Pass], name: str, rules: tuple[Rule, ...]) -> tuple[Pass, ...]:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import BackendCompilerFailed
 
 import npu_compiler
 from npu_compiler import Pass, Rule
 from npu_compiler.backend import compile_fx, fingerprint
 from npu_compiler.config import Options
-from npu_compiler.errors import OptionError
+from npu_compiler.errors import OptionError, RuleError
 from npu_compiler.passes import pipeline
 from npu_compiler.passes.pattern import Any as Value
 from npu_compiler.passes.pattern import Call, Number
@@ -74,6 +75,44 @@ def test_two_compilations_through_torch_compile() -> None:
     for _ in range(3):
         torch.testing.assert_close(first(x), x * 2)
         torch.testing.assert_close(second(x), x * 3)
+
+
+def relu_rule(**changes: Any) -> Rule:
+    fields: dict[str, Any] = {
+        "pattern": Call(torch.ops.aten.relu.default, Value("x")),
+        "replacement": lambda build, match: build(torch.ops.aten.clamp_min.default, match.bindings["x"], 0),
+        "reference": torch.relu,
+        "example": lambda dtype: (torch.randn(2, dtype=dtype),),
+    }
+    return Rule("own_relu", **(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"legal": lambda match: True}, "its legal returned bool\n.*fix: return a Fact"),
+        (
+            {"legal": lambda match: match.tensor("y").dim() == 2},
+            "its legal failed: KeyError: 'y'\n.*the pattern bound x",
+        ),
+        ({"replacement": lambda build, match: None}, "its replacement returned NoneType"),
+        ({"replacement": lambda build, match: 1 / 0}, "its replacement failed: ZeroDivisionError"),
+        ({"cost": lambda match, made: 1 / 0}, "its cost failed: ZeroDivisionError"),
+    ],
+)
+def test_mistakes_in_a_rule_name_it_and_the_place(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackendCompilerFailed, match=re.compile(f"rule 'own_relu': {message}", re.DOTALL)) as caught:
+        compiled_by(lambda x: x.relu(), torch.randn(3), options={"rules": [relu_rule(**changes)]})
+    assert isinstance(caught.value.inner_exception, RuleError)
+    assert "test_user_rules.py" in caught.value.inner_exception.where
+
+
+def test_rule_for_a_misspelt_operator_is_reported() -> None:
+    rule = relu_rule(pattern=Call("aten.rellu.default", Value("x")))
+    piece = compiled_by(torch.relu, torch.randn(3), options={"rules": [rule]})
+    assert "left out own_relu: the program does not call aten.rellu.default; it calls aten.relu.default" in str(piece)
+    piece = compiled_by(torch.relu, torch.randn(3), options={"rules": [relu_rule()]})
+    assert targets(piece) == ["aten.clamp_min.default"]
 
 
 def test_passes_stand_where_they_say() -> None:
