@@ -61,7 +61,10 @@ def compiled_step(name: str, **options: Any) -> tuple[CompiledGraph, Tensor]:
     return graph, found
 
 
-@pytest.mark.parametrize("name", models.FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.full if name in ("llama", "gemma") else ()) for name in models.FAMILIES],
+)
 def test_transformers_models_give_the_same_program(name: str) -> None:
     once, result = compiled_step(name, layers_once=True, check=True)
     each, expected = compiled_step(name, layers_once=False)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import pytest
 
 pytest.importorskip("vllm")
 
 from tests.passes import vllm_graphs
-from tests.passes.vllm_graphs import Shape, TracedGraph, fired, layer
+from tests.passes.vllm_graphs import Shape, fired, layer
 
 # Operators of one decoder layer before and after the passes, without the memory of the attention's result.
 OPERATORS = {
@@ -22,15 +25,27 @@ OPERATORS = {
 }
 
 
-@pytest.fixture(params=OPERATORS)
-def graph(request: pytest.FixtureRequest) -> TracedGraph:
-    return vllm_graphs.graph(Shape(request.param))
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Operators of a decoder layer before and after the passes, and how often each rule fired in the model."""
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    fired: dict[str, int]
 
 
-def test_every_norm_becomes_one_operator(graph: TracedGraph) -> None:
-    before, compiled = layer(graph.lowered().graph), graph.compiled()
+@functools.cache
+def compiled_layer(family: str) -> Layer:
+    """Of a family's model, which is compiled once for all tests of this file."""
+    graph = vllm_graphs.graph(Shape(family))
+    compiled = graph.compiled()
     assert compiled.graph is not None
-    after = layer(compiled.graph)
+    return Layer(tuple(layer(graph.lowered().graph)), tuple(layer(compiled.graph)), fired(compiled))
+
+
+@pytest.mark.parametrize("family", OPERATORS)
+def test_every_norm_becomes_one_operator(family: str) -> None:
+    before, after = compiled_layer(family).before, compiled_layer(family).after
     residual = before.count("vllm_ir.fused_add_rms_norm.default")
     assert residual == 2, "a decoder layer adds twice to its residual stream"
     assert not [name for name in after if name.startswith("vllm_ir.")]
@@ -42,26 +57,22 @@ def test_every_norm_becomes_one_operator(graph: TracedGraph) -> None:
 def test_gemma_weights_go_to_the_norm_as_they_are_stored(family: str) -> None:
     """No kernel widens a weight and adds its one: hidden states are normalised four times a layer, and in Gemma 3
     queries and keys too."""
-    compiled = vllm_graphs.graph(Shape(family)).compiled()
-    counts = fired(compiled)
+    counts, after = compiled_layer(family).fired, compiled_layer(family).after
     heads = 2 if family == "gemma3" else 0
     assert counts["gemma_rms_norm"] == 5 + 2 * heads
     assert counts["vllm_gemma_add_rms_norm"] == 4
-    assert compiled.graph is not None
-    after = layer(compiled.graph)
     assert after.count("npu_fused.gemma_rms_norm.default") == 2 + heads
     assert after.count("npu_fused.gemma_add_rms_norm.default") == 2
     assert "aten._to_copy.default" not in after
 
 
-def test_operators_of_a_layer(graph: TracedGraph, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("family", OPERATORS)
+def test_operators_of_a_layer(family: str) -> None:
     """Rotations (of halves; GLM-4's of neighbours, in half of the head) and gates are one operator each."""
-    compiled = graph.compiled()
-    assert compiled.graph is not None
-    before, after = layer(graph.lowered().graph), layer(compiled.graph)
+    before, after = list(compiled_layer(family).before), list(compiled_layer(family).after)
     for operators in (before, after):
         operators.remove("aten.empty.memory_format")
-    assert (len(before), len(after)) == OPERATORS[request.node.callspec.params["graph"]]
+    assert (len(before), len(after)) == OPERATORS[family]
     assert not {"aten.cat.default", "aten.stack.default", "aten.mul.Tensor", "aten.gelu.default"} & set(after)
     rotations = after.count("npu_fused.qk_rope_cached.default") + after.count(vllm_graphs.PACKED_ATTENTION)
     gates = after.count("npu_fused.swiglu.default") + after.count("npu_fused.geglu.default")
