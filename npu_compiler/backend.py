@@ -37,7 +37,7 @@ from npu_compiler.graph.source import where
 from npu_compiler.lowering.floats import specialize_module_floats
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
-from npu_compiler.passes.record import PassRecord
+from npu_compiler.passes.record import PassRecord, report_lines
 from npu_compiler.plan import memory
 from npu_compiler.plan.memory import MemoryPlan
 from npu_compiler.plan.order import Arrangement, arrange
@@ -79,7 +79,7 @@ class CompiledGraph:
 
     def __str__(self) -> str:
         operators = providers(self.graph.graph) if self.graph else []
-        parts: list[object] = [*self.records, *operators, *self._planned(), *([self.ledger] if self.ledger else [])]
+        parts: list[object] = [*report_lines(self.records), *operators, *self._planned(), *([self.ledger] if self.ledger else [])]
         if self.graph is None:
             parts.append("gradients are needed: no passes, no captures")
         elif self.options.capture_with != "ascend":

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,7 @@ class ProgramCache:
             return ["nothing is stored yet"]
         nearest = min(entries, key=lambda other: len(_differing(other, parts)))
         return [
-            f"{part}: {nearest.get(part, 'absent')} -> {parts.get(part, 'absent')}"
+            f"{part}: {_brief(nearest.get(part, 'absent'))} -> {_brief(parts.get(part, 'absent'))}"
             for part in _differing(nearest, parts)
         ]
 
@@ -209,6 +210,11 @@ def _qualified(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+
+
+def _brief(part: str) -> str:
+    """A part for people: a hash by its beginning."""
+    return f"{part[:12]}..." if re.fullmatch(r"[0-9a-f]{64}", part) else part
 
 
 def _differing(left: Mapping[str, str], right: Mapping[str, str]) -> list[str]:

@@ -227,5 +227,5 @@ def _typed(name: str, default: Any, value: Any) -> Any:
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.4)
+    close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "see docs/compiler.md for the list"

@@ -94,6 +94,17 @@ class PassRecord:
         return "\n".join(lines)
 
 
+def report_lines(records: Sequence[PassRecord]) -> list[str]:
+    """What passes did, as lines of a report; those that found nothing to do share one."""
+    busy = [record for record in records if record.fired or record.refused]
+    idle = [record for record in records if not record.fired and not record.refused]
+    lines = [line for record in busy for line in str(record).splitlines()]
+    if idle:
+        names = ", ".join(dict.fromkeys(record.name for record in idle))
+        lines.append(f"nothing to do for {names}: {sum(record.seconds for record in idle) * 1e3:.1f} ms")
+    return lines
+
+
 def _more(entry: Fired | Refused) -> str:
     return f", and in {entry.layers - 1} more layers" if entry.layers > 1 else ""
 

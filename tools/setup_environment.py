@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "runtime"
+NEEDED_BYTES = 8 << 30  # .venv takes 3 GB; pip and the build need the rest on the way
+HEARTBEAT_S = 30
 TORCH, TORCH_NPU, VLLM = "2.13.0", "2.13.0", "0.32.0"
 BUILD_TOOLS = [
     "setuptools>=77,<81", "setuptools-scm", "setuptools-rust", "wheel", "packaging", "cmake", "ninja", "jinja2", "numpy"
@@ -80,7 +83,7 @@ def steps() -> list[Step]:
             {},
             [ROOT / "setup.py", ROOT / "pyproject.toml"],
             [BUILD / "build.ninja", ROOT / "runtime" / "lib" / "libopapi.so"],
-            "4 min on two idle cores: compiles the host runtime, silently",
+            "4 min on two idle cores: compiles the host runtime",
         ),
     ]
 
@@ -103,13 +106,50 @@ def prepare(venv: Path) -> None:
         environment = {**os.environ, **step.environment, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
         environment["PATH"] = f"{venv / 'bin'}{os.pathsep}{environment['PATH']}"
         command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *step.arguments]
-        if subprocess.run(command, cwd=ROOT, env=environment).returncode:
+        if run(command, environment, started):
             raise SystemExit(f"setup: the step {step.name!r} failed; its command was:\n  {' '.join(command)}")
         record[step.name] = step.fingerprint()
         record_file.write_text(json.dumps(record, indent=1))
         say(f"{step.name} done in {time.monotonic() - started:.0f} s")
     # Ninja knows what changed since; it says nothing and returns at once when that is nothing.
     subprocess.run([str(venv / "bin" / "cmake"), "--build", str(BUILD), "--", "--quiet"], check=True)
+
+
+def run(command: list[str], environment: dict[str, str], started: float) -> int:
+    """Runs a step and says now and then that it lives, as pip is silent; returns its exit code."""
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        while True:
+            try:
+                return process.wait(HEARTBEAT_S)
+            except subprocess.TimeoutExpired:
+                say(f"  {time.monotonic() - started:.0f} s{compiled_since(started)}")
+            except KeyboardInterrupt:
+                process.wait()  # pip got the signal as well
+                raise
+
+
+def compiled_since(started: float) -> str:
+    """How many files of the host runtime have been compiled since `started` (monotonic seconds), as text."""
+    begin = time.time() - (time.monotonic() - started)
+    count = sum(1 for file in BUILD.rglob("*.o") if file.stat().st_mtime >= begin)
+    return f", {count} files compiled" if count else ""
+
+
+def check_machine(venv: Path) -> None:
+    """Says what is missing before anything is downloaded.
+
+    Raises:
+        SystemExit: another Python, no C++ compiler, or too little space on the disk.
+    """
+    if sys.version_info[:2] != (3, 11):
+        raise SystemExit(
+            f"setup: Python 3.11 is needed (this is {sys.version.split()[0]}); set PYTHON=/path/to/python3.11"
+        )
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        raise SystemExit("setup: a C++17 compiler is needed: install g++ 12 or newer, or set CXX to yours")
+    free = shutil.disk_usage(ROOT).free
+    if not venv.exists() and free < NEEDED_BYTES:
+        raise SystemExit(f"setup: {NEEDED_BYTES >> 30} GB are needed on the disk of {ROOT}; {free >> 30} GB are free")
 
 
 def say(message: str) -> None:
@@ -129,10 +169,7 @@ def main() -> None:
             raise SystemExit(f"{arguments.where} is not installed in {sys.executable}")
         print(Path(spec.origin).parent)
         return
-    if sys.version_info[:2] != (3, 11):
-        raise SystemExit(
-            f"setup: Python 3.11 is needed (this is {sys.version.split()[0]}); set PYTHON=/path/to/python3.11"
-        )
+    check_machine(arguments.venv.absolute())
     try:
         prepare(arguments.venv.absolute())
     except KeyboardInterrupt:
