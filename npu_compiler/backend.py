@@ -79,7 +79,12 @@ class CompiledGraph:
 
     def __str__(self) -> str:
         operators = providers(self.graph.graph) if self.graph else []
-        parts: list[object] = [*report_lines(self.records), *operators, *self._planned(), *([self.ledger] if self.ledger else [])]
+        parts: list[object] = [
+            *report_lines(self.records),
+            *operators,
+            *self._planned(),
+            *([self.ledger] if self.ledger else []),
+        ]
         if self.graph is None:
             parts.append("gradients are needed: no passes, no captures")
         elif self.options.capture_with != "ascend":
