@@ -1,9 +1,12 @@
-"""Test runs know nothing of each other: vLLM's compile cache starts empty."""
+"""Test runs and test modules know little of each other: vLLM's compile cache starts empty, and no garbage piles up."""
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,3 +16,15 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="vllm_cache_")
     config.add_cleanup(folder.cleanup)
     os.environ["VLLM_CACHE_ROOT"] = folder.name
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"  # a thread an engine, for ever
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected_garbage() -> Iterator[None]:
+    """What a module leaves alive is out of the garbage collector's sight from then on: vLLM collects several times for
+    an engine, and each time would walk through all that the modules before it imported and cached."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+    gc.collect()
+    gc.freeze()
