@@ -11,56 +11,119 @@ After::
     a = aten.cos.default(x)
     c = aten.add.Tensor(a, a)
 
-Never merged: random draws, uninitialised tensors, anything with an effect, and calls whose results the caller gets as
-separate tensors. A call before a write is not the same as one after it.
+Never merged: random draws, uninitialised tensors, anything with an effect. A call before a write to what it reads is
+not the same as one after it, and two results that the caller gets stay two tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
+from typing import Any
 
-import torch
-from torch import fx
-from torch._inductor.pattern_matcher import compute_mutation_region_ids
-from torch.utils._pytree import tree_flatten
+from torch import SymBool, SymFloat, SymInt, Tensor, fx
 
-from npu_compiler.graph.effects import is_pure, storage, tensors
+from npu_compiler.graph.effects import is_pure, may_write, storage, tensors
 from npu_compiler.passes.record import PassRecord
 
 NAME = "common"
+_INCOMPARABLE = (Tensor, SymInt, SymFloat, SymBool)
 
 
 def run(module: fx.GraphModule, record: PassRecord) -> None:
     graph = module.graph
-    compute_mutation_region_ids(graph)
-    kept_apart = _output_storages(graph)
-    seen: dict[Hashable, fx.Node] = {}
+    memory = _Memory(graph)
+    seen: dict[Hashable, tuple[fx.Node, Hashable]] = {}
     for node in list(graph.nodes):
-        if not is_pure(node) or any(storage(tensor) in kept_apart for tensor in tensors(node)):
+        memory.note_writes(node)
+        if not is_pure(node):
             continue
         key = _key(node)
         if key is None:
             continue
-        first = seen.setdefault(key, node)
-        if first is not node:
+        state = memory.state(node.all_input_nodes)
+        first, before = seen.setdefault(key, (node, state))
+        if first is node:
+            continue
+        if before != state:
+            record.refuse(NAME, node, f"what it reads is written between it and the equal call {first.name}")
+            seen[key] = (node, state)
+        elif memory.both_returned(first, node):
+            record.refuse(NAME, node, f"the caller gets it and the equal {first.name} as separate tensors")
+        else:
+            memory.merge(first, node)
             record.fire(f"{NAME}: {node.target}", node, [node])
             node.replace_all_uses_with(first)
             graph.erase_node(node)
 
 
-def _output_storages(graph: fx.Graph) -> set[int]:
-    return {storage(tensor) for node in graph.output_node().all_input_nodes for tensor in tensors(node)}
+class _Memory:
+    """The memory of a program whose equal calls are being merged: how often it was written, what the caller gets."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._returned = set(graph.output_node().all_input_nodes)
+        self._handed_out = {storage(tensor) for node in self._returned for tensor in tensors(node)}
+        self._same: dict[int, int] = {}  # memory of a call that was merged: that of the call it was merged with
+        self._writes: dict[int, int] = {}
+
+    def note_writes(self, node: fx.Node) -> None:
+        for key in may_write(node):
+            self._writes[self._of(key)] = self._writes.get(self._of(key), 0) + 1
+
+    def state(self, nodes: Iterable[fx.Node]) -> Hashable:
+        """Changes when a value among `nodes` is written."""
+        if not self._writes:
+            return frozenset()
+        keys = {key for node in nodes for key in self._keys(node)}
+        return frozenset((key, self._writes[key]) for key in keys if key in self._writes)
+
+    def both_returned(self, one: fx.Node, other: fx.Node) -> bool:
+        """Whether the caller gets two results, or views of two, that one merged call could not give apart."""
+        ours, theirs = self._keys(one), self._keys(other)
+        if ours == theirs:  # two views of one tensor
+            return one in self._returned and other in self._returned
+        return not self._handed_out.isdisjoint(ours) and not self._handed_out.isdisjoint(theirs)
+
+    def merge(self, first: fx.Node, node: fx.Node) -> None:
+        """`first` takes the place of `node`."""
+        if node in self._returned:
+            self._returned.add(first)
+        for ours, theirs in zip(self._keys(first), self._keys(node), strict=True):
+            if ours != theirs:
+                self._same[theirs] = ours
+                if theirs in self._handed_out:
+                    self._handed_out.add(ours)
+
+    def _keys(self, node: fx.Node) -> list[int]:
+        return [self._of(storage(tensor)) for tensor in tensors(node)]
+
+    def _of(self, key: int) -> int:
+        while key in self._same:
+            key = self._same[key]
+        return key
 
 
 def _key(node: fx.Node) -> Hashable | None:
-    """What makes two calls equal, or None where an argument can't be compared. 1, 1.0 and True are told apart."""
-    leaves, spec = tree_flatten((node.args, node.kwargs))
-    if any(isinstance(leaf, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)) for leaf in leaves):
-        return None
-    typed = tuple((type(leaf), leaf) for leaf in leaves)
-    key = (node.target, typed, str(spec), node.meta.get("mutation_region_id"))
+    """What makes two calls equal, or None where an argument can't be compared."""
     try:
+        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
         hash(key)
     except TypeError:
         return None
     return key
+
+
+def _frozen(item: Any) -> Hashable:
+    """An argument as a key: 1, 1.0 and True are three, and so are 0.0 and -0.0.
+
+    Raises:
+        TypeError: it can't be compared.
+    """
+    if isinstance(item, (list, tuple)):
+        return tuple(map(_frozen, item))
+    if isinstance(item, dict):
+        return tuple(sorted((name, _frozen(value)) for name, value in item.items()))
+    if isinstance(item, slice):
+        return slice, _frozen((item.start, item.stop, item.step))
+    if isinstance(item, _INCOMPARABLE):
+        raise TypeError(f"{type(item)} has no value yet")
+    return type(item), repr(item) if isinstance(item, (float, complex)) else item

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -32,6 +33,26 @@ def tensors(node: object) -> Iterator[torch.Tensor]:
     for leaf in tree_leaves(value(node)):
         if isinstance(leaf, torch.Tensor):
             yield leaf
+
+
+def argument(node: fx.Node, name: int | str) -> Any:
+    """An argument of a call to an operator, by position or name: what was given, or the schema's default."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    for index, entry in enumerate(target._schema.arguments):
+        if name in (index, entry.name):
+            if index < len(node.args):
+                return node.args[index]
+            default = entry.default_value if entry.has_default_value() else None
+            return node.kwargs.get(entry.name, default)
+    return None
+
+
+def addresses_storage(node: fx.Node) -> bool:
+    """Whether a call counts from the start of an argument's storage, as as_strided does, whatever it views."""
+    if is_functionalized(node):
+        return any(name.endswith("_storage_offset") for name in node.kwargs)
+    return isinstance(node.target, torch._ops.OpOverload) and "as_strided" in node.target._schema.name
 
 
 def is_functionalized(node: fx.Node) -> bool:
@@ -79,6 +100,17 @@ def written_storages(node: fx.Node) -> set[int]:
             for item in given if isinstance(given, (list, tuple)) else [given]:
                 written |= {storage(tensor) for tensor in tensors(item)}
     return written
+
+
+def may_write(node: fx.Node) -> set[int]:
+    """The storages that a call may write: those its schema names; where there is no schema, all of its arguments'."""
+    if node.op != "call_function":
+        named = node.op in ("placeholder", "get_attr", "output")
+    else:
+        named = isinstance(node.target, torch._ops.OpOverload) or is_functionalized(node) or is_pure(node)
+    if named:
+        return written_storages(node)
+    return {storage(tensor) for source in node.all_input_nodes for tensor in tensors(source)}
 
 
 def host_dependence(node: fx.Node) -> str:

@@ -70,14 +70,19 @@ def refresh_aliases(graph: fx.Graph) -> None:
     """Brings the recorded values of views and in-place calls up to date. After `a` was replaced by `b`, a view of `a`
     reads `b`; after `index_put` became `index_put_`, its result is its argument: the fake values have to say so."""
     for node in graph.nodes:
-        if not (is_view(node) or _is_in_place(node)):
-            continue
-        inputs = {storage(tensor) for source in node.all_input_nodes for tensor in tensors(source)}
-        if not list(tensors(node)) or any(storage(tensor) not in inputs for tensor in tensors(node)):
-            inferred = None if _returns_nothing(node) else infer(node)
-            shared = {storage(tensor) for tensor in tree_leaves(inferred) if isinstance(tensor, torch.Tensor)}
-            if shared <= inputs:  # a reshape may copy: then the recorded value was right
-                node.meta["val"] = inferred
+        refresh_alias(node)
+
+
+def refresh_alias(node: fx.Node) -> None:
+    """`refresh_aliases` for one call; those in front of it are up to date."""
+    if not (is_view(node) or _is_in_place(node)):
+        return
+    inputs = {storage(tensor) for source in node.all_input_nodes for tensor in tensors(source)}
+    if not list(tensors(node)) or any(storage(tensor) not in inputs for tensor in tensors(node)):
+        inferred = None if _returns_nothing(node) else infer(node)
+        shared = {storage(tensor) for tensor in tree_leaves(inferred) if isinstance(tensor, torch.Tensor)}
+        if shared <= inputs:  # a reshape may copy: then the recorded value was right
+            node.meta["val"] = inferred
 
 
 def _is_in_place(node: fx.Node) -> bool:
