@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -12,29 +13,49 @@ TIMES = "npu_times"
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<text>.*)')
 
 
-def module_path(node: fx.Node) -> str:
-    """The path of the innermost user module that made `node`, such as `model.layers.0.mlp`; empty if unknown."""
+@dataclass(frozen=True)
+class Place:
+    """A place in the user's model.
+
+    Attributes:
+        module: path of the innermost module, such as `model.layers.0.mlp`; empty if unknown, as the rest.
+        file, line, function, text: the line of code.
+    """
+
+    module: str = ""
+    file: str = ""
+    line: int = 0
+    function: str = ""
+    text: str = ""
+
+    @property
+    def code(self) -> str:
+        """The line of code as `file:line: text`."""
+        return f"{self.file}:{self.line}: {self.text}" if self.file else ""
+
+    def __str__(self) -> str:
+        return " at ".join(part for part in (self.module, self.code) if part)
+
+
+def place(node: fx.Node) -> Place:
+    """The place that made `node`: its innermost module, and the innermost line of code."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    file, line, function, text = frames[-1] if frames else ("", 0, "", "")
+    return Place(_module_path(node), file, int(line), function, text.strip())
+
+
+def where(node: fx.Node) -> str:
+    """Module path and source line of `node` in one string, or the node's name where neither is known."""
+    return str(place(node)) or f"node {node.name}"
+
+
+def _module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     entries = [entry[0] for entry in stack.values() if isinstance(entry, tuple) and entry and entry[0]]
     path = entries[-1] if entries else ""
     for prefix in ("L['self'].", "L['fn'].", "L['self']", "L['fn']"):
         path = path.removeprefix(prefix)
     return path.replace("_modules['", "").replace("']", "")
-
-
-def source_line(node: fx.Node) -> str:
-    """The line of the user's code that made `node`, as `file:line: text`; empty if unknown."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    if not frames:
-        return ""
-    file, line, _, text = frames[-1]
-    return f"{file}:{line}: {text.strip()}"
-
-
-def where(node: fx.Node) -> str:
-    """Module path and source line of `node` in one string, or the node's name where neither is known."""
-    parts = [part for part in (module_path(node), source_line(node)) if part]
-    return " at ".join(parts) or f"node {node.name}"
 
 
 def origin_of(nodes: Iterable[fx.Node], made_by: str) -> dict[str, object]:

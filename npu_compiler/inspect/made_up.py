@@ -1,0 +1,37 @@
+"""Inputs for a program that is run without its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def tensor(
+    storages: dict[int, Tensor],
+    storage: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    offset: int,
+    dtype: torch.dtype,
+    device: str,
+) -> Tensor:
+    """A tensor of this layout: floats are drawn from a normal distribution with a fixed seed, the rest is zero.
+
+    Args:
+        storages: what was made before, by number; tensors of one number share memory.
+    """
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else -1
+    needed = (last + 1) * dtype.itemsize
+    if storage not in storages or storages[storage].numel() < needed:
+        if storage in storages:
+            raise ValueError(f"storage {storage} has {storages[storage].numel()} bytes, an alias of it wants {needed}")
+        storages[storage] = _filled(last + 1, dtype, storage).to(device).view(torch.uint8)
+    return storages[storage][:needed].view(dtype).as_strided(tuple(shape), tuple(stride), offset)
+
+
+def _filled(count: int, dtype: torch.dtype, seed: int) -> Tensor:
+    if not dtype.is_floating_point:
+        return torch.zeros(count, dtype=dtype)
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(dtype)
