@@ -11,11 +11,12 @@ import contextlib
 import functools
 import gc
 import itertools
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -29,8 +30,8 @@ from npu_compiler.aclgraph.buckets import buckets as buckets  # serving chooses 
 from npu_compiler.aclgraph.ledger import Ledger
 from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.cache import Program
-from npu_compiler.config import Options, refuse_mode
-from npu_compiler.errors import StoredProgramError
+from npu_compiler.config import DECIDE_NOTHING, Options, refuse_mode
+from npu_compiler.errors import OptionError, StoredProgramError
 from npu_compiler.fusion_kernels.chosen import providers
 from npu_compiler.graph import digest, once, serialized
 from npu_compiler.graph.source import where
@@ -42,9 +43,15 @@ from npu_compiler.plan import memory
 from npu_compiler.plan.memory import MemoryPlan
 from npu_compiler.plan.order import Arrangement, arrange
 
+if TYPE_CHECKING:
+    from npu_compiler.inspect.writer import GraphWriter
+
 GraphHook = Callable[[fx.Graph], None]
 STORED = "stored"
 FROM_CACHE = "from the cache"
+WITHOUT_CAPTURE = Options(capture=False)
+DUMP = "NPU_COMPILER_DUMP"
+"""Environment variable with the folder for bundles; the option `dump` comes first."""
 
 
 class CompiledGraph:
@@ -60,6 +67,7 @@ class CompiledGraph:
         ledger: captures and replays; None where nothing is captured (compile_fx).
         constants: the values that are computed once, which the program has as its last inputs; None without any.
         stored: what the cache did for it, as text; empty without a cache.
+        dumped: where its part of a bundle is, and how large; empty without a dump.
     """
 
     def __init__(self, name: str, options: Options) -> None:
@@ -71,6 +79,7 @@ class CompiledGraph:
         self.ledger: Ledger | None = None
         self.constants: once.Split | None = None
         self.stored = ""
+        self.dumped = ""
         self._call: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -91,6 +100,8 @@ class CompiledGraph:
             parts.append(f"captured by {self.options.capture_with}, which keeps no ledger")
         if self.stored:
             parts.append(f"program {self.stored}")
+        if self.dumped:
+            parts.append(f"dumped to {self.dumped}")
         return "\n".join([self.name, *(f"  {line}" for part in parts for line in str(part).splitlines())])
 
     @functools.cached_property
@@ -193,8 +204,17 @@ def compile_fx(
     )
 
 
-def load_fx(data: bytes, gm: fx.GraphModule, example_inputs: Sequence[Any], name: str = "graph") -> CompiledGraph:
+def load_fx(
+    data: bytes,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    name: str = "graph",
+    options: Options = WITHOUT_CAPTURE,
+) -> CompiledGraph:
     """What `compile_fx` made of `gm`, from the bytes it gave to `keep`. `gm` is changed in place.
+
+    Args:
+        options: those of `compile_fx`.
 
     Raises:
         StoredProgramError: the bytes are damaged, of another version, or were made for other sizes.
@@ -204,7 +224,7 @@ def load_fx(data: bytes, gm: fx.GraphModule, example_inputs: Sequence[Any], name
         raise StoredProgramError(
             found, where=name, rule="a stored program is used only where it fits", fix="compile again"
         )
-    compiled = CompiledGraph(name, Options(capture=False))
+    compiled = CompiledGraph(name, options)
     return _compile(compiled, gm, example_inputs, lambda functional: functional.graph.forward, found=found)
 
 
@@ -233,9 +253,8 @@ def _compile(
         compiled.graph = functional.graph
         if compiled.options.freeze:
             once.freeze(functional.graph.graph, functional.stable)
-        compiled.records = pipeline.run(
-            functional.graph, compiled.options, after_rules=after_passes, dump_name=compiled.name
-        )
+        watch = dump.stage if dump is not None else None
+        compiled.records = pipeline.run(functional.graph, compiled.options, after_rules=after_passes, watch=watch)
         if compiled.options.reorder:
             compiled.arrangement = arrange(functional.graph.graph)
             functional.graph.recompile()
@@ -245,26 +264,62 @@ def _compile(
             if not why_not:
                 guards = cache.guards_since(environment, known_guards)
                 keep(Program(functional.graph, functional.stable, compiled.records, guards))
-        return _serve_once(compiled, functional, serve)
+        return _serve_once(compiled, functional, serve, dump)
 
     unflatten = _return_flat_tuple(gm)
-    if found is not None:
-        compiled.graph, compiled.records, compiled.stored = found.graph, found.records, FROM_CACHE
-        call = _serve_once(compiled, Functional(found.graph, list(example_inputs), found.stable), serve)
-    else:
-        with _no_collections():
+    with _no_collections(), _dump(compiled, gm) as dump:
+        if found is not None:
+            compiled.graph, compiled.records, compiled.stored = found.graph, found.records, FROM_CACHE
+            call = _serve_once(compiled, Functional(found.graph, list(example_inputs), found.stable), serve, dump)
+        else:
             call = lower(gm, example_inputs, finish)
     compiled._call = call if unflatten is None else lambda *args: unflatten(call(*args))
     return compiled
 
 
+def _dump(compiled: CompiledGraph, gm: fx.GraphModule) -> contextlib.AbstractContextManager[GraphWriter | None]:
+    """What writes the graph's part of a bundle; None where none is asked for."""
+    folder = compiled.options.dump or os.environ.get(DUMP, "")
+    if not folder:
+        return contextlib.nullcontext()
+    from npu_compiler.inspect import writer
+
+    names = [_input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
+    try:
+        return writer.open_graph(folder, compiled.name, compiled.options, pipeline.selected(compiled.options), names)
+    except OSError as error:
+        raise OptionError(
+            f"no bundle can be written in {folder!r}: {error}",
+            rule=f"dump, or ${DUMP}, names a folder that can be written or made",
+            fix="name another one",
+        ) from error
+
+
 def _serve_once(
-    compiled: CompiledGraph, functional: Functional, serve: Callable[[Functional], Callable[..., Any]]
+    compiled: CompiledGraph,
+    functional: Functional,
+    serve: Callable[[Functional], Callable[..., Any]],
+    dump: GraphWriter | None,
 ) -> Callable[..., Any]:
     """`serve`, with what is computed once taken out of the program and handed to it as inputs."""
     part = compiled.constants = once.split(functional.graph)
-    if part is None:
-        return serve(functional)
+    call = serve(functional) if part is None else _with_values(part, functional, serve)
+    if dump is None:
+        return call
+    dump.stage("final", functional.graph)
+    dump.plan(
+        compiled.arrangement, compiled.memory, providers(functional.graph.graph), compiled.constants, compiled.stored
+    )
+    compiled.dumped = dump.summary
+    if compiled.ledger is not None:
+        dump.watch(compiled.ledger)
+    return dump.keep_inputs(call, functional.stable)
+
+
+def _with_values(
+    part: once.Split, functional: Functional, serve: Callable[[Functional], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """`serve`, for a program that has the values computed once as its last inputs."""
     count = len(functional.inputs)
     inputs = [*functional.inputs, *(node.meta["val"] for node in part.values)]
     lasting = (*functional.stable, *range(count, len(inputs)))
@@ -306,7 +361,7 @@ def _stored(
 def compiler_parts(options: Options) -> dict[str, str]:
     """Everything that decides what the compiler makes of a graph, part by part, as text."""
     folders = [Path(str(module.__file__)).parent for module in (npu_compiler, pipeline, fusion_kernels)]
-    elsewhere = ("cache", "dump_dir", "check", "rules", "passes", "disabled_passes", "disabled_rules")
+    elsewhere = DECIDE_NOTHING | {"rules", "passes", "disabled_passes", "disabled_rules"}
     decisive = {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.name not in elsewhere}
     return {
         **{f"option {name}": repr(value) for name, value in decisive.items()},

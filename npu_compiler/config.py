@@ -18,6 +18,7 @@ from npu_compiler.errors import OptionError
 
 MULTISTREAM = ("off", "auto")
 CAPTURERS = ("ascend", "npugraph_ex")
+DUMP_INPUTS = ("off", "call", "all")
 CAPTURE_ERROR_MODES = ("global", "thread_local", "relaxed")
 
 
@@ -78,8 +79,11 @@ class Options:
     """Run the passes on a few of a model's equal layers and repeat what they made of one (graph/periods.py)."""
     check: bool = False
     """Check the program after every pass (graph/spec.py); a pass that breaks it is named in a SpecError."""
-    dump_dir: str = ""
-    """Folder for the program before the first and after every pass, as text. Empty: no dump."""
+    dump: str = ""
+    """Folder for a bundle of everything that was done (npu_compiler/inspect). Empty: $NPU_COMPILER_DUMP, or no dump."""
+    dump_inputs: str = "off"
+    """"call": put the first call's inputs into the bundle, without parameters, buffers and other tensors that stay.
+    "all": with them."""
 
     def __post_init__(self) -> None:
         if self.capture_limit < 1:
@@ -119,6 +123,8 @@ class Options:
             )
         if self.capture_with not in CAPTURERS:
             raise _unknown_value("capture_with", self.capture_with, CAPTURERS)
+        if self.dump_inputs not in DUMP_INPUTS:
+            raise _unknown_value("dump_inputs", self.dump_inputs, DUMP_INPUTS)
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | Options | None) -> Options:
@@ -142,6 +148,8 @@ class Options:
 
 
 DEFAULTS = Options()
+DECIDE_NOTHING = frozenset({"cache", "check", "dump", "dump_inputs"})
+"""Options that the compiled program does not depend on."""
 OF_CAPTURES = (
     "capture_limit",
     "capture_sizes",

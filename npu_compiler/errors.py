@@ -63,6 +63,10 @@ class StoredProgramError(NpuCompilerError):
     """A compiled program that was stored can't be used here."""
 
 
+class BundleError(NpuCompilerError):
+    """A bundle can't be read, or what it holds can't be done here."""
+
+
 class TrainingWarning(UserWarning):
     """A compiled function needs gradients, so it runs without passes and without capture."""
 

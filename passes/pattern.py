@@ -168,15 +168,58 @@ class Match:
 
 @dataclass
 class Miss:
-    """The failure after the most matched calls, for a report of near misses."""
+    """The failure after the most matched calls, for a report of near misses.
+
+    Attributes:
+        node: the call that the reason is about, where it is about one.
+        whole: whether the pattern was found after all, and the reason is the rule's legality.
+        stopped: the furthest that any attempt got, as (calls, part of the pattern, value): finer than the reason.
+    """
 
     depth: int = 0
     reason: str = ""
+    node: fx.Node | None = None
+    whole: bool = False
+    stopped: tuple[int, object, object] | None = None
 
-    def note(self, depth: int, reason: str) -> None:
+    def note(self, depth: int, reason: str, node: fx.Node) -> None:
         """Keeps the deepest failure."""
         if depth > self.depth:
-            self.depth, self.reason = depth, reason
+            self.depth, self.reason, self.node = depth, reason, node
+
+    def stop(self, depth: int, pattern: object, value: object) -> None:
+        """Keeps the furthest value that did not fit a part of the pattern."""
+        if self.stopped is None or depth > self.stopped[0]:
+            self.stopped = (depth, pattern, value)
+
+    def furthest(self) -> Miss:
+        """The miss with the furthest stop as its reason, where that lies behind the deepest failure."""
+        if self.stopped is None or self.whole or self.stopped[0] <= self.depth:
+            return self
+        depth, pattern, value = self.stopped
+        node = value if isinstance(value, fx.Node) else None
+        return Miss(depth, f"{_shown(value)} is {_wanted_instead(pattern)}", node)
+
+
+def _shown(value: object) -> str:
+    return f"{value.name} ({value.target})" if isinstance(value, fx.Node) else repr(value)
+
+
+def _wanted_instead(pattern: object) -> str:
+    match pattern:
+        case Any() | Item():
+            return f"not what `{pattern.name}` is bound to already, the rule wants the same value in both places"
+        case Number():
+            return f"no Python number, which the rule wants for `{pattern.name}`"
+        case Exactly() | Size():
+            return f"not {pattern.value}, which the rule wants"
+        case Result() | Among():
+            return f"not computed by {pattern.targets.replace('|', ' or ')}, which the rule wants for `{pattern.name}`"
+        case Half():
+            return f"not the {('first', 'second')[pattern.index]} half of a tensor along its last dimension"
+        case Call():
+            return f"no call of {' or '.join(pattern.targets)}"
+    return "not as many values as the rule wants"
 
 
 @dataclass(frozen=True)
@@ -214,6 +257,24 @@ def root_targets(pattern: Pattern) -> set[str]:
     return set()
 
 
+def fewest_calls(pattern: object) -> int:
+    """How many calls a match covers at least."""
+    match pattern:
+        case Call():
+            return 1 + sum(map(fewest_calls, pattern.args))
+        case Item() | Half():
+            return 1 + fewest_calls(pattern.inner)
+        case Cast() | Viewed():
+            return fewest_calls(pattern.inner)
+        case OneOf():
+            return min(map(fewest_calls, pattern.options))
+        case Together():
+            return fewest_calls(pattern.results[0])  # the others may share its calls
+        case list() | tuple():
+            return sum(map(fewest_calls, pattern))
+    return 0
+
+
 def find(pattern: Pattern, root: fx.Node) -> tuple[Match | None, Miss]:
     """Matches `pattern` with `root` as its root. Returns the first match, or None and the deepest failure."""
     miss = Miss()
@@ -227,27 +288,35 @@ def find(pattern: Pattern, root: fx.Node) -> tuple[Match | None, Miss]:
 def _match(pattern: object, value: object, state: _State, miss: Miss) -> Iterator[_State]:
     match pattern:
         case Any():
-            yield from _some(state.bind(pattern.name, value))
+            yield from _bound(pattern, value, value, state, miss)
         case Number():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                yield from _some(state.bind(pattern.name, value))
+                yield from _bound(pattern, value, value, state, miss)
+            else:
+                miss.stop(len(state.nodes), pattern, value)
         case Exactly():
             if not isinstance(value, fx.Node) and value == pattern.value:
                 yield state
+            else:
+                miss.stop(len(state.nodes), pattern, value)
         case OneOf():
             for option in pattern.options:
                 yield from _match(option, value, state, miss)
         case Size():
-            yield from _match_size(pattern, value, state)
+            yield from _match_size(pattern, value, state, miss)
         case Together():
             for matched in _match(pattern.results[0], value, state, miss):
                 yield from _match_together(pattern.results[1:], matched, miss)
         case Result():
             if _is_result(value, pattern.targets):
-                yield from _some(state.bind(pattern.name, value))
+                yield from _bound(pattern, value, value, state, miss)
+            else:
+                miss.stop(len(state.nodes), pattern, value)
         case Among():
             if isinstance(value, (list, tuple)) and any(_is_result(item, pattern.targets) for item in value):
-                yield from _some(state.bind(pattern.name, list(value)))
+                yield from _bound(pattern, value, list(value), state, miss)
+            else:
+                miss.stop(len(state.nodes), pattern, value)
         case Cast():
             if isinstance(value, fx.Node) and _is_cast(value):
                 yield from _match(pattern.inner, value.args[0], state.cover(value), miss)
@@ -265,6 +334,8 @@ def _match(pattern: object, value: object, state: _State, miss: Miss) -> Iterato
         case list() | tuple():
             if isinstance(value, (list, tuple)) and len(value) == len(pattern):
                 yield from _match_all(pattern, value, state, miss)
+            else:
+                miss.stop(len(state.nodes), pattern, value)
         case _:
             raise TypeError(f"not a pattern: {pattern!r}")
 
@@ -273,9 +344,15 @@ def _is_result(value: object, targets: str) -> bool:
     return isinstance(value, fx.Node) and str(value.target) in targets.split("|")
 
 
-def _some(state: _State | None) -> Iterator[_State]:
-    if state is not None:
-        yield state
+def _bound(
+    pattern: Any | Number | Result | Among, value: object, bound: object, state: _State, miss: Miss
+) -> Iterator[_State]:
+    """The state with `bound` under the pattern's name, if it may have that."""
+    found = state.bind(pattern.name, bound)
+    if found is not None:
+        yield found
+    else:
+        miss.stop(len(state.nodes), pattern, value)
 
 
 def _match_all(patterns: Sequence[object], values: Sequence[object], state: _State, miss: Miss) -> Iterator[_State]:
@@ -289,13 +366,14 @@ def _match_all(patterns: Sequence[object], values: Sequence[object], state: _Sta
 def _match_call(pattern: Call, value: object, state: _State, miss: Miss) -> Iterator[_State]:
     depth = len(state.nodes)
     if not isinstance(value, fx.Node):
+        miss.stop(depth, pattern, value)
         return
     if str(value.target) not in pattern.targets:
-        miss.note(depth, f"{value.name} is {value.target}, the rule wants {' or '.join(pattern.targets)}")
+        miss.note(depth, f"{value.name} is {value.target}, the rule wants {' or '.join(pattern.targets)}", value)
         return
     args = _arguments(value, len(pattern.args))
     if args is None:
-        miss.note(depth, f"{value.name} ({value.target}) has arguments the rule does not know")
+        miss.note(depth, f"{value.name} ({value.target}) has arguments the rule does not know", value)
         return
     bound = state.bind(pattern.name, value)
     if bound is None:
@@ -308,11 +386,13 @@ def _match_call(pattern: Call, value: object, state: _State, miss: Miss) -> Iter
         yield from _match_all(pattern.args, order, covered, miss)
 
 
-def _match_size(pattern: Size, value: object, state: _State) -> Iterator[_State]:
+def _match_size(pattern: Size, value: object, state: _State, miss: Miss) -> Iterator[_State]:
     found = value.meta.get("val") if isinstance(value, fx.Node) else value
     wanted = pattern.value
     if isinstance(found, (int, torch.SymInt)) and isinstance(wanted, (int, torch.SymInt)) and equal(found, wanted, ""):
         yield state
+    else:
+        miss.stop(len(state.nodes), pattern, value)
 
 
 def _match_together(patterns: Sequence[Pattern], state: _State, miss: Miss) -> Iterator[_State]:
@@ -346,6 +426,7 @@ def _depth(pattern: object) -> int:
 
 def _match_item(pattern: Item, value: object, state: _State, miss: Miss) -> Iterator[_State]:
     if not isinstance(value, fx.Node) or value.target is not operator.getitem or value.args[1] != pattern.index:
+        miss.stop(len(state.nodes), Call(f"output {pattern.index} of several"), value)
         return
     source = value.args[0]
     assert isinstance(source, fx.Node)
@@ -358,6 +439,8 @@ def _match_item(pattern: Item, value: object, state: _State, miss: Miss) -> Iter
             bound = bound and bound.cover(user)
     if bound is not None:
         yield from _match(pattern.inner, source, bound.cover(value), miss)
+    else:
+        miss.stop(len(state.nodes), pattern, value)
 
 
 def _arguments(node: fx.Node, count: int) -> list[object] | None:
@@ -385,22 +468,31 @@ def _is_cast(node: fx.Node) -> bool:
 
 
 def _match_half(pattern: Half, value: object, state: _State, miss: Miss) -> Iterator[_State]:
-    if not isinstance(value, fx.Node):
+    found = _whole_of(pattern, value)
+    if found is None:
+        miss.stop(len(state.nodes), pattern, value)
         return
+    whole, covered = found
+    yield from _match(pattern.inner, whole, state.cover(*covered), miss)
+
+
+def _whole_of(pattern: Half, value: object) -> tuple[object, tuple[fx.Node, ...]] | None:
+    """What `value` is that half of, and the calls that take it; None if it isn't."""
+    if not isinstance(value, fx.Node):
+        return None
     if value.target is operator.getitem and isinstance(value.args[0], fx.Node):
         split, index = value.args[0], value.args[1]
-        if str(split.target) in SPLITS and index == pattern.index and _is_half(value, split.args[0]):
-            yield from _match(pattern.inner, split.args[0], state.cover(split, value), miss)
-        return
+        fits = str(split.target) in SPLITS and index == pattern.index and _is_half(value, split.args[0])
+        return (split.args[0], (split, value)) if fits else None
     if str(value.target) != "aten.slice.Tensor" or not _is_half(value, value.args[0]):
-        return
+        return None
     args = _arguments(value, 5)
     assert args is not None
     source, _, start, _, step = args
     half = value.meta["val"].shape[-1]
     expected = 0 if pattern.index == 0 else half
-    if step == 1 and not isinstance(start, fx.Node) and equal(start or 0, expected, "start"):  # type: ignore[arg-type]
-        yield from _match(pattern.inner, source, state.cover(value), miss)
+    fits = step == 1 and not isinstance(start, fx.Node) and bool(equal(start or 0, expected, "start"))  # type: ignore[arg-type]
+    return (source, (value,)) if fits else None
 
 
 def _is_half(part: fx.Node, whole: object) -> bool:

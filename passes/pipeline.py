@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from torch import fx
 
@@ -45,8 +43,11 @@ from npu_compiler.passes.record import Pass, PassRecord
 from npu_compiler.passes.rewrite import apply
 
 Hook = Callable[[fx.Graph], None]
-Dump = Callable[[str, fx.GraphModule], None]
+Watch = Callable[[str, fx.GraphModule, "PassRecord | None"], None]
+"""Called with the name of each stage, the program at it, and what the pass did that made it."""
 LAYERS_ONCE = "layers_once"
+LOWERED, SHORTENED, AFTER_RULES = "lowered", "shortened", "after_rules"
+"""Stages besides those that the passes leave: before all, without most of the equal layers, behind the last rule."""
 USER_RULES = "user_rules"
 PASSES: tuple[Pass, ...] = (
     Pass(noop.NAME, "first: patterns need not look through clones and views that do nothing", noop.run),
@@ -115,32 +116,37 @@ def run(
     options: Options,
     *,
     after_rules: Hook | None = None,
-    dump_name: str = "graph",
+    watch: Watch | None = None,
 ) -> list[PassRecord]:
     """Runs the selected passes on `module` in place and returns what each did.
 
     Args:
         after_rules: called with the graph when all rules have run and it is still functional (before reinplace). With a
             true attribute `local` (see Pass) it may be called with a program of a few layers.
+        watch: shown every stage; the records then hold every attempt of a rule.
     """
-    dump = _dumper(options.dump_dir, dump_name)
-    dump("lowered", module)
+    if watch is not None:
+        watch(LOWERED, module, None)
     record = PassRecord(LAYERS_ONCE, nodes_before=count_calls(module.graph), nodes_after=count_calls(module.graph))
-    records = _run_once(module, options, after_rules, dump, record) if _is_local(options, after_rules) else None
+    records = _run_once(module, options, after_rules, watch, record) if _is_local(options, after_rules) else None
     if records is None:
-        records = _run_all(module, options, after_rules, dump)
+        records = _run_all(module, options, after_rules, watch)
     return [record, *records] if record.fired or record.refused else records
 
 
-def _run_all(module: fx.GraphModule, options: Options, after_rules: Hook | None, dump: Dump) -> list[PassRecord]:
+def _run_all(
+    module: fx.GraphModule, options: Options, after_rules: Hook | None, watch: Watch | None
+) -> list[PassRecord]:
     records = []
     check = SpecCheck(module) if options.check else None
     for entry in selected(options):
         if entry.name == reinplace.NAME and after_rules is not None:
             after_rules(module.graph)
-            dump("after_rules", module)
-        records.append(run_pass(entry, module, options, check))
-        dump(entry.name, module)
+            if watch is not None:
+                watch(AFTER_RULES, module, None)
+        records.append(run_pass(entry, module, options, check, attempts=watch is not None))
+        if watch is not None:
+            watch(entry.name, module, records[-1])
     return records
 
 
@@ -151,7 +157,7 @@ def _is_local(options: Options, after_rules: Hook | None) -> bool:
 
 
 def _run_once(
-    module: fx.GraphModule, options: Options, after_rules: Hook | None, dump: Dump, record: PassRecord
+    module: fx.GraphModule, options: Options, after_rules: Hook | None, watch: Watch | None, record: PassRecord
 ) -> list[PassRecord] | None:
     """Runs the passes on a few of a program's equal layers and repeats what they made of one. None where there are no
     such layers, or where the rewritten ones are not equal, which the record says; `module` is then as it was."""
@@ -163,8 +169,10 @@ def _run_once(
         return None
     check = SpecCheck(module) if options.check else None
     short = fx.GraphModule(module, periods.shortened(layers))
+    if watch is not None:
+        watch(SHORTENED, short, None)
     between = time.perf_counter()
-    records = _run_all(short, options, after_rules, dump)
+    records = _run_all(short, options, after_rules, watch)
     again = time.perf_counter()
     first = layers.calls[layers.run.start]
     why_not = periods.expand(layers, short.graph)
@@ -175,14 +183,22 @@ def _run_once(
         record.fire(f"{LAYERS_ONCE}: {layers.run.count} equal layers, {periods.KEPT} compiled", first, [])
         if check is not None:
             check.after(LAYERS_ONCE, module)
-        dump(LAYERS_ONCE, module)
     record.seconds = time.perf_counter() - again + between - start
+    if watch is not None:
+        watch(LAYERS_ONCE, module, record)
     return None if why_not else records
 
 
-def run_pass(entry: Pass, module: fx.GraphModule, options: Options, check: SpecCheck | None = None) -> PassRecord:
-    """Runs one pass on `module` in place, and checks what it left if `check` is given."""
+def run_pass(
+    entry: Pass, module: fx.GraphModule, options: Options, check: SpecCheck | None = None, attempts: bool = False
+) -> PassRecord:
+    """Runs one pass on `module` in place, and checks what it left if `check` is given.
+
+    Args:
+        attempts: note every attempt of a rule.
+    """
     record = PassRecord(entry.name, frozenset(options.disabled_rules), nodes_before=count_calls(module.graph))
+    record.attempts = [] if attempts else None
     start = time.perf_counter()
     if entry.run is not None:
         entry.run(module, record)
@@ -217,26 +233,6 @@ def fingerprint(options: Options) -> str:
     return of_text(
         names(selected(options)), sorted(options.disabled_rules), of_content(own, "the user's rules and passes")
     )
-
-
-def _dumper(folder: str, name: str) -> Dump:
-    """Writes `<folder>/<name>.<NN>.<stage>.py`, the program as text, at every call; does nothing without a folder."""
-    if not folder:
-        return lambda stage, module: None
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    stages: list[str] = []
-
-    def dump(stage: str, module: fx.GraphModule) -> None:
-        text = module.print_readable(print_output=False, include_stride=True)
-        (target / f"{_file_name(name)}.{len(stages):02}.{stage}.py").write_text(text)
-        stages.append(stage)
-
-    return dump
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def names(passes: Sequence[Pass] = PASSES) -> list[str]:

@@ -13,6 +13,7 @@ from npu_compiler.graph.source import TIMES, where
 from npu_compiler.graph.traffic import launches, moved_bytes
 
 if TYPE_CHECKING:
+    from npu_compiler.passes.pattern import Miss
     from npu_compiler.passes.rewrite import Rule
 
 
@@ -38,13 +39,14 @@ class Saving:
 @dataclass(frozen=True)
 class Fired:
     """A rewrite that was made: the rule, the place in the user's model, the nodes that went away, what that saves
-    (None where it was not worked out), in how many equal layers it was made."""
+    (None where it was not worked out), in how many equal layers it was made, and the nodes that came."""
 
     rule: str
     place: str
     nodes: tuple[str, ...]
     saves: Saving | None = None
     layers: int = 1
+    made: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,34 @@ class Refused:
     layers: int = 1
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """A call at which a rule was tried in vain.
+
+    Attributes:
+        anchor, place: the call where the pattern was to end, and its place in the user's model.
+        matched: how many calls of the pattern were found, on the way that got furthest.
+        reason: what stopped it.
+        stopper, stopper_place: the call that stopped it, where one did.
+        whole: whether the pattern was found, so that the reason is the rule's legality.
+    """
+
+    rule: str
+    anchor: str
+    place: str
+    matched: int
+    reason: str
+    stopper: str = ""
+    stopper_place: str = ""
+    whole: bool = False
+
+
 @dataclass
 class PassRecord:
     """What one pass did to one graph. Node counts are calls (no inputs, no output).
 
-    `disabled` holds the names of rules the user switched off; `rewrite.apply` leaves them out.
+    `disabled` holds the names of rules the user switched off; `rewrite.apply` leaves them out. `attempts`: where rules
+    were tried in vain; None unless somebody wants to know (a dump).
     """
 
     name: str
@@ -71,15 +96,33 @@ class PassRecord:
     nodes_before: int = 0
     nodes_after: int = 0
     seconds: float = 0.0
+    attempts: list[Attempt] | None = None
 
-    def fire(self, rule: str, anchor: fx.Node, nodes: Sequence[fx.Node], saves: Saving | None = None) -> None:
-        """Notes a rewrite at `anchor` that replaces or removes `nodes`; call it before they are erased."""
-        names = tuple(node.name for node in nodes)
-        self.fired.append(Fired(rule, where(anchor), names, saves, anchor.meta.get(TIMES, 1)))
+    def fire(
+        self,
+        rule: str,
+        anchor: fx.Node,
+        nodes: Sequence[fx.Node],
+        saves: Saving | None = None,
+        made: Sequence[fx.Node] = (),
+    ) -> None:
+        """Notes a rewrite at `anchor` that replaces or removes `nodes`, by those `made`; call it before they are
+        erased."""
+        before, after = (tuple(node.name for node in some) for some in (nodes, made))
+        self.fired.append(Fired(rule, where(anchor), before, saves, anchor.meta.get(TIMES, 1), after))
 
     def refuse(self, rule: str, anchor: fx.Node, reason: str) -> None:
         """Notes that `rule` was left out at `anchor`, and why."""
         self.refused.append(Refused(rule, where(anchor), reason, anchor.meta.get(TIMES, 1)))
+
+    def attempt(self, rule: str, anchor: fx.Node, miss: Miss) -> None:
+        """Notes that `rule` was tried at `anchor` in vain, if somebody wants to know."""
+        if self.attempts is not None:
+            miss = miss.furthest()
+            name, place = (miss.node.name, where(miss.node)) if miss.node is not None else ("", "")
+            self.attempts.append(
+                Attempt(rule, anchor.name, where(anchor), miss.depth, miss.reason, name, place, miss.whole)
+            )
 
     def refuse_all(self, rule: str, reason: str) -> None:
         """Notes that `rule` had nothing to look at in the whole program."""

@@ -27,7 +27,7 @@ from npu_compiler.graph.effects import is_pure, storage, tensors, value, written
 from npu_compiler.graph.source import where
 from npu_compiler.graph.spec import infer
 from npu_compiler.graph.traffic import is_view
-from npu_compiler.passes.pattern import Match, Pattern, find, root_targets
+from npu_compiler.passes.pattern import Match, Miss, Pattern, find, root_targets
 from npu_compiler.passes.record import PassRecord, Saving
 
 NEAR_MISS = 3
@@ -156,11 +156,13 @@ def apply(module: fx.GraphModule, rules: Iterable[Rule], record: PassRecord) -> 
             if match is None:
                 if miss.depth >= NEAR_MISS:
                     record.refuse(rule.name, root, f"matched {miss.depth} calls, then: {miss.reason}")
+                record.attempt(rule.name, root, miss)
                 continue
             verdict = _rewrite(module.graph, rule, match, record, erased)
             if verdict:
                 break
             record.refuse(rule.name, root, verdict.text)
+            record.attempt(rule.name, root, Miss(len(match.nodes), verdict.text, whole=True))
 
 
 def _rewrite(graph: fx.Graph, rule: Rule, match: Match, record: PassRecord, erased: set[fx.Node]) -> Fact:
@@ -184,7 +186,7 @@ def _rewrite(graph: fx.Graph, rule: Rule, match: Match, record: PassRecord, eras
         return verdict
     with _blamed(rule, "cost", match):
         saves = rule.cost(match, build.made) if rule.cost else Saving.between(match.nodes, build.made)
-    record.fire(rule.name, match.root, match.nodes, saves)
+    record.fire(rule.name, match.root, match.nodes, saves, build.made)
     for old, new in zip(replaced, outputs, strict=True):
         old.replace_all_uses_with(new)
     erased |= erase_unused(graph, match.nodes)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from npu_compiler.plan.schedule import StreamPlan
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Ledger:
         replays: calls served by a replay.
         uncaptured: calls that ran operator by operator, counted by reason; the run before each capture is one of them.
         outlook: what captures of the listed sizes were estimated to take before the first; empty without a budget.
+        watch: told of each capture, with its plan of streams (None: one), when it has been made.
     """
 
     captures: list[Capture] = field(default_factory=list)
@@ -44,6 +48,13 @@ class Ledger:
     replays: int = 0
     uncaptured: Counter[str] = field(default_factory=Counter)
     outlook: str = ""
+    watch: Callable[[Capture, StreamPlan | None], None] | None = None
+
+    def add(self, capture: Capture, plan: StreamPlan | None) -> None:
+        """Notes a capture."""
+        self.captures.append(capture)
+        if self.watch is not None:
+            self.watch(capture, plan)
 
     def __str__(self) -> str:
         lines = [self.outlook] if self.outlook else []

@@ -209,8 +209,8 @@ class Replayer:
         streams = plan.streams if plan is not None else 1
         self._budget.add(made.milliseconds / 1e3, made.mebibytes, new_buffers, streams)
         self._captured = key
-        self.ledger.captures.append(
-            Capture(self._key_text(key), reason, made.milliseconds, made.mebibytes, self._calls, summary(plan))
+        self.ledger.add(
+            Capture(self._key_text(key), reason, made.milliseconds, made.mebibytes, self._calls, summary(plan)), plan
         )
         owners = [args[position] for position in bound]
         return Replayable(

@@ -6,8 +6,10 @@ environment; a proof holds for every value the symbols may take under the guards
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import TypeAlias
 
 import sympy
@@ -18,14 +20,26 @@ from npu_compiler.facts.engine import Facts
 from npu_compiler.facts.fact import Fact, Truth, known
 
 __all__ = [
-    "Fact", "Size", "Truth", "at_least", "divisible", "equal", "expression", "facts_of", "known", "same_layout",
-    "same_shape",
+    "Fact", "Size", "Truth", "at_least", "divisible", "equal", "expression", "facts_of", "known", "listening",
+    "same_layout", "same_shape",
 ]  # fmt: skip
 
 Size: TypeAlias = "int | torch.SymInt"
 _NO_FACTS = Facts()
 # What was gathered from an environment is kept until it learns more.
 _gathered: weakref.WeakKeyDictionary[ShapeEnv, tuple[tuple[int, ...], Facts]] = weakref.WeakKeyDictionary()
+
+_listener: ContextVar[Callable[[Fact], None] | None] = ContextVar("listener", default=None)
+
+
+@contextlib.contextmanager
+def listening(hear: Callable[[Fact], None]) -> Iterator[None]:
+    """Tells `hear` of every answer to a question about symbolic sizes that is asked inside."""
+    before = _listener.set(hear)
+    try:
+        yield
+    finally:
+        _listener.reset(before)
 
 
 def facts_of(*sizes: Size) -> Facts:
@@ -96,4 +110,8 @@ def expression(size: Size) -> sympy.Expr:
 
 
 def _about(what: str, fact: Fact) -> Fact:
-    return Fact(fact.truth, f"{what}: {fact.text}")
+    answer = Fact(fact.truth, f"{what}: {fact.text}")
+    hear = _listener.get()
+    if hear is not None:
+        hear(answer)
+    return answer

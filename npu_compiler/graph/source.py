@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import fx
+if TYPE_CHECKING:
+    from torch import fx
 
 TIMES = "npu_times"
 """Metadata of a call that stands for as many equal ones, one a layer (graph/periods.py); no entry is one."""

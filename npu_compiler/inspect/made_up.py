@@ -1,8 +1,9 @@
-"""Inputs for a program that is run without its own."""
+"""What printed programs are made of besides torch: inputs where they are run without their own, and what is unknown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Never
 
 import torch
 from torch import Tensor
@@ -24,10 +25,11 @@ def tensor(
     """
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else -1
     needed = (last + 1) * dtype.itemsize
-    if storage not in storages or storages[storage].numel() < needed:
-        if storage in storages:
-            raise ValueError(f"storage {storage} has {storages[storage].numel()} bytes, an alias of it wants {needed}")
+    if storage not in storages:
         storages[storage] = _filled(last + 1, dtype, storage).to(device).view(torch.uint8)
+    elif storages[storage].numel() < needed:  # an alias that reaches further: the memory grows, and stays the same one
+        storages[storage].untyped_storage().resize_(needed)
+        storages[storage].resize_(needed).view(dtype).copy_(_filled(last + 1, dtype, storage))
     return storages[storage][:needed].view(dtype).as_strided(tuple(shape), tuple(stride), offset)
 
 
@@ -35,3 +37,12 @@ def _filled(count: int, dtype: torch.dtype, seed: int) -> Tensor:
     if not dtype.is_floating_point:
         return torch.zeros(count, dtype=dtype)
     return torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def unknown(text: str) -> Never:
+    """Stands for what a printed program can't say: a user's Python function, say.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(f"{text} is no operator: the dumped program names it but can't run it")

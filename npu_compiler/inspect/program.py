@@ -1,24 +1,18 @@
 """A program as plain data: what a bundle holds of each stage.
 
-Names, numbers and texts only, checked when they are read: a bundle from a stranger can be looked at without running
-anything that is in it. `python_text.py` writes the same data as a Python program.
+Names, numbers and texts only, each of a checked form: a bundle from a stranger can be looked at without running
+anything that is in it. `from_graph.py` makes this data of a graph, `to_graph.py` a graph of this data, and
+`python_text.py` a Python program. Reading it does not take torch.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
-import sympy
-import torch
-from pydantic import BaseModel, ConfigDict
-from torch import fx
-from torch.utils._pytree import tree_leaves
-from torch.utils._sympy.printers import PythonPrinter
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from npu_compiler.graph.effects import storage, value, written_storages
-from npu_compiler.graph.source import Place, place
+from npu_compiler.graph.source import Place
+from npu_compiler.inspect.names import Device, Dotted, Keyword, Name, SizeText, TorchName, is_constant
 
 
 class Data(BaseModel):
@@ -30,14 +24,23 @@ class Data(BaseModel):
 class Result(Data):
     """The result of a call, in place of an argument."""
 
-    name: str
+    name: Name
 
 
 class Named(Data):
-    """A constant that JSON has no form for, by its name in torch: a dtype, a device, an operator, an infinite float."""
+    """A constant that JSON has no form for, by its name in torch: a dtype, a device, an operator, an infinite float.
+
+    `other` is anything else, of which only the text is kept: a program with one can be read but not run.
+    """
 
     kind: Literal["dtype", "device", "layout", "memory_format", "operator", "float", "size", "other"]
     text: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Named:
+        if not is_constant(self.kind, self.text):
+            raise ValueError(f"{self.text[:80]!r} is no {self.kind}")
+        return self
 
 
 class Items(Data):
@@ -47,9 +50,17 @@ class Items(Data):
     items: tuple[Argument, ...]
     keys: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _check(self) -> Items:
+        wanted = {"slice": 3}.get(self.kind, len(self.items))
+        if len(self.items) != wanted or len(self.keys) != (len(self.items) if self.kind == "mapping" else 0):
+            raise ValueError(f"a {self.kind} of {len(self.items)} items and {len(self.keys)} keys")
+        return self
+
 
 Argument = None | bool | int | float | str | Result | Named | Items
 Items.model_rebuild()
+Size = int | SizeText
 
 
 class TensorValue(Data):
@@ -59,11 +70,11 @@ class TensorValue(Data):
         storage: equal for tensors that share memory.
     """
 
-    dtype: str
-    device: str
-    shape: tuple[int | str, ...]
-    stride: tuple[int | str, ...]
-    offset: int | str = 0
+    dtype: TorchName
+    device: Device
+    shape: tuple[Size, ...]
+    stride: tuple[Size, ...]
+    offset: Size = 0
     storage: int
 
     def __str__(self) -> str:
@@ -71,9 +82,14 @@ class TensorValue(Data):
 
 
 class SizeValue(Data):
-    """A number that is known when the program is called: a Python expression of its symbols."""
+    """A number that is known when the program is called: a Python expression of its symbols.
 
-    size: int | str
+    Attributes:
+        kind: the type that it has in Python.
+    """
+
+    size: Size
+    kind: Literal["int", "float", "bool"] = "int"
 
     def __str__(self) -> str:
         return str(self.size)
@@ -89,18 +105,22 @@ class Call(Data):
         place: where it comes from in the user's model.
         made_by, replaces: the pass that made it, and the lowered program's nodes that it stands for.
         writes: storages that it writes.
+        once: whether it is computed at the first call only.
+        layers: how many equal layers of the model it stands for.
     """
 
-    name: str
+    name: Name
     op: Literal["placeholder", "get_attr", "call_function", "output"]
-    target: str
+    target: Dotted
     args: tuple[Argument, ...] = ()
-    kwargs: dict[str, Argument] = {}
+    kwargs: dict[Keyword, Argument] = {}
     values: tuple[TensorValue | SizeValue, ...] = ()
     place: Place = Place()
     made_by: str = ""
     replaces: tuple[str, ...] = ()
     writes: tuple[int, ...] = ()
+    once: bool = False
+    layers: int = 1
 
     def inputs(self) -> list[str]:
         """Names of the calls whose results it reads, in order, each once."""
@@ -112,120 +132,42 @@ class Program(Data):
 
     Attributes:
         sizes: the value of each symbol in the call that was compiled; for a run with made-up inputs.
+        assumptions: what was known of the symbols when the program was written down, as Python expressions.
+        made_up: constants whose values are not kept (large ones); their layout is.
     """
 
     calls: tuple[Call, ...]
-    sizes: dict[str, int] = {}
+    sizes: dict[Name, int] = {}
+    assumptions: tuple[SizeText, ...] = ()
+    made_up: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _check(self) -> Program:
+        known: set[str] = set()
+        for call in self.calls:
+            unknown = [name for name in call.inputs() if name not in known]
+            if unknown:
+                raise ValueError(f"{call.name} reads {unknown[0]}, which no call before it makes")
+            if call.name in known:
+                raise ValueError(f"two calls are named {call.name}")
+            known.add(call.name)
+        if not self.calls or [call.op for call in self.calls].count("output") != 1 or self.calls[-1].op != "output":
+            raise ValueError("a program ends with its only output")
+        if len(self.calls[-1].args) != 1:
+            raise ValueError("an output has one argument")
+        if any(call.op == "placeholder" and len(call.values) > 1 for call in self.calls):
+            raise ValueError("an input has one value")
+        return self
 
-def of_graph(graph: fx.Graph) -> Program:
-    """`graph` as data; its nodes carry fake values."""
-    numbering: dict[int, int] = {}
-    sizes: dict[str, int] = {}
-    calls = tuple(_call(node, numbering) for node in graph.nodes)
-    for node in graph.find_nodes(op="placeholder"):
-        for leaf in tree_leaves(value(node)):
-            sizes |= _hints(leaf)
-    return Program(calls=calls, sizes=sizes)
+    @property
+    def inputs(self) -> tuple[Call, ...]:
+        """The inputs in order."""
+        return tuple(call for call in self.calls if call.op == "placeholder")
 
-
-def _call(node: fx.Node, numbering: dict[int, int]) -> Call:
-    origin: Mapping[str, Any] = node.meta.get("npu_origin") or {"pass": "", "nodes": ()}
-    fields: dict[str, Any] = {
-        "name": node.name,
-        "op": node.op,
-        "target": _target(node.target),
-        "args": tuple(map(_argument, node.args)),
-        "kwargs": {name: _argument(given) for name, given in node.kwargs.items()},
-        "values": tuple(
-            _value(leaf, numbering) for leaf in tree_leaves(value(node)) if isinstance(leaf, (torch.Tensor, *_NUMBERS))
-        )
-        if node.op != "output"
-        else (),
-        "place": place(node),
-        "made_by": origin["pass"],
-        "replaces": tuple(origin["nodes"]),
-        "writes": tuple(sorted(_number(found, numbering) for found in written_storages(node))),
-    }
-    return Call.model_construct(**fields)
-
-
-_NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-_NAMED = {
-    torch.dtype: "dtype",
-    torch.device: "device",
-    torch.layout: "layout",
-    torch.memory_format: "memory_format",
-    torch._ops.OpOverload: "operator",
-}
-
-
-def _argument(given: Any) -> Argument:
-    if isinstance(given, fx.Node):
-        return Result(name=given.name)
-    if given is None or isinstance(given, (bool, int, str)):
-        return given
-    if isinstance(given, float):
-        return given if math.isfinite(given) else Named(kind="float", text=str(given))
-    if isinstance(given, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return Named(kind="size", text=str(_size(given)))
-    for kind, name in _NAMED.items():
-        if isinstance(given, kind):
-            return Named(kind=name, text=str(given))  # type: ignore[arg-type]
-    if isinstance(given, slice):
-        return Items(kind="slice", items=tuple(map(_argument, (given.start, given.stop, given.step))))
-    if isinstance(given, (list, tuple)):
-        return Items(kind="tuple" if isinstance(given, tuple) else "list", items=tuple(map(_argument, given)))
-    if isinstance(given, Mapping):
-        return Items(kind="mapping", items=tuple(map(_argument, given.values())), keys=tuple(map(str, given)))
-    return Named(kind="other", text=repr(given))
-
-
-def _value(leaf: Any, numbering: dict[int, int]) -> TensorValue | SizeValue:
-    if not isinstance(leaf, torch.Tensor):
-        return SizeValue(size=_size(leaf))
-    return TensorValue(
-        dtype=str(leaf.dtype),
-        device=str(leaf.device),
-        shape=tuple(map(_size, leaf.shape)),
-        stride=tuple(map(_size, leaf.stride())),
-        offset=_size(leaf.storage_offset()),
-        storage=_number(storage(leaf), numbering),
-    )
-
-
-def _size(number: Any) -> int | str:
-    """A number, or the Python expression of its symbols."""
-    if isinstance(number, (bool, int)):
-        return int(number)
-    if isinstance(number, float):
-        return str(number)
-    expression = number.node.expr
-    return int(expression) if expression.is_Integer else PythonPrinter().doprint(expression)
-
-
-def _hints(leaf: Any) -> dict[str, int]:
-    """The values that the symbols of a tensor's shape, or of a size, had in the call that was compiled."""
-    found: dict[str, int] = {}
-    for number in (*leaf.shape, *leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf,):
-        if isinstance(number, torch.SymInt):
-            known: Mapping[sympy.Symbol, Any] = number.node.shape_env.backed_var_to_val
-            found |= {str(symbol): int(known[symbol]) for symbol in number.node.expr.free_symbols if symbol in known}
-    return found
-
-
-def _number(key: int, numbering: dict[int, int]) -> int:
-    return numbering.setdefault(key, len(numbering))
-
-
-def _target(target: Any) -> str:
-    if isinstance(target, str):
-        return target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"higher_order.{target.name()}"
-    return f"{target.__module__.removeprefix('_')}.{target.__qualname__}"
+    @property
+    def constants(self) -> tuple[Call, ...]:
+        """The reads of constants."""
+        return tuple(call for call in self.calls if call.op == "get_attr")
 
 
 def _names_in(argument: Any) -> list[str]:

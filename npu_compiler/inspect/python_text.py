@@ -5,96 +5,110 @@ from __future__ import annotations
 import keyword
 from collections.abc import Iterable, Iterator
 
+from npu_compiler.inspect.names import is_function, is_name, is_operator
 from npu_compiler.inspect.program import Argument, Call, Items, Named, Program, Result, SizeValue, TensorValue
 
 CONSTANTS = "constants.safetensors"
-"""The file with a program's constants, beside its text."""
+"""The file with the constants of a graph's programs, beside their texts."""
 
 
 def python_text(program: Program, title: str) -> str:
     """`program` as the text of a Python module.
 
     It defines `program(...)` and `inputs()`, which makes inputs of the compiled call's shapes: random floats, zeros for
-    integers. Run as a script it prints what the program returns.
+    integers. Run as a script it prints what the program returns. A call of something that is no operator, such as a
+    user's Python function, is printed as one that fails when it is reached.
     """
-    calls = program.calls
-    inputs = [call for call in calls if call.op == "placeholder"]
-    constants = [call for call in calls if call.op == "get_attr"]
-    lines = [f'"""{_one_line(title)}"""', "", *_imports(calls, bool(constants)), ""]
+    body = [f"    {line}" for line in _body(program)]
+    made = [_made_up(call) for call in program.inputs]
+    lines = [f'"""{_comment(title)}"""', "", *_imports(program, [*body, *made]), ""]
     if program.sizes:
         lines += [*(f"{name} = {size}" for name, size in sorted(program.sizes.items())), ""]
-    if constants:
+    if any(call.target not in program.made_up for call in program.constants):
         lines += [f'CONSTANTS = load_file(Path(__file__).parent / "{CONSTANTS}")', ""]
-    lines += ["", f"def program({', '.join(call.name for call in inputs)}):"]
-    lines += [f"    {line}" for line in _body(calls)]
+    lines += ["", f"def program({', '.join(call.name for call in program.inputs)}):", *body]
     lines += ["", "", "def inputs():", "    storages = {}", "    return ["]
-    lines += [f"        {_made_up(call)}," for call in inputs]
+    lines += [f"        {text}," for text in made]
     lines += ["    ]", "", "", 'if __name__ == "__main__":', "    print(program(*inputs()))", ""]
     return "\n".join(lines)
 
 
-def _imports(calls: Iterable[Call], constants: bool) -> Iterator[str]:
-    modules = {"torch"}
-    namespaces = set()
-    for call in calls:
-        if call.op == "call_function" and not _is_operator(call.target) and call.target != "operator.getitem":
-            modules.add(call.target.rpartition(".")[0])
-        namespaces.add(call.target.partition(".")[0])
-    if constants:
-        yield "from pathlib import Path"
-        yield ""
-    yield from (f"import {module}" for module in sorted(modules))
-    if constants:
+def _imports(program: Program, lines: Iterable[str]) -> Iterator[str]:
+    text = "\n".join(lines)
+    if "CONSTANTS[" in text:
+        yield from ("from pathlib import Path", "")
+    yield from (f"import {module}" for module in ("math", "operator") if f"{module}." in text)
+    yield "import torch"
+    if "CONSTANTS[" in text:
         yield "from safetensors.torch import load_file"
-    yield "from npu_compiler.inspect.made_up import tensor"
-    if "npu_fused" in namespaces:
-        yield "from npu_compiler import fusion_kernels"
-        yield ""
-        yield "fusion_kernels.register()"
+    yield f"from npu_compiler.inspect.made_up import tensor{', unknown' if 'unknown(' in text else ''}"
+    if any(call.target.startswith("npu_fused.") for call in program.calls):
+        yield from ("from npu_compiler import fusion_kernels", "", "fusion_kernels.register()")
 
 
-def _body(calls: Iterable[Call]) -> Iterator[str]:
+def _body(program: Program) -> Iterator[str]:
+    bound = {call.name for call in program.calls}
     place = ""
-    for call in calls:
+    for call in program.calls:
         described = ", ".join(map(str, call.values))
         if call.op == "placeholder":
-            yield from _size_names(call)
-            yield f"# {call.name}: {_one_line(described)}"
+            yield f"# {call.name}: {_comment(described)}"
+            yield from _symbols(call, bound)
             continue
         if str(call.place) != place:
             place = str(call.place)
             if place:
-                yield f"# {_one_line(place)}"
+                yield f"# {_comment(place)}"
         if call.op == "output":
             yield f"return {_text(call.args[0])}"
             continue
-        note = f"  # {_one_line(described)}" if described else ""
-        made_by = f" ({call.made_by})" if call.made_by else ""
-        yield f"{call.name} = {_expression(call)}{note}{made_by if note else ''}"
+        made_by = f" ({_comment(call.made_by)})" if call.made_by else ""
+        note = f"  # {_comment(described)}{made_by}" if described or made_by else ""
+        yield f"{call.name} = {_expression(call, program)}{note}"
+        yield from _symbols(call, bound)
 
 
-def _size_names(call: Call) -> Iterator[str]:
-    """A size input gives its symbol a value."""
-    for found in call.values:
-        if isinstance(found, SizeValue) and isinstance(found.size, str) and found.size.isidentifier():
-            if found.size != call.name:
-                yield f"{found.size} = {call.name}"
+def _symbols(call: Call, bound: set[str]) -> Iterator[str]:
+    """Gives the symbols that a value shows their values, each once: `s0 = x.shape[0]`."""
+    for index, found in enumerate(call.values):
+        whole = call.name if len(call.values) == 1 else f"{call.name}[{index}]"
+        parts = [(found.size, whole)] if isinstance(found, SizeValue) else []
+        if isinstance(found, TensorValue) and call.op == "placeholder":
+            parts = [(size, f"{whole}.shape[{dimension}]") for dimension, size in enumerate(found.shape)]
+        for size, text in parts:
+            if isinstance(size, str) and is_name(size) and size not in bound:
+                bound.add(size)
+                yield f"{size} = {text}"
 
 
-def _expression(call: Call) -> str:
+def _expression(call: Call, program: Program) -> str:
     if call.op == "get_attr":
-        return f"CONSTANTS[{call.target!r}].to({str(_device(call))!r})"
+        (found,) = call.values or (None,)
+        if not isinstance(found, TensorValue):
+            return f"unknown({call.target!r})"
+        if call.target in program.made_up:
+            return _tensor(found, "{}")
+        return f"CONSTANTS[{call.target!r}].to({found.device!r})"
     if call.target == "operator.getitem":
         return f"{_text(call.args[0])}[{_text(call.args[1])}]"
     given = [_text(argument) for argument in call.args]
-    given += [f"{name}={_text(argument)}" for name, argument in call.kwargs.items()]
-    target = f"torch.ops.{call.target}" if _is_operator(call.target) else call.target
-    return f"{target}({', '.join(given)})"
+    given += [f"{name}={_text(argument)}" for name, argument in call.kwargs.items() if not keyword.iskeyword(name)]
+    odd = {name: argument for name, argument in call.kwargs.items() if keyword.iskeyword(name)}
+    given += [f"**{{{name!r}: {_text(argument)}}}" for name, argument in odd.items()]
+    return f"{_target(call.target)}({', '.join(given)})"
 
 
-def _is_operator(target: str) -> bool:
-    """Whether a call's target is an operator, such as aten.add.Tensor, and not a function of a Python module."""
-    return target.startswith("higher_order.") or target.count(".") == 2
+def _target(target: str) -> str:
+    if is_operator(target):
+        return _operator(target)
+    return target if is_function(target) else f"unknown({target!r})"
+
+
+def _operator(name: str) -> str:
+    text = "torch.ops"
+    for part in name.split("."):
+        text = f"getattr({text}, {part!r})" if keyword.iskeyword(part) else f"{text}.{part}"
+    return text
 
 
 def _text(argument: Argument) -> str:
@@ -104,9 +118,11 @@ def _text(argument: Argument) -> str:
         case Named(kind="device"):
             return f"torch.device({argument.text!r})"
         case Named(kind="operator"):
-            return f"torch.ops.{argument.text}"
+            return _operator(argument.text)
         case Named(kind="float"):
             return f"float({argument.text!r})"
+        case Named(kind="other"):
+            return f"unknown({argument.text!r})"
         case Named():
             return argument.text
         case Items():
@@ -128,22 +144,18 @@ def _items(argument: Items) -> str:
 
 def _made_up(call: Call) -> str:
     """An expression for an input of the compiled call's shape."""
-    (found,) = call.values
-    if isinstance(found, SizeValue):
-        return str(found.size)
+    (found,) = call.values or (None,)
+    if isinstance(found, TensorValue):
+        return _tensor(found, "storages")
+    return str(found.size) if found is not None else "None"
+
+
+def _tensor(found: TensorValue, storages: str) -> str:
     shape, stride = (f"[{', '.join(map(str, sizes))}]" for sizes in (found.shape, found.stride))
-    return f"tensor(storages, {found.storage}, {shape}, {stride}, {found.offset}, {found.dtype}, {found.device!r})"
+    layout = f"{shape}, {stride}, {found.offset}, {found.dtype}, {found.device!r}"
+    return f"tensor({storages}, {found.storage}, {layout})"
 
 
-def _device(call: Call) -> str:
-    found = call.values[0]
-    return found.device if isinstance(found, TensorValue) else "cpu"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).replace('"""', "'''").replace("\\", "/")
-
-
-def is_name(text: str) -> bool:
-    """Whether `text` can stand as a name in a Python program."""
-    return text.isidentifier() and not keyword.iskeyword(text)
+def _comment(text: str) -> str:
+    """`text` in one line that neither ends a comment nor a docstring."""
+    return " ".join(text.split()).replace('"', "'").replace("\\", "/").replace("\0", "")

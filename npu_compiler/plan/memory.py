@@ -88,6 +88,11 @@ class MemoryPlan:
         """`live` in the symbols of the program."""
         return self._largest(self._live)
 
+    def formulas(self) -> Iterator[tuple[Block, sympy.Expr, sympy.Expr]]:
+        """Each block with its offset and its end, in the symbols of the program."""
+        for block in self.blocks:
+            yield block, self._amounts.expression(block.offset), self._amounts.expression(block.end)
+
     def _largest(self, of: Sequence[Amount]) -> sympy.Expr:
         return sympy.Max(0, *(self._amounts.expression(amount) for amount in of))
 
@@ -98,8 +103,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         lines = [f"{self.summary}, {self.live_formula} bytes alive at once"]
-        for block in self.blocks:
-            offset, end = (self._amounts.expression(amount) for amount in (block.offset, block.end))
+        for block, offset, end in self.formulas():
             life = block.lifetime
             until = "the end" if life.returned else str(life.last)
             lines.append(f"  {life.name}: [{offset}, {end}) from {life.first} to {until}")

@@ -78,7 +78,9 @@ class AscendCompiler(CompilerInterface):
 
     def compute_hash(self, vllm_config: VllmConfig) -> str:
         """Changes when the backend, its options or its passes do. vLLM calls it before the first `compile`."""
-        self._options = compile_options(ServingOptions.of(vllm_config).compile)
+        given = ServingOptions.of(vllm_config).compile
+        folder = vllm_config.compilation_config.debug_dump_path
+        self._options = compile_options(given if folder is None else {"dump": str(folder), **given})
         return fingerprint(self._options)
 
     def compile(
@@ -117,7 +119,7 @@ class AscendCompiler(CompilerInterface):
         """See CompilerInterface. None, which makes vLLM compile, where the stored program can't be used."""
         name, file = handle
         try:
-            return load_fx(Path(file).read_bytes(), copy.deepcopy(graph), example_inputs, name)
+            return load_fx(Path(file).read_bytes(), copy.deepcopy(graph), example_inputs, name, self._options)
         except (OSError, StoredProgramError) as error:
             logger.warning("The stored program %s is compiled again: %s", file, error)
             return None

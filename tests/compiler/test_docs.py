@@ -31,12 +31,22 @@ CAPTURE = (
     *("(first shape)", " 3 -> 4)", "11 tokens; 5 replays", "output 0 of an earlier call is still in use"),
     *("budget: 2 of 3 sizes fit", "of 48 MiB", "=256 does not fit: ", "capture_budget_mib is 48"),
 )
+INSPECT = (
+    *("swiglu              1 rewrites", "aclnnAddRmsNorm", "static: first shape", "as the compiled function: True"),
+    "# npu_fused.add_rms_norm.default stands for 7 calls",
+)
 FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
 
 
 @pytest.mark.parametrize(
     ("page", "expected"),
-    [("compiler.md", COMPILER), ("passes.md", PASSES), ("facts.md", FACTS), ("capture.md", CAPTURE)],
+    [
+        ("compiler.md", COMPILER),
+        ("passes.md", PASSES),
+        ("facts.md", FACTS),
+        ("capture.md", CAPTURE),
+        ("inspect.md", INSPECT),
+    ],
 )
 def test_examples(page: str, expected: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)

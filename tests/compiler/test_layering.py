@@ -19,7 +19,8 @@ FOLDERS = {
 # The parts that each part may import, itself aside. config and errors are leaves that every part may import.
 MAY_IMPORT = {
     "serving": {"backend", "runtime", "doctor"},
-    "backend": {"cache", "lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels"},
+    "backend": {"cache", "lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "inspect"},
+    "inspect": {"lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "runtime"},
     "cache": {"passes", "graph", "facts", "fusion_kernels"},
     "lowering": {"graph", "facts", "fusion_kernels"},
     "passes": {"graph", "facts", "fusion_kernels"},

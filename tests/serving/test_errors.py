@@ -34,7 +34,7 @@ def graphs(mode: str, sizes: list[int]) -> dict[str, Any]:
     ("changes", "message"),
     [
         ({"additional_config": {"report_pth": "x"}}, "unknown option 'report_pth'; did you mean 'report_path'"),
-        ({"additional_config": {"compile": {"dump_dir": "x"}}, "enforce_eager": True}, "contradict --enforce-eager"),
+        ({"additional_config": {"compile": {"dump": "x"}}, "enforce_eager": True}, "contradict --enforce-eager"),
         (graphs("FULL_DECODE_ONLY", [1, 16]), "graph of size 16 would never run; .*--max-num-seqs"),
         (graphs("PIECEWISE", [0, 4]), "0 can't be captured; remove it"),
         (graphs("FULL", [4, 2]), r"ascending .*; use \[2, 4\]"),

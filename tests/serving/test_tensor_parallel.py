@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
+from npu_compiler.inspect import bundle
 from tests.models import checkpoints
 from tests.serving import oracle
 from tests.serving.engine import engine, generate, graphs
@@ -46,15 +46,20 @@ def test_products_summed_by_one_operator_give_the_same_tokens(tmp_path: Path, mo
     prompts = oracle.prompts()
     tokens = []
     for rows in (0, 8):
-        compile_options = {"dump_dir": str(tmp_path / str(rows)), "matmul_all_reduce": rows}
+        compile_options = {"dump": str(tmp_path / str(rows)), "matmul_all_reduce": rows}
         settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "dtype": "bfloat16"}
         with engine(
             folder, additional_config={"compile": compile_options}, **settings, **graphs("FULL_DECODE_ONLY")
         ) as llm:
             tokens.append(generate(llm, prompts, TOKENS))
     assert tokens[0] == tokens[1]
-    (program,) = (tmp_path / "8").glob("*.matmul_all_reduce.py")
-    found = re.findall(r"npu_fused\.matmul_all_reduce\.default\(.*'(tp:\d+)', 8\)", program.read_text())
-    layers = checkpoints.Shape().layers
-    assert len(found) == 2 * layers, "the attention's output and the MLP's, in each layer"
-    assert not list((tmp_path / "0").glob("*.matmul_all_reduce.py"))
+    ranks = bundle.all_of(tmp_path / "8")
+    assert [item.header.environment.rank for item in ranks] == [0, 1]
+    for item in ranks:
+        calls = [call for graph in item.graphs for call in graph.program(graph.stage("final")).calls]
+        found = [call for call in calls if call.target == "npu_fused.matmul_all_reduce.default"]
+        assert len(found) == 2 * checkpoints.Shape().layers, "the attention's output and the MLP's, in each layer"
+        assert all(call.args[-1] == 8 for call in found)
+    without = [entry for item in bundle.all_of(tmp_path / "0") for graph in item.graphs for entry in graph.about.passes]
+    assert without
+    assert "matmul_all_reduce" not in [entry.name for entry in without]
