@@ -40,16 +40,12 @@ def _legal(match: Match) -> Fact:
         known(x.dtype == residual.dtype, f"dtypes {x.dtype} and {residual.dtype} are added")
         & same_shape(x.shape, residual.shape, "the addition broadcasts")
         & known(len(shape) == 1, f"the norm is over {len(shape)} dimensions")
-        & known(match.tensor("total").dtype == x.dtype, "the addition changes the dtype")
         & equal(weight.shape[0], x.shape[-1], "weight and last dimension")
-        & _legal_bias(match, weight, x)
+        & known(
+            match.is_tensor("bias") or isinstance(weight.shape[0], int),
+            "there is no bias, and the size of one is not known",
+        )
     )
-
-
-def _legal_bias(match: Match, weight: Tensor, x: Tensor) -> Fact:
-    if match.bindings["bias"] is None:
-        return known(isinstance(weight.shape[0], int), "there is no bias, and the size of one is not known")
-    return equal(match.tensor("bias").shape[0], x.shape[-1], "bias and last dimension")
 
 
 def _replacement(build: Build, match: Match) -> list[fx.Node]:
@@ -86,6 +82,18 @@ def _statistics(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tu
     return normed, mean
 
 
+def _unbiased(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.layer_norm(x + residual, (x.shape[-1],), weight, None, EPSILON)
+
+
+def _number_added(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.nn.functional.layer_norm(x + 1.5, (x.shape[-1],), weight, bias, EPSILON)
+
+
+def _heads(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.nn.functional.layer_norm((x + residual).view(3, 20, 16), (16,), weight[:16], bias[:16], EPSILON)
+
+
 def _example(dtype: torch.dtype) -> tuple[object, ...]:
     weight, bias = torch.randn(64, dtype=dtype), torch.randn(64, dtype=dtype)
     return torch.randn(3, 5, 64, dtype=dtype), torch.randn(3, 5, 64, dtype=dtype), weight, bias
@@ -94,6 +102,11 @@ def _example(dtype: torch.dtype) -> tuple[object, ...]:
 def _broadcast_example(dtype: torch.dtype) -> tuple[object, ...]:
     x, _, weight, bias = _example(dtype)
     return x, torch.randn(64, dtype=dtype), weight, bias
+
+
+def _mixed_example(dtype: torch.dtype) -> tuple[object, ...]:
+    x, residual, weight, bias = _example(torch.float64)
+    return x, residual.float(), weight, bias  # type: ignore[attr-defined]
 
 
 def _wide_example(dtype: torch.dtype) -> tuple[object, ...]:
@@ -118,6 +131,10 @@ RULES = (
             NearMiss(_no_weight, reason="weight is None, not a tensor"),
             NearMiss(_two_dimensions, _wide_example, "the norm is over 2 dimensions"),
             NearMiss(_statistics, reason="is also used by"),
+            NearMiss(_program, _mixed_example, "dtypes torch.float64 and torch.float32 are added"),
+            NearMiss(_number_added, lambda dtype: _example(dtype)[1:], "residual is 1.5, not a tensor"),
+            NearMiss(_heads, reason="weight and last dimension: 16 is not 64"),
+            NearMiss(_unbiased, lambda dtype: _example(dtype)[:3], "the size of one is not known", dynamic=True),
         ),
     ),
 )

@@ -22,7 +22,7 @@ vLLM's `vllm_ir.fused_add_rms_norm` and `vllm_ir.rms_norm` become the same opera
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from npu_compiler.facts.sizes import Fact, equal, known, same_shape
 from npu_compiler.passes.norm_patterns import legal_norm, rms_norm
@@ -33,21 +33,23 @@ NAME = "add_rms_norm"
 
 
 def _legal_add(match: Match) -> Fact:
-    x, residual = match.bindings["x"], match.bindings["residual"]
-    if not (isinstance(x, fx.Node) and isinstance(residual, fx.Node)):
+    if not match.is_tensor("residual"):
         return known(False, "a number is added, not a residual")
     left, right = match.tensor("x"), match.tensor("residual")
     return (
         known(left.dtype == right.dtype, f"dtypes {left.dtype} and {right.dtype} are added")
         & same_shape(left.shape, right.shape, "the addition broadcasts")
-        & legal_norm(match, left.shape[-1] if left.dim() else 0)
+        & _legal_weight(match, left)
     )
 
 
 def _legal_lone(match: Match) -> Fact:
-    if not match.is_tensor("x"):
-        return known(False, "a number is normalised")
-    x = match.tensor("x")
+    return _legal_weight(match, match.tensor("x"))
+
+
+def _legal_weight(match: Match, x: Tensor) -> Fact:
+    if not match.is_tensor("weight"):
+        return known(False, f"{match.bindings['weight']} takes the place of the weight")
     return legal_norm(match, x.shape[-1] if x.dim() else 0)
 
 
@@ -89,6 +91,26 @@ def _no_weight(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.vllm_ir.fused_add_rms_norm(x, residual, None, 1e-6, None)
 
 
+def _vllm_lone(x: Tensor, residual: Tensor) -> Tensor:
+    return torch.ops.vllm_ir.rms_norm(x + residual, None, 1e-6, None)
+
+
+def _number_added(x: Tensor, weight: Tensor) -> Tensor:
+    return _norm_program(x + 1.5, weight)
+
+
+def _scaled_by_a_number(x: Tensor) -> Tensor:
+    return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)) * 1.5
+
+
+def _sum_scaled_by_a_number(x: Tensor, residual: Tensor) -> Tensor:
+    return _scaled_by_a_number(x + residual)
+
+
+def _sum_over_another_dimension(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    return _other_dimension(x + residual, weight)
+
+
 def _other_dimension(x: Tensor, weight: Tensor) -> Tensor:
     return weight * (x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-6))
 
@@ -110,8 +132,25 @@ def _two_example(dtype: torch.dtype) -> tuple[object, ...]:
     return torch.randn(3, 64, dtype=dtype), torch.randn(3, 64, dtype=dtype)
 
 
+def _mixed_example(dtype: torch.dtype) -> tuple[object, ...]:
+    x, residual, weight = _add_norm_example(dtype)
+    return x, residual.double(), weight  # type: ignore[attr-defined]
+
+
 def _scalar_weight_example(dtype: torch.dtype) -> tuple[object, ...]:
     return torch.randn(3, 5, 64, dtype=dtype), torch.randn(1, dtype=dtype)
+
+
+def _add_scalar_weight_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 5, 64, dtype=dtype), *_scalar_weight_example(dtype)
+
+
+def _wide_weight_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 5, 64, dtype=dtype), torch.randn(5, 64, dtype=dtype)
+
+
+def _add_wide_weight_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 5, 64, dtype=dtype), *_wide_weight_example(dtype)
 
 
 def _operands(match: Match) -> tuple[object, ...]:
@@ -132,7 +171,12 @@ RULES = (
         reference=_vllm_program,
         example=_add_norm_example,
         oracle=_add_norm_program,
-        near_misses=(NearMiss(_no_weight, _two_example, "the norm has no weight"),),
+        near_misses=(
+            NearMiss(_no_weight, _two_example, "the norm has no weight"),
+            NearMiss(_vllm_program, _mixed_example, "torch.float64 are added"),
+            NearMiss(_vllm_program, _broadcast_example, "the addition broadcasts"),
+            NearMiss(_vllm_program, _add_scalar_weight_example, "weight and last dimension: 1 is not 64"),
+        ),
     ),
     Rule(
         "add_rms_norm",
@@ -143,7 +187,16 @@ RULES = (
         legal=_legal_add,
         reference=_add_norm_program,
         example=_add_norm_example,
-        near_misses=(NearMiss(_add_norm_program, _broadcast_example, "the addition broadcasts"),),
+        near_misses=(
+            NearMiss(_add_norm_program, _broadcast_example, "the addition broadcasts"),
+            NearMiss(_add_norm_program, _mixed_example, "torch.float32 are added"),
+            NearMiss(_number_added, _norm_example, "a number is added, not a residual"),
+            NearMiss(_vllm_lone, _two_example, "None takes the place of the weight"),
+            NearMiss(_sum_scaled_by_a_number, _two_example, "1.5 takes the place of the weight"),
+            NearMiss(_add_norm_program, _add_wide_weight_example, "the weight has 2 dimensions"),
+            NearMiss(_sum_over_another_dimension, reason="the mean is over dimensions [0]"),
+            NearMiss(_add_norm_program, _add_scalar_weight_example, "weight and last dimension: 1 is not 64"),
+        ),
     ),
     Rule(
         "rms_norm",
@@ -158,6 +211,8 @@ RULES = (
             NearMiss(_norm_program, _scalar_weight_example, "weight and last dimension: 1 is not 64"),
             NearMiss(_other_dimension, reason="the mean is over dimensions [0]"),
             NearMiss(_scale_kept, reason="inner value rsqrt is also used by output"),
+            NearMiss(_norm_program, _wide_weight_example, "the weight has 2 dimensions"),
+            NearMiss(_scaled_by_a_number, lambda dtype: _norm_example(dtype)[:1], "1.5 takes the place of the weight"),
             NearMiss(_sum_of_squares, reason="sum_1 is aten.sum.dim_IntList, the rule wants aten.mean.dim"),
         ),
     ),

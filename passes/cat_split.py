@@ -138,16 +138,16 @@ def _within(match: Match) -> tuple[Fact, fx.Node | None, Size, Size]:
     piece = _piece(match.root, dimension)
     if piece is None or piece[0] is not join:
         return known(False, "the cut is in another dimension than the join"), None, 0, 0
+    if any(part.meta["val"].dim() != join.meta["val"].dim() for part in join.args[0]):  # type: ignore[union-attr]
+        return known(False, "a tensor without elements is joined, of one dimension"), None, 0, 0
     begin: Size = 0
-    reason = known(False, "nothing is joined")
     for part in join.args[0]:  # type: ignore[union-attr]
         assert isinstance(part, fx.Node)
         end = begin + part.meta["val"].shape[dimension]
-        reason = at_least(piece[1], begin, "the begin of the cut") & at_least(end, piece[2], "the end of the part")
-        if reason:
-            return reason & _unreturned(match.root), part, piece[1] - begin, piece[2] - begin
+        if bool(at_least(piece[1], begin, "begin") & at_least(end, piece[2], "end")):
+            return _unreturned(match.root), part, piece[1] - begin, piece[2] - begin
         begin = end
-    return known(False, f"the cut lies in no single part: {reason.text}"), None, 0, 0
+    return known(False, f"the cut from {piece[1]} to {piece[2]} lies in no single part"), None, 0, 0
 
 
 def _legal_within(match: Match) -> Fact:
@@ -218,6 +218,27 @@ def _sliced_and_seen(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat((x, x.sin()), dim=1)[:, 64:].t() @ x @ weight
 
 
+def _sliced_and_returned(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat((x, weight.sin()), dim=0)[6:]
+
+
+def _sliced_and_widened(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat((x, weight.double()), dim=0)[:6].sin()
+
+
+def _joined_with_nothing(x: Tensor, weight: Tensor) -> Tensor:
+    """A tensor of one dimension without elements joins with everything."""
+    return torch.cat((x.new_empty(0), x, x.sin()), dim=1)[:, 64:].cos()
+
+
+def _split_across(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat((x, x.sin()), dim=1).split([2, 4], dim=0)[1].cos()
+
+
+def _split_and_returned(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat((x, weight.sin()), dim=0).split([6, 64], dim=0)[1]
+
+
 def _split_join(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat((x, x.sin()), dim=1).split([64, 64], dim=1)[1] @ weight
 
@@ -274,8 +295,11 @@ RULES = (
         example=_example,
         after=("aten.sin.default", "aten.cat.default", "aten.mm.default"),
         near_misses=(
-            NearMiss(_sliced_over_a_border, reason="the cut lies in no single part"),
+            NearMiss(_sliced_over_a_border, reason="the cut from 48 to 80 lies in no single part"),
             NearMiss(_sliced_across, reason="the cut is in another dimension than the join"),
+            NearMiss(_sliced_and_returned, reason="as a tensor of its own"),
+            NearMiss(_sliced_and_widened, reason="result slice_1: dtypes torch.float64 and torch.float32"),
+            NearMiss(_joined_with_nothing, reason="a tensor without elements is joined"),
             NearMiss(_sliced_and_seen, reason="the rest of the program relies on the old one"),
         ),
     ),
@@ -289,7 +313,9 @@ RULES = (
         example=_example,
         after=("aten.sin.default", "aten.cat.default", "aten.mm.default"),
         near_misses=(
-            NearMiss(_split_join_over_a_border, reason="the cut lies in no single part"),
+            NearMiss(_split_join_over_a_border, reason="the cut from 32 to 96 lies in no single part"),
+            NearMiss(_split_across, reason="the cut is in another dimension than the join"),
+            NearMiss(_split_and_returned, reason="as a tensor of its own"),
             NearMiss(_split_product),
         ),
     ),

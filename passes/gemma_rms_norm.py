@@ -15,7 +15,7 @@ Lone norms become `npu_fused.gemma_rms_norm`; so do norms that are written out, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -31,39 +31,31 @@ EPSILON = 1e-6
 
 
 def _legal_factor(match: Match) -> Fact:
-    if not match.is_tensor("weight"):
-        return known(False, "a number takes the place of the weight")
     factor = match.tensor("factor").dtype
     return known(factor in (torch.float32, torch.float64), f"one is added to the weight in {factor}, not in float32")
 
 
 def _legal_lone(match: Match) -> Fact:
-    verdict = _legal_factor(match)
-    if not verdict or not match.is_tensor("x"):
-        return verdict & known(False, "a number is normalised")
     x = match.tensor("x")
     same = known(x.dtype == match.root.meta["val"].dtype, "the norm changes the dtype")
-    return same & legal_norm(match, x.shape[-1] if x.dim() else 0)
+    return _legal_factor(match) & same & legal_norm(match, x.shape[-1] if x.dim() else 0)
 
 
 def _legal_add(match: Match) -> Fact:
-    verdict = _legal_factor(match)
-    if not verdict or not all(match.is_tensor(name) for name in ("x", "residual")):
-        return verdict & known(False, "a number is added, not a residual")
+    if not match.is_tensor("residual"):
+        return known(False, "a number is added, not a residual")
     x, residual = match.tensor("x"), match.tensor("residual")
     added = known(x.dtype == residual.dtype, f"dtypes {x.dtype} and {residual.dtype} are added") & same_shape(
         x.shape, residual.shape, "the addition broadcasts"
     )
-    return added & legal_norm(match, x.shape[-1] if x.dim() else 0)
+    return _legal_factor(match) & added & legal_norm(match, x.shape[-1] if x.dim() else 0)
 
 
 def _legal_vllm(match: Match) -> Fact:
-    verdict = _legal_factor(match)
-    if not verdict:
-        return verdict
     x, residual, weight = (match.tensor(name) for name in ("x", "residual", "weight"))
     return (
-        known(x.dtype == residual.dtype, f"dtypes {x.dtype} and {residual.dtype} are added")
+        _legal_factor(match)
+        & known(x.dtype == residual.dtype, f"dtypes {x.dtype} and {residual.dtype} are added")
         & same_shape(x.shape, residual.shape, "the addition broadcasts")
         & equal(weight.shape[0], x.shape[-1], "weight and last dimension")
     )
@@ -113,6 +105,23 @@ def _narrow_factor(x: Tensor, weight: Tensor) -> Tensor:
     return normed * (1.0 + weight)
 
 
+def _number_added(x: Tensor, weight: Tensor) -> Tensor:
+    return _norm_program(x + 1.5, weight)
+
+
+def _widened(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.float32)
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON) * (1.0 + weight.float())
+
+
+def _other_dimension(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + EPSILON) * (1.0 + weight)
+
+
+def _sum_over_another_dimension(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    return _other_dimension(x + residual, weight)
+
+
 def _vllm_factor_kept(weight: Tensor, x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
     factor = weight.float() + 1.0
     return (*torch.ops.vllm_ir.fused_add_rms_norm(x, residual, factor, EPSILON, None), factor)
@@ -139,6 +148,27 @@ def _broadcast_example(dtype: torch.dtype) -> tuple[object, ...]:
     return torch.randn(3, 5, 64, dtype=dtype), torch.randn(64, dtype=dtype), torch.randn(64, dtype=dtype)
 
 
+def _mixed_example(dtype: torch.dtype) -> tuple[object, ...]:
+    x, residual, weight = _add_norm_example(dtype)
+    return x, residual.double(), weight  # type: ignore[attr-defined]
+
+
+def _wide_weight_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 5, 64, dtype=dtype), torch.randn(5, 64, dtype=dtype)
+
+
+def _one_weight_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 5, 64, dtype=dtype), torch.randn(1, dtype=dtype)
+
+
+def _with_residual(example: Callable[[torch.dtype], tuple[object, ...]]) -> Callable[[torch.dtype], tuple[object, ...]]:
+    return lambda dtype: (torch.randn(3, 5, 64, dtype=dtype), *example(dtype))
+
+
+def _weight_first(example: Callable[[torch.dtype], tuple[object, ...]]) -> Callable[[torch.dtype], tuple[object, ...]]:
+    return lambda dtype: (example(dtype)[-1], *example(dtype)[:-1])
+
+
 def _operands(match: Match) -> tuple[object, ...]:
     return tuple(match.bindings[name] for name in ("x", "residual", "weight", "epsilon"))
 
@@ -157,7 +187,12 @@ RULES = (
         reference=_vllm_program,
         oracle=_vllm_oracle,
         example=_vllm_example,
-        near_misses=(NearMiss(_vllm_factor_kept, reason="is also used by output"),),
+        near_misses=(
+            NearMiss(_vllm_factor_kept, reason="is also used by output"),
+            NearMiss(_vllm_program, _weight_first(_mixed_example), "torch.float64 are added"),
+            NearMiss(_vllm_program, _weight_first(_broadcast_example), "the addition broadcasts"),
+            NearMiss(_vllm_program, _weight_first(_with_residual(_one_weight_example)), "weight and last dimension"),
+        ),
     ),
     Rule(
         "gemma_add_rms_norm",
@@ -171,7 +206,14 @@ RULES = (
         cost=_two_kernels,
         reference=_add_norm_program,
         example=_add_norm_example,
-        near_misses=(NearMiss(_add_norm_program, _broadcast_example, "the addition broadcasts"),),
+        near_misses=(
+            NearMiss(_add_norm_program, _broadcast_example, "the addition broadcasts"),
+            NearMiss(_add_norm_program, _mixed_example, "torch.float32 are added"),
+            NearMiss(_number_added, _norm_example, "a number is added, not a residual"),
+            NearMiss(_sum_over_another_dimension, reason="the mean is over dimensions [1]"),
+            NearMiss(_add_norm_program, _with_residual(_wide_weight_example), "the weight has 2 dimensions"),
+            NearMiss(_add_norm_program, _with_residual(_one_weight_example), "weight and last dimension: 1 is not 64"),
+        ),
     ),
     Rule(
         "gemma_rms_norm",
@@ -183,6 +225,10 @@ RULES = (
         example=_norm_example,
         near_misses=(
             NearMiss(_plus_two),
+            NearMiss(_widened, _half_example, "the norm changes the dtype"),
+            NearMiss(_other_dimension, reason="the mean is over dimensions [1]"),
+            NearMiss(_norm_program, _wide_weight_example, "the weight has 2 dimensions"),
+            NearMiss(_norm_program, _one_weight_example, "weight and last dimension: 1 is not 64"),
             NearMiss(_factor_kept, reason="is also used by output"),
             NearMiss(_narrow_factor, _half_example, "one is added to the weight in torch.bfloat16, not in float32"),
         ),

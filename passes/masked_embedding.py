@@ -76,7 +76,7 @@ def _replacement(build: Build, match: Match) -> fx.Node:
     return build(aten.masked_fill.Scalar, rows, others, 0)
 
 
-def _lookup(ids: Tensor, weight: Tensor, begin: int, end: int, added: tuple[int, int], shift: int) -> Tensor:
+def _lookup(ids: Tensor, weight: Tensor, begin: float, end: float, added: tuple[float, float], shift: float) -> Tensor:
     """The look-up as vLLM's VocabParallelEmbedding does it, without the sum over ranks."""
     original = (ids >= begin) & (ids < end)
     more = (ids >= added[0]) & (ids < added[1])
@@ -100,6 +100,19 @@ def _shifted_otherwise(ids: Tensor, weight: Tensor) -> Tensor:
 
 def _more_than_there_are(ids: Tensor, weight: Tensor) -> Tensor:
     return _lookup(ids.clamp(100, 150), weight, 100, 300, (320, 320), 100)
+
+
+def _of_floats(ids: Tensor, weight: Tensor) -> Tensor:
+    return _lookup(ids, weight, 100.0, 200.0, (320.0, 320.0), 100.0)
+
+
+def _empty(ids: Tensor, weight: Tensor) -> Tensor:
+    return _lookup(ids, weight, 100, 100, (320, 320), 100)
+
+
+def _float_example(dtype: torch.dtype) -> tuple[object, ...]:
+    ids, weight = _example(dtype)
+    return ids.double(), weight  # type: ignore[attr-defined]
 
 
 def _mask_kept(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,6 +146,9 @@ RULES = (
             NearMiss(_shifted_otherwise, reason="ids are shifted by 90, the range begins at 100"),
             NearMiss(_more_than_there_are, reason="rows of the weight"),
             NearMiss(_mask_kept, reason="is also used by output"),
+            NearMiss(_of_floats, reason="the ranges (100.0, 200.0, 100.0, 320.0, 320.0) are not of integers"),
+            NearMiss(_second_rank, _float_example, "ids are torch.float64"),
+            NearMiss(_empty, reason="the first range is empty"),
         ),
     ),
 )  # fmt: skip

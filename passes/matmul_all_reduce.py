@@ -100,6 +100,16 @@ def _wide_example(dtype: torch.dtype) -> tuple[object, ...]:
     return _example(torch.float32)
 
 
+def _batches_example(dtype: torch.dtype) -> tuple[object, ...]:
+    _, weight = _example(dtype)
+    return torch.randn(2, 3, 5, 32, dtype=dtype).npu(), weight.npu()  # type: ignore[attr-defined]
+
+
+def _no_rows_example(dtype: torch.dtype) -> tuple[object, ...]:
+    _, weight = _example(dtype)
+    return torch.empty(0, 32, dtype=dtype), weight
+
+
 def _residual_example(dtype: torch.dtype) -> tuple[object, ...]:
     return torch.randn(5, 48, dtype=dtype), *_example(dtype)
 
@@ -128,6 +138,8 @@ def rules(rows: int) -> tuple[Rule, ...]:
                 NearMiss(_largest, reason="joined by max, not by sum"),
                 NearMiss(_kept, reason="is also used by output"),
                 NearMiss(_residual, _residual_example, "what is added to the product is no bias"),
+                NearMiss(_program, _no_rows_example, "0 rows, fewer than the option matmul_all_reduce="),
+                NearMiss(_program, _batches_example, "4 and 2 dimensions are multiplied", inference=True),
                 NearMiss(_program, _wide_example, "the kernel takes float16 or bfloat16, not torch.float32"),
             ),
             oracle=lambda x, weight: x @ weight,

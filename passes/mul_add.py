@@ -60,6 +60,15 @@ def _mixed_example(dtype: torch.dtype) -> tuple[object, ...]:
     return x, y.double(), z  # type: ignore[attr-defined]
 
 
+def _double_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return _example(torch.float64)
+
+
+def _scalar_example(dtype: torch.dtype) -> tuple[object, ...]:
+    x, _, z = _example(dtype)
+    return x, torch.tensor(1.5, dtype=dtype), z
+
+
 RULES = (
     Rule(
         "mul_add",
@@ -74,6 +83,8 @@ RULES = (
             NearMiss(_kept, reason="is also used by output"),
             NearMiss(_number, reason="a number is multiplied or added"),
             NearMiss(_program, _mixed_example, "are mixed"),
+            NearMiss(_program, _double_example, "torch.float64 is not one of"),
+            NearMiss(_program, _scalar_example, "a tensor without dimensions takes part"),
         ),
     ),
 )

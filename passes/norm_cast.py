@@ -56,6 +56,10 @@ def _sum_widened(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, .
     return total.float(), normed
 
 
+def _double_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return _example(torch.float64)
+
+
 def _example(dtype: torch.dtype) -> tuple[object, ...]:
     register()
     return torch.randn(3, 5, 64, dtype=dtype), torch.randn(3, 5, 64, dtype=dtype), torch.randn(64, dtype=dtype)
@@ -74,6 +78,7 @@ RULES = (
         example=_example,
         near_misses=(
             NearMiss(_to_double, reason="the norm is converted to torch.float64, not to float32"),
+            NearMiss(_program, _double_example, "the norm is in torch.float64 already, not in half precision"),
             NearMiss(_sum_widened),
         ),
         dtypes=HALVES,

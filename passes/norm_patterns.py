@@ -34,9 +34,10 @@ def rms_norm(x: Pattern, again: Pattern, tag: str = "", factor: Pattern | None =
 
 
 def legal_norm(match: Match, width: object, tag: str = "") -> Fact:
-    """Whether the norm is over the last dimension only, of size `width`, with one weight an element."""
-    if match.bindings["weight" + tag] is None:
-        return known(False, "the norm has no weight")
+    """Whether the norm is over the last dimension only, of size `width`, with one weight an element.
+
+    The weight has to be a tensor: where a pattern does not say so, the caller asks.
+    """
     weight = match.tensor("weight" + tag)
     dims = match.bindings.get("dims" + tag)
     verdict = known(weight.dim() == 1, f"the weight has {weight.dim()} dimensions")

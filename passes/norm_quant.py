@@ -64,35 +64,34 @@ def legal_rows(match: Match) -> Fact:
     return known(dtype is None or dtype in INT8, f"the result is no int8: dtype {dtype}")
 
 
-def legal_int8(match: Match, width: object) -> Fact:
+def legal_int8(match: Match) -> Fact:
     """Whether the static quantization is to int8, with a scale (and zero) in all or one a channel."""
     rank = match.root.meta["val"].dim()
-    verdict = known(match.bindings["dtype"] in INT8, f"the result is no int8: dtype {match.bindings['dtype']}")
-    for name in ("scale", "zero"):
-        if match.bindings[name] is None:
-            continue
-        tensor = match.tensor(name)
-        single = tensor.dim() == 1 and tensor.shape[0] == 1
-        along = match.bindings["axis"] in (-1, rank - 1)
-        verdict = verdict & known(single or along, f"{name} runs along dimension {match.bindings['axis']}")
-        if not single:
-            verdict = verdict & same_shape(tensor.shape, (width,), name)  # type: ignore[arg-type]
-    return verdict
+    axis, dtype = match.bindings["axis"], match.bindings["dtype"]
+    along = axis in (-1, rank - 1) or match.tensor("scale").shape == (1,)  # zero has the shape of scale
+    return known(dtype in INT8, f"the result is no int8: dtype {dtype}") & known(
+        along, f"scale runs along dimension {axis}"
+    )
 
 
 def _legal(match: Match) -> Fact:
-    """Whether only the quantization reads the norm, and smooth, beta fit it."""
-    normed, weight = match.node("normed"), match.tensor("weight")
+    """Whether only the quantization reads the norm, and what is added to it is a bias."""
+    normed = match.node("normed")
     verdict = known(len(normed.users) == 1, f"the norm's result {normed.name} is also read as it is")
     dtype = match.tensor("x").dtype
     verdict = verdict & known(dtype in HALVES, f"quantization operators take half precision, not {dtype}")
-    for name in ("smooth", "beta"):
-        if match.bindings.get(name) is None:
-            continue
-        if not match.is_tensor(name):
-            return known(False, f"{name} is a number")
-        verdict = verdict & same_shape(match.tensor(name).shape, weight.shape, name)
-    return verdict & (legal_int8(match, weight.shape[0]) if "axis" in match.bindings else legal_rows(match))
+    if "beta" in match.bindings:
+        verdict = verdict & _legal_beta(match)
+    return verdict & (legal_int8(match) if "axis" in match.bindings else legal_rows(match))
+
+
+def _legal_beta(match: Match) -> Fact:
+    if not match.is_tensor("beta"):
+        return known(False, "beta is a number")
+    beta, weight = match.tensor("beta"), match.tensor("weight")
+    return same_shape(beta.shape, weight.shape, "shape of beta") & known(
+        beta.dtype == weight.dtype, f"beta is {beta.dtype}, the weight {weight.dtype}"
+    )
 
 
 def _dynamic(build: Build, match: Match) -> Sequence[fx.Node]:
@@ -145,6 +144,25 @@ def _multiplied(
     return torch.ops.npu.npu_quantize(normed + beta, scale, zero, torch.qint8, -1, False), total
 
 
+def _unsigned(
+    x: Tensor, residual: Tensor, weight: Tensor, beta: Tensor, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
+    normed, total = torch.ops.npu_fused.add_rms_norm(x, residual, weight, EPSILON)
+    return torch.ops.npu.npu_quantize(normed + beta, scale, zero, torch.quint8, -1, True), total
+
+
+def _along_rows(
+    x: Tensor, residual: Tensor, weight: Tensor, beta: Tensor, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
+    normed, total = torch.ops.npu_fused.add_rms_norm(x, residual, weight, EPSILON)
+    return torch.ops.npu.npu_quantize(normed + beta, scale, zero, torch.qint8, 1, True), total
+
+
+def _to_int4(x: Tensor, residual: Tensor, weight: Tensor, smooth: Tensor) -> tuple[Tensor, ...]:
+    normed, _ = torch.ops.npu_fused.add_rms_norm(x, residual, weight, EPSILON)
+    return torch.ops.npu.npu_dynamic_quant(normed, smooth_scales=smooth, dst_type=torch.quint4x2)
+
+
 def _static_oracle(*args: Tensor) -> tuple[Tensor, Tensor]:
     x, residual, weight, beta, scale, zero = (arg.cpu() for arg in args)
     return add_rms_norm_quant_reference(x, residual, weight, scale, zero, beta, EPSILON)
@@ -193,6 +211,26 @@ def _lone_example(dtype: torch.dtype) -> tuple[object, ...]:
     return x, weight, torch.zeros(64, dtype=dtype).npu(), scale.npu(), torch.full((1,), 3, dtype=torch.int8).npu()
 
 
+def _wide_beta_example(dtype: torch.dtype) -> tuple[object, ...]:
+    x, residual, weight, _, *rest = _static_example(dtype)
+    return x, residual, weight, torch.zeros(5, 64, dtype=dtype).npu(), *rest
+
+
+def _float_beta_example(dtype: torch.dtype) -> tuple[object, ...]:
+    x, residual, weight, _, *rest = _static_example(dtype)
+    return x, residual, weight, torch.zeros(64).npu(), *rest
+
+
+def _row_example(dtype: torch.dtype) -> tuple[object, ...]:
+    *rest, scale, zero = _static_example(dtype)
+    return *rest, scale[:5].clone(), zero[:5].clone()  # type: ignore[index]
+
+
+def _unsigned_example(dtype: torch.dtype) -> tuple[object, ...]:
+    *rest, zero = _static_example(dtype)
+    return *rest, zero.abs()  # type: ignore[attr-defined]
+
+
 def _float_example(dtype: torch.dtype) -> tuple[object, ...]:
     *rest, zero = _static_example(torch.float32)
     return *rest, zero.int()  # type: ignore[attr-defined]
@@ -217,6 +255,7 @@ RULES = (
         near_misses=(
             NearMiss(_read_as_it_is, reason="is also read as it is"),
             NearMiss(_number_added, reason="beta is a number"),
+            NearMiss(_to_int4, reason="the result is no int8: dtype 16"),
         ),
         dtypes=HALVES,
     ),
@@ -232,6 +271,10 @@ RULES = (
         example=_static_example,
         near_misses=(
             NearMiss(_multiplied),
+            NearMiss(_unsigned, _unsigned_example, "the result is no int8: dtype "),
+            NearMiss(_along_rows, _row_example, "scale runs along dimension 1"),
+            NearMiss(_static_program, _wide_beta_example, "shape of beta: 2 and 1 dimensions"),
+            NearMiss(_static_program, _float_beta_example, "beta is torch.float32, the weight torch.float16"),
             NearMiss(_static_program, _float_example, "take half precision, not torch.float32"),
         ),
         dtypes=HALVES,

@@ -300,7 +300,7 @@ def _legal_tables(
 
 def _legal_norm(norm: Match, source: fx.Node) -> bool:
     """Whether the norm is over the head size, and reshapes behind it change nothing but the view."""
-    if not isinstance(norm.bindings["x"], fx.Node):
+    if not norm.is_tensor("weight"):
         return False
     x = norm.tensor("x")
     return bool(same_shape(x.shape, source.meta["val"].shape, "shape") & legal_norm(norm, x.shape[-1]))

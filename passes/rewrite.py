@@ -44,11 +44,15 @@ class NearMiss:
         example: makes its arguments, given a dtype; None takes the rule's own example.
         reason: part of the reason that the record must give. Empty only where the match fails before NEAR_MISS calls,
             which leaves no reason behind.
+        inference: lowered as vLLM does, under inference_mode, where layer_norm, reshape and matmul stay whole.
+        dynamic: no size is known.
     """
 
     program: Callable[..., object]
     example: Callable[[torch.dtype], tuple[object, ...]] | None = None
     reason: str = ""
+    inference: bool = False
+    dynamic: bool = False
 
 
 def always(match: Match) -> Fact:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from npu_compiler.facts.sizes import Fact, known, same_shape
 from npu_compiler.passes.pattern import Any, Call, Half, Match
@@ -29,12 +29,12 @@ NAME = "swiglu"
 
 
 def _legal_joined(match: Match) -> Fact:
-    return known(match.tensor("x").dtype.is_floating_point, "the dtype is not a floating one")
+    dtype = match.tensor("x").dtype
+    return known(dtype.is_floating_point, f"{dtype} is not a floating dtype")
 
 
 def _legal_apart(match: Match) -> Fact:
-    gate, up = match.bindings["gate"], match.bindings["up"]
-    if not (isinstance(gate, fx.Node) and isinstance(up, fx.Node)):
+    if not match.is_tensor("up"):
         return known(False, "a number is multiplied")
     left, right = match.tensor("gate"), match.tensor("up")
     return known(left.dtype == right.dtype, f"dtypes {left.dtype} and {right.dtype} are multiplied") & same_shape(
@@ -63,6 +63,10 @@ def _mixed_example(dtype: torch.dtype) -> tuple[object, ...]:
     return torch.randn(3, 5, 32, dtype=dtype), torch.randn(3, 5, 32, dtype=torch.float64)
 
 
+def _scaled(gate: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate) * 1.5
+
+
 def _activation_kept(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     active = torch.nn.functional.silu(gate)
     return active * up, active
@@ -79,7 +83,14 @@ RULES = (
         reference=_joined_program,
         example=lambda dtype: (torch.randn(3, 5, 64, dtype=dtype),),
         # unequal parts leave no reason: the failed attempt is two calls deep
-        near_misses=(NearMiss(_one_element_gate),),
+        near_misses=(
+            NearMiss(_one_element_gate),
+            NearMiss(
+                _joined_program,
+                lambda dtype: (torch.randn(3, 64, dtype=torch.complex64),),
+                "torch.complex64 is not a floating dtype",
+            ),
+        ),
     ),
     Rule(
         "silu_mul",
@@ -94,6 +105,7 @@ RULES = (
         near_misses=(
             NearMiss(_apart_program, _broadcast_example, "the product broadcasts"),
             NearMiss(_apart_program, _mixed_example, "torch.float64 are multiplied"),
+            NearMiss(_scaled, lambda dtype: (torch.randn(3, 5, dtype=dtype),), "a number is multiplied"),
             NearMiss(_activation_kept, reason="inner value silu is also used by output"),
         ),
     ),

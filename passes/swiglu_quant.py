@@ -27,7 +27,7 @@ from npu_compiler.passes.pattern import Any, Call, Match
 from npu_compiler.passes.rewrite import Build, NearMiss, Rule
 
 NAME = "swiglu_quant"
-SWIGLU = Call("npu_fused.swiglu.default", Any("x"), name="active")
+SWIGLU = Call("npu_fused.swiglu.default", Any("x"))
 
 
 def _legal_dynamic(match: Match) -> Fact:
@@ -40,7 +40,7 @@ def _legal_dtype(match: Match) -> Fact:
 
 
 def _legal_static(match: Match) -> Fact:
-    return _legal_dtype(match) & legal_int8(match, match.tensor("active").shape[-1])
+    return _legal_dtype(match) & legal_int8(match)
 
 
 def _static(build: Build, match: Match) -> fx.Node:
@@ -71,6 +71,14 @@ def _along_rows(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return torch.ops.npu.npu_quantize(torch.ops.npu_fused.swiglu(x), scale, zero, torch.qint8, 0, True)
 
 
+def _unsigned(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return torch.ops.npu.npu_quantize(torch.ops.npu_fused.swiglu(x), scale, zero, torch.quint8, -1, True)
+
+
+def _to_int4(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.npu.npu_dynamic_quant(torch.ops.npu_fused.swiglu(x), dst_type=torch.quint4x2)
+
+
 def _static_oracle(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return swiglu_quant_reference(x.cpu(), scale.cpu(), zero.cpu())
 
@@ -83,6 +91,10 @@ def _dynamic_example(dtype: torch.dtype) -> tuple[object, ...]:
 
 def _static_example(dtype: torch.dtype) -> tuple[object, ...]:
     return *_dynamic_example(dtype), torch.full((1,), 0.03125).npu(), torch.full((1,), 3, dtype=torch.int32).npu()
+
+
+def _float_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return _static_example(torch.float32)
 
 
 def _row_example(dtype: torch.dtype) -> tuple[object, ...]:
@@ -99,7 +111,10 @@ RULES = (
         reference=_dynamic_program,
         oracle=_dynamic_oracle,
         example=_dynamic_example,
-        near_misses=(NearMiss(_kept, reason="is also used by output"),),
+        near_misses=(
+            NearMiss(_kept, reason="is also used by output"),
+            NearMiss(_to_int4, reason="the result is no int8: dtype 16"),
+        ),
         dtypes=HALVES,
     ),
     Rule(
@@ -111,7 +126,11 @@ RULES = (
         oracle=_static_oracle,
         example=_static_example,
         after=("aten._to_copy.default", "npu_fused.swiglu_quant.default"),
-        near_misses=(NearMiss(_along_rows, _row_example, "scale runs along dimension 0"),),
+        near_misses=(
+            NearMiss(_along_rows, _row_example, "scale runs along dimension 0"),
+            NearMiss(_unsigned, reason="the result is no int8: dtype "),
+            NearMiss(_static_program, _float_example, "take half precision, not torch.float32"),
+        ),
         dtypes=HALVES,
     ),
 )

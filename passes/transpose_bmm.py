@@ -51,11 +51,9 @@ def _batch_first(match: Match) -> bool:
 
 
 def _legal(match: Match) -> Fact:
-    x, weight = match.tensor("x"), match.tensor("weight")
-    return (
-        known(x.dtype == weight.dtype, f"dtypes {x.dtype} and {weight.dtype} are multiplied")
-        & known(_swaps(match, ""), "the result's batch and rows are not what is exchanged")
-        & known(_batch_first(match) or _swaps(match, "x_"), "the input's batch and rows are not what is exchanged")
+    into = _batch_first(match) or _swaps(match, "x_")
+    return known(_swaps(match, ""), "the result's batch and rows are not what is exchanged") & known(
+        into, "the input's batch and rows are not what is exchanged"
     )
 
 
@@ -79,6 +77,18 @@ def _kept(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return product.transpose(0, 1).contiguous(), product
 
 
+def _rows_and_columns(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(x.transpose(1, 2), weight).transpose(0, 1).contiguous()
+
+
+def _copied_as_it_lies(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1).clone()
+
+
+def _columns_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return torch.randn(3, 16, 5, dtype=dtype), torch.randn(3, 16, 32, dtype=dtype)
+
+
 def _example(dtype: torch.dtype) -> tuple[object, ...]:
     return torch.randn(5, 3, 16, dtype=dtype), torch.randn(3, 16, 32, dtype=dtype)
 
@@ -97,6 +107,8 @@ RULES = (
         near_misses=(
             NearMiss(_columns_first, reason="the result's batch and rows are not what is exchanged"),
             NearMiss(_kept, reason="is also used by output"),
+            NearMiss(_rows_and_columns, _columns_example, "the input's batch and rows are not what is exchanged"),
+            NearMiss(_copied_as_it_lies, reason="result clone: stride of dimension 0"),
         ),
     ),
 )

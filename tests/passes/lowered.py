@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,19 @@ from npu_compiler.passes import pipeline
 from npu_compiler.passes.record import Pass, PassRecord
 
 
+class Lowered(Exception):
+    """Raised in the place of the program's first run."""
+
+
+def stop(*args: object) -> None:
+    raise Lowered
+
+
 def lowered(
     function: Callable[..., Any], *args: Any, dynamic: bool | None = False, inference: bool = False
 ) -> Functional:
-    """The functional program of `function` called with `args`; one graph, no passes run.
+    """The functional program of `function` called with `args`; one graph, no passes run. The program is not run either:
+    it may be one that the device would refuse.
 
     Args:
         inference: lower as vLLM does, under inference_mode, where F.layer_norm, reshape and matmul stay whole.
@@ -28,12 +38,12 @@ def lowered(
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         def finish(functional: Functional) -> Callable[..., Any]:
             programs.append(functional)
-            return functional.graph.forward
+            return stop
 
         return lower(gm, example_inputs, finish)
 
     torch._dynamo.reset()
-    with torch.inference_mode() if inference else torch.no_grad():
+    with torch.inference_mode() if inference else torch.no_grad(), contextlib.suppress(Lowered):
         torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
     (program,) = programs
     return program
