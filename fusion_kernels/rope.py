@@ -27,9 +27,13 @@ NORM = ("npu::npu_rms_norm",)
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin; x [..., T, N, D], cos and sin [..., T, 1, D] (broadcast over the heads)."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).contiguous()
+    """x * cos + rotate_half(x) * sin; x [..., T, N, D], cos and sin [..., T, 1, D] (broadcast over the heads).
+
+    bfloat16 is computed in float32 and rounded once, as CANN's kernels do it.
+    """
+    wide = x.float() if x.dtype == torch.bfloat16 else x
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype).contiguous()
 
 
 def qk_rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

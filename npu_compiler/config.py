@@ -206,7 +206,7 @@ def refuse_mode(mode: str | None) -> None:
 
 def check_names(option: str, given: Iterable[str], valid: Iterable[str]) -> None:
     """Raises OptionError for the first given name that is not valid, with the nearest one that is."""
-    valid = list(valid)
+    valid = list(dict.fromkeys(valid))  # a pass may run twice
     for name in given:
         if name not in valid:
             raise OptionError(

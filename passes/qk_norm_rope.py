@@ -20,7 +20,9 @@ cos and sin are rows of a table; another operator gathers them itself and reads 
     q_out, k_out = npu_fused.qk_rope_cached(q, k, positions, table, interleaved)
 
 Norms then stay calls of their own, unless the head is within the limits of qkv_attention.py, which takes it all.
-The fused operators work in the layout the projection leaves behind (tokens before heads), hence the transposes.
+The fused operators work in the layout the projection leaves behind (tokens before heads), hence the transposes. That
+goes for a part of a head too (GPT-NeoX, Phi), which is then joined with the rest as before. A rotation that the program
+widens from bfloat16 to float32 (ModernBERT) is one of bfloat16, which the fused operator computes in float32.
 """
 
 from __future__ import annotations
@@ -31,12 +33,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from npu_compiler.facts.sizes import Fact, equal, known, same_shape
+from npu_compiler.facts.sizes import Fact, Size, at_least, equal, known, same_shape
 from npu_compiler.fusion_kernels import register
 from npu_compiler.graph.build import call
 from npu_compiler.passes import qkv_attention
 from npu_compiler.passes.norm_patterns import legal_norm, rms_norm
 from npu_compiler.passes.pattern import (
+    CASTS,
     VIEWS,
     Any,
     Call,
@@ -111,10 +114,11 @@ class Rotated:
 
     Attributes:
         root: the call that yields it. `nodes`: all calls that fusion would replace.
-        source: what the fused operator reads, [..., tokens, heads, D].
+        source: what the fused operator reads, [..., tokens, heads, D] (but see `turned`).
         weight, epsilon: of the norm before the rotation; None without one.
         cos, sin: the tables as the program has them. `half`: they are [..., D / 2].
         transposed: the program has heads before tokens.
+        turned: `source` has too, though not in memory: it is no plain transposition, but a part of one (GPT-NeoX, Phi).
         cached: positions and table that cos and sin come from, where one operator takes them all.
         interleaved: neighbours are rotated, not halves.
     """
@@ -128,6 +132,7 @@ class Rotated:
     sin: fx.Node
     half: bool
     transposed: bool = False
+    turned: bool = False
     cached: tuple[fx.Node, fx.Node] | None = None
     interleaved: bool = False
 
@@ -137,6 +142,12 @@ class Rotated:
         if self.cached is not None:
             return [self.source, *self.cached]
         return [item for item in (self.source, self.weight, self.cos, self.sin) if item is not None]
+
+    @property
+    def shape(self) -> list[Size]:
+        """[..., tokens, heads, D]."""
+        sizes = list(self.source.meta["val"].shape)
+        return [sizes[0], sizes[2], sizes[1], sizes[3]] if self.turned else sizes
 
     @property
     def family(self) -> tuple[object, ...]:
@@ -185,22 +196,29 @@ def _describe(match: Match) -> tuple[Rotated | None, Fact]:
         return None, known(False, "a number takes the place of cos, sin or the operand")
     cos, sin = match.node(names[0]), match.node(names[1])
     operand = match.node("operand")
-    nodes, source, transposed = list(match.nodes), operand, False
+    nodes, root = list(match.nodes), match.root
+    narrow = _in_bfloat16(match.root, operand, cos, sin)
+    if narrow is not None:
+        nodes += [operand, narrow.root]
+        root, operand, cos, sin = narrow.root, narrow.operand, narrow.cos, narrow.sin
+    source, transposed = operand, False
     turn, _ = find(TRANSPOSED, operand)
     if turn is not None and _swaps_tokens_and_heads(turn, operand):
         source, transposed = turn.node("straight"), True
         nodes.append(operand)
+    turned = source is operand and _tokens_first_in_memory(operand, cos)
+    transposed = transposed or turned
     verdict = _legal_tables(operand.meta["val"], cos.meta["val"], sin.meta["val"], half, transposed, match)
     if not verdict:
         return None, verdict
     cached = _cached(cos, sin) if half and operand.meta["val"].dim() == 3 else None
-    norm = _norm_before(source, [*nodes, *match.nodes], match.root)
+    norm = None if turned else _norm_before(source, nodes, root)
     one_kernel = norm is not None and "stack" not in match.bindings and bool(qkv_attention.takes(source.meta["val"]))
     if cached is not None and not one_kernel:
         return _described_cached(match, operand, cached)
     if "stack" in match.bindings:
         return None, known(False, "neighbours are rotated by cos and sin that are not rows of a table")
-    verdict = private(nodes, [match.root])
+    verdict = private(nodes, [root])
     if not verdict:
         return None, verdict
     weight, epsilon = None, None
@@ -209,9 +227,36 @@ def _describe(match: Match) -> tuple[Rotated | None, Fact]:
         source, weight = norm.node("x"), norm.node("weight")
         epsilon = float(norm.bindings["epsilon"])  # type: ignore[arg-type]
     return (
-        Rotated(match.root, tuple(sorted(set(nodes))), source, weight, epsilon, cos, sin, half, transposed),
+        Rotated(root, tuple(sorted(set(nodes))), source, weight, epsilon, cos, sin, half, transposed, turned),
         verdict,
     )
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A rotation in float32 of a bfloat16 tensor, by bfloat16 cosines and sines; its result becomes bfloat16 again."""
+
+    root: fx.Node
+    operand: fx.Node
+    cos: fx.Node
+    sin: fx.Node
+
+
+def _in_bfloat16(root: fx.Node, operand: fx.Node, cos: fx.Node, sin: fx.Node) -> Narrow | None:
+    """The rotation as one of bfloat16, if it is one that is widened (ModernBERT). The fused operator computes that in
+    float32 and rounds once, as the program does; float16 it computes as it is."""
+    users = list(root.users)
+    if len(users) != 1 or _narrowed(operand) is operand or str(users[0].target) not in CASTS:
+        return None
+    found = Narrow(users[0], *map(_narrowed, (operand, cos, sin)))
+    tensors = (item.meta["val"] for item in (found.root, found.operand, found.cos, found.sin))
+    return found if all(tensor.dtype == torch.bfloat16 for tensor in tensors) else None
+
+
+def _narrowed(node: fx.Node) -> fx.Node:
+    """What a node widens to float32, or the node."""
+    source = node.args[0] if str(node.target) in CASTS else None
+    return source if isinstance(source, fx.Node) and node.meta["val"].dtype == torch.float32 else node
 
 
 def _described_cached(match: Match, operand: fx.Node, cached: tuple[fx.Node, fx.Node]) -> tuple[Rotated | None, Fact]:
@@ -273,6 +318,14 @@ def _swaps_tokens_and_heads(turn: Match, operand: fx.Node) -> bool:
     return rank == 4 and axes == {1, 2}
 
 
+def _tokens_first_in_memory(operand: fx.Node, cos: fx.Node) -> bool:
+    """Whether [batch, heads, tokens, D], as cos tells, lies in memory with tokens before heads."""
+    x, table = operand.meta["val"], cos.meta["val"]
+    if x.dim() != 4 or table.dim() != 4 or not equal(table.shape[1], 1, "cos along the heads"):
+        return False
+    return not equal(x.shape[1], 1, "heads") and bool(at_least(x.stride(2), x.stride(1) + 1, "stride of the tokens"))
+
+
 def _legal_tables(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: bool, transposed: bool, match: Match
 ) -> Fact:
@@ -315,7 +368,7 @@ def _first_use(first: Rotated, second: Rotated) -> fx.Node | None:
 def _fuse(graph: fx.Graph, first: Rotated, second: Rotated, record: PassRecord) -> None:
     roots = [first.root, second.root]
     nodes = sorted({*first.nodes, *second.nodes})
-    shapes = [one.source.meta["val"].shape for one in (first, second)]
+    shapes = [first.shape, second.shape]
     verdict = same_shape(shapes[0][:-2], shapes[1][:-2], "tokens of the pair") & equal(
         shapes[0][-1], shapes[1][-1], "head sizes of the pair"
     )
@@ -352,9 +405,18 @@ def _operator(graph: fx.Graph, first: Rotated, second: Rotated, made: list[fx.No
         return "qk_rope_cached", (first.source, second.source, *first.cached, first.interleaved)
     cos, sin = (_table(graph, table, first, made) for table in (first.cos, first.sin))
     if first.weight is None:
-        return "qk_rope", (first.source, second.source, cos, sin)
+        q, k = (_tokens_first(graph, one, made) for one in (first, second))
+        return "qk_rope", (q, k, cos, sin)
     norms = (first.weight, second.weight, first.epsilon, second.epsilon)
     return "qk_norm_rope", (first.source, second.source, *norms, cos, sin)
+
+
+def _tokens_first(graph: fx.Graph, one: Rotated, made: list[fx.Node]) -> fx.Node:
+    """What is rotated, as the fused operator takes it: [..., tokens, heads, D]."""
+    if one.turned:
+        made.append(call(graph, torch.ops.aten.transpose.int, (one.source, 1, 2), replaces=[one.root], made_by=NAME))
+        return made[-1]
+    return one.source
 
 
 def _table(graph: fx.Graph, table: fx.Node, like: Rotated, made: list[fx.Node]) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -259,3 +260,92 @@ def test_the_second_part_of_a_head_is_no_rest() -> None:
     assert calls(graph).count("aten.cat.default") == 2
     for got, want in zip(graph(*args), program(*args), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def _parted(x: Tensor, cos: Tensor, sin: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+    """The first part of each head rotated; x [B, T, HEADS * 3 * SIZE] of q, k, v: head by head (GPT-NeoX) or each in
+    one piece (Phi); cos, sin [B, T, SIZE / 2]."""
+    if packed:
+        q, k, _ = x.unflatten(-1, (HEADS, 3 * SIZE)).transpose(1, 2).chunk(3, dim=-1)
+    else:
+        q, k, _ = (part.unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for part in x.chunk(3, dim=-1))
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    out = []
+    for part in (q, k):
+        first, rest = part[..., : cos.shape[-1]], part[..., cos.shape[-1] :]
+        out.append(torch.cat((first * cos + turn(first) * sin, rest), dim=-1))
+    return out[0], out[1]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, None], ids=["one", "static", "dynamic"])
+@pytest.mark.parametrize("packed", [True, False], ids=["gpt_neox", "phi"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_part_of_a_head_with_heads_before_tokens(dtype: torch.dtype, packed: bool, tokens: int | None) -> None:
+    torch.manual_seed(0)
+    count = tokens or 5
+    angle = torch.randn(2, count, SIZE // 4).repeat(1, 1, 2)
+    args = (torch.randn(2, count, HEADS * 3 * SIZE, dtype=dtype), angle.cos().to(dtype), angle.sin().to(dtype))
+    if tokens is None:
+        for arg in args:
+            torch._dynamo.mark_dynamic(arg, 1)
+    backend = AscendBackend()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        run = torch.compile(functools.partial(_parted, packed=packed), backend=backend, fullgraph=True)
+        outputs = run(*args)
+        expected = _parted(*(arg.double() for arg in args), packed)
+    for got, want in zip(outputs, expected, strict=True):
+        tolerance = 1e-5 if dtype is torch.float32 else 0.05
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+    (compiled,) = backend.compiled()
+    assert compiled.graph is not None
+    operators = calls(compiled.graph)
+    assert operators.count("npu_fused.qk_rope.default") == 1
+    assert not {"aten.neg.default", "aten.mul.Tensor", "aten.add.Tensor"} & set(operators)
+
+
+def _widened(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, table_widened: bool) -> tuple[Tensor, Tensor]:
+    """q and k [B, N, T, D], rotated in float32 (ModernBERT, Qwen2-VL)."""
+    wide = q.float(), k.float()
+    if table_widened:
+        cos, sin = cos.float(), sin.float()
+    q_out, k_out = (x * cos + turn(x) * sin for x in wide)
+    return q_out.to(q.dtype), k_out.to(k.dtype)
+
+
+def _widened_arguments(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    q, k = (torch.randn(2, 5, 4, SIZE, dtype=dtype).transpose(1, 2) for _ in range(2))
+    angle = torch.randn(2, 1, 5, SIZE // 2).repeat(1, 1, 1, 2)
+    return q, k, angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+@pytest.mark.parametrize("table_widened", [True, False])
+def test_a_rotation_in_float32_of_bfloat16_is_one_of_bfloat16(table_widened: bool) -> None:
+    torch.manual_seed(0)
+    program = functools.partial(_widened, table_widened=table_widened)
+    args = _widened_arguments(torch.bfloat16)
+    graph = lowered(program, *args).graph
+    records = pipeline.run(graph, Options(check=True))
+    (record,) = [record for record in records if record.name == qk_norm_rope.NAME]
+    assert [entry.rule for entry in record.fired] == ["qk_rope"], str(record)
+    assert "aten._to_copy.default" not in calls(graph)
+    for got, want in zip(graph(*args), program(*args), strict=True):
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()
+
+
+def test_a_rotation_in_float32_of_float16_stays() -> None:
+    """The kernel would compute it in float16."""
+    reasons, record = left_out(functools.partial(_widened, table_widened=False), *_widened_arguments(torch.float16))
+    assert not record.fired
+    assert "dtypes torch.float32, torch.float16, torch.float16 are mixed" in reasons
+
+
+def test_a_rotation_that_is_read_in_float32_stays() -> None:
+    def program(*args: Tensor) -> tuple[Tensor, ...]:
+        q, k, cos, sin = args[0].float(), args[1].float(), *args[2:]
+        return q * cos + turn(q) * sin, k * cos + turn(k) * sin
+
+    reasons, record = left_out(program, *_widened_arguments(torch.bfloat16))
+    assert not record.fired
+    assert "dtypes torch.float32, torch.bfloat16, torch.bfloat16 are mixed" in reasons
