@@ -1,95 +1,294 @@
 """Turns functional copies back into writes in place.
 
-AOTAutograd wraps a custom operator that mutates (`op(x!, y)`) as `auto_functionalized_v2(op, y, _all_bases=[x])`, which
-stands for clone, call, use the clone. This pass proves where the clone is needless and puts the plain call back.
+AOTAutograd makes `cache[i] = x` a call that gives a new cache, and wraps a custom operator that mutates (`op(x!, y)`)
+as `auto_functionalized_v2(op, y, _all_bases=[x])`, which stands for clone, call, use the clone. This pass proves where
+the copy is needless and puts the write back.
 
 Before::
 
     out = aten.empty.memory_format([8, 64])
     pair = auto_functionalized_v2(attention_with_output, q, k, v, _output_base_index=0, _all_bases=[out])
     result = operator.getitem(pair, 1)
+    row = aten.select_scatter.default(x, y, 0, 3)
+    copy_ = aten.copy_.default(x, row)
 
 After::
 
     out = aten.empty.memory_format([8, 64])
     attention_with_output(q, k, v, out)
+    part = aten.select.int(x, 0, 3)
+    copy_ = aten.copy_.default(part, y)
 
-The analysis is Inductor's (`reinplace_inplaceable_ops`, `decompose_auto_functionalized`). It asks whether a later call
-reads the old value, but not whether the same call does through another argument; `_separate_reads` closes that hole by
-giving such a call a copy to read.
+When a write in place would be noticed, graph/holders.py says. A call that reads what it writes through another argument
+gets a copy to read, an output that would lie in an input's memory is a copy.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo.utils import detect_fake_mode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from npu_compiler.facts.sizes import equal, same_layout
 from npu_compiler.graph.build import call
-from npu_compiler.graph.effects import is_functionalized, storage, tensors, written_storages
-from npu_compiler.graph.spec import refresh_aliases
+from npu_compiler.graph.effects import argument, is_functionalized, storage, tensors, value, written_storages
+from npu_compiler.graph.functionalized import Base, Wrapped
+from npu_compiler.graph.holders import Holders, is_final_write, same_place
+from npu_compiler.graph.overlap import may_overlap
+from npu_compiler.graph.source import origin_of
+from npu_compiler.graph.spec import infer, refresh_aliases
 from npu_compiler.passes.record import PassRecord
 
 NAME = "reinplace"
 aten = torch.ops.aten
-SCATTERS = (
-    aten.index_copy.default,
-    aten.select_scatter.default,
-    aten.slice_scatter.default,
-    aten.as_strided_scatter.default,
-    aten.diagonal_scatter.default,
-)
-"""Functional writes that the analysis knows in another form."""
+IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
+    aten.index_put.default: aten.index_put_.default,
+    aten.index_copy.default: aten.index_copy_.default,
+    aten.index_add.default: aten.index_add_.default,
+    aten.index_fill.int_Scalar: aten.index_fill_.int_Scalar,
+    aten.scatter.src: aten.scatter_.src,
+    aten.scatter.value: aten.scatter_.value,
+    aten.scatter_add.default: aten.scatter_add_.default,
+    aten.masked_fill.Scalar: aten.masked_fill_.Scalar,
+    aten.masked_fill.Tensor: aten.masked_fill_.Tensor,
+    aten.masked_scatter.default: aten.masked_scatter_.default,
+    torch.ops._c10d_functional.all_reduce.default: torch.ops._c10d_functional.all_reduce_.default,
+}
+"""Operators that change their first argument's copy, and those of the same arguments that change it itself."""
+VIEW_OF: dict[Callable[..., Any], Callable[..., Any]] = {
+    aten.select_scatter.default: aten.select.int,
+    aten.slice_scatter.default: aten.slice.Tensor,
+    aten.as_strided_scatter.default: aten.as_strided.default,
+    aten.diagonal_scatter.default: aten.diagonal.default,
+}
+"""`scatter(whole, part, *which)` is a copy of `whole` whose `view(*which)` is `part`."""
 
 
 def run(module: fx.GraphModule, record: PassRecord) -> None:
-    from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
-    from torch._inductor.fx_passes.reinplace import inplaceable_ops, reinplace_inplaceable_ops
-    from torch._inductor.fx_utils import FakeTensorUpdater
-    from torch._inductor.virtualized import V
-
     graph = module.graph
-    mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
-    if mode is None:  # a program over sizes only writes nothing
+    if detect_fake_mode([node.meta.get("val") for node in graph.nodes]) is None:  # over sizes only: nothing is written
         return
-    functional = {node: str(node.target) for node in graph.nodes}
-    kept = _keep_outputs(graph, inplaceable_ops)
-    index_copies = graph.find_nodes(op="call_function", target=aten.index_copy.default)
-    dimensions = {node: _as_index_put(node) for node in index_copies}
+    kept = _keep_outputs(graph)
+    writes = _Writes(graph, record)
     for node in list(graph.nodes):
         if is_functionalized(node):
-            _separate_reads(graph, node, _written(node), record)
-        elif node.target in inplaceable_ops:
-            positions = inplaceable_ops[node.target].mutated_args
-            _separate_reads(graph, node, [node.args[position] for position in positions], record)
-    with V.set_fake_mode(mode):
-        reinplace_inplaceable_ops(FakeTensorUpdater(module), graph)
-    for node, dimension in dimensions.items():
-        _as_index_copy(node, dimension)
-    for node in graph.nodes:
-        if is_functionalized(node):
-            _note(node, record)
-        elif node in functional and str(node.target) != functional[node]:
-            record.fire(f"{NAME}: {functional[node]}", node, [node])
-    with V.set_fake_mode(mode):
-        decompose_auto_functionalized(graph)
-    for node in list(graph.nodes):
-        if node.target is aten.copy_.default and node.args[0] is node.args[1]:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+            writes.wrapped(node)
+        elif node.target in IN_PLACE:
+            writes.operator(node)
+        elif node.target in VIEW_OF and _outer(node) is None:
+            writes.scatter(node)
+    refresh_aliases(graph)
+    _drop_final_writes(graph)
     _drop_needless(graph, kept, record)
 
 
-def _keep_outputs(graph: fx.Graph, inplaceable_ops: Container[Any]) -> list[fx.Node]:
+class _Writes:
+    """Puts functional writes in place, one after the other in the program's order."""
+
+    def __init__(self, graph: fx.Graph, record: PassRecord) -> None:
+        self._graph, self._record = graph, record
+        self._holders = Holders(graph)
+
+    def operator(self, node: fx.Node) -> None:
+        """`new = index_put(old, ...)` becomes `index_put_(old, ...)`."""
+        old = node.args[0]
+        name = f"{NAME}: {node.target}"
+        if not isinstance(old, fx.Node) or not self._may(name, node, old, value(old), [node]):
+            return
+        self._record.fire(name, node, [node])
+        node.args = (old, *(self._separate(node, item, [value(old)]) for item in node.args[1:]))
+        node.target = IN_PLACE[node.target]  # type: ignore[index]
+        memory = _storages([node])
+        node.meta["val"] = old.meta["val"]
+        self._holders.become(memory, old)
+
+    def scatter(self, node: fx.Node) -> None:
+        """`new = select_scatter(old, part, 0, i)` becomes `copy_(select(old, 0, i), part)`, nested ones alike."""
+        old, part, views = _unnested(node)
+        name = f"{NAME}: {node.target}"
+        added = _viewed(old, views, node)
+        if not self._may(name, node, old, value(added[-1]), [node]):
+            for view in reversed(added):
+                self._graph.erase_node(view)
+            return
+        self._record.fire(name, node, [node])
+        with self._graph.inserting_before(node):
+            given = self._separate(node, part, [value(added[-1])])
+            write = self._graph.call_function(aten.copy_.default, (added[-1], given))
+            write.meta.update(origin_of([node], NAME), val=added[-1].meta["val"])
+        node.replace_all_uses_with(old)
+        memory = _storages([node])
+        while node.target in VIEW_OF and not node.users:
+            inner = node.args[1]
+            self._graph.erase_node(node)
+            if inner is part:
+                break
+            assert isinstance(inner, fx.Node)
+            node = inner
+        self._holders.become(memory, old)
+
+    def wrapped(self, node: fx.Node) -> None:
+        """`auto_functionalized_v2(op, ..., _all_bases=[old])` becomes `op(..., old)`, or `op(..., copy of old)`."""
+        found = Wrapped.of(node)
+        if found is None:
+            self._record.refuse(NAME, node, f"{node.args[0]} is no operator, and stays functional")
+            return
+        name = f"{NAME}: {found.operator}"
+        written: list[Base] = []
+        for base in found.bases:
+            after = found.values_after(base)
+            if any(_one_memory(base.node, other.node) for other in written):
+                self._record.refuse(
+                    name, node, f"{base.node.name} is written through another argument too; it got a copy"
+                )
+            elif self._may(name, node, base.node, value(base.node), after, "; it got a copy"):
+                written.append(base)
+        copied = [base for base in found.bases if base not in written]
+        copies = {base.path: self._copy(base.node, node) for base in copied}
+        if None in copies.values():
+            for copy in filter(None, copies.values()):
+                self._graph.erase_node(copy)
+            self._record.refuse(
+                name, node, "a base with gaps and symbolic sizes can't be copied here; it stays functional"
+            )
+            return
+        given = [value(base.node) for base in written]
+        reads = found.reads
+        kwargs = {key: self._separate(node, item, given) if key in reads else item for key, item in node.kwargs.items()}
+        node.kwargs = kwargs
+        instead = {base.path: base.node for base in written} | copies
+        values = [(instead[base.path], _storages(found.values_after(base))) for base in found.bases]
+        if not copied:
+            self._record.fire(name, node, [node])
+        found.take_off(instead, NAME)  # type: ignore[arg-type]
+        for old, memory in values:
+            assert old is not None
+            self._holders.become(memory, old)
+
+    def _may(
+        self, name: str, node: fx.Node, old: fx.Node, written: Any, new: Sequence[fx.Node], what_then: str = ""
+    ) -> bool:
+        why_not = self._holders.why_not(node, old, written, new)
+        if why_not:
+            self._record.refuse(name, node, f"{old.name}: {why_not}{what_then}")
+        return not why_not
+
+    def _separate(self, node: fx.Node, item: Any, written: Sequence[Any]) -> Any:
+        """`item`, with copies for what is read from memory that the same call writes."""
+        done: dict[fx.Node, fx.Node] = {}
+
+        def separate(arg: fx.Node) -> fx.Node:
+            if not any(_shares(tensor, other) for tensor in tensors(arg) for other in written):
+                return arg
+            if arg not in done:
+                with self._graph.inserting_before(node):
+                    done[arg] = call(self._graph, aten.clone.default, (arg,), replaces=[arg], made_by=NAME)
+                self._record.refuse(
+                    NAME, node, f"{arg.name} is read from memory that the same call writes; it got a copy"
+                )
+            return done[arg]
+
+        return fx.node.map_arg(item, separate)
+
+    def _copy(self, base: fx.Node, node: fx.Node) -> fx.Node | None:
+        """A copy of `base` with its strides and offset; None where that takes arithmetic on symbolic sizes."""
+        tensor = value(base)
+        assert isinstance(tensor, Tensor)
+        with self._graph.inserting_before(node):
+            copy = call(self._graph, aten.clone.default, (base,), replaces=[node], made_by=NAME)
+            if same_layout(tensor, value(copy), "a copy") and equal(tensor.storage_offset(), 0, "offset"):  # type: ignore[arg-type]
+                return copy
+            self._graph.erase_node(copy)
+            layout = (tensor.shape, tensor.stride(), tensor.storage_offset())
+            numbers = [*layout[0], *layout[1], layout[2]]
+            if any(not isinstance(number, int) for number in numbers):
+                return None
+            reach = 1 + layout[2] + sum((size - 1) * stride for size, stride in zip(*layout[:2], strict=True))
+            copy = base
+            for target, args in (
+                (aten.as_strided.default, ((reach,), (1,), 0)),
+                (aten.clone.default, ()),
+                (aten.as_strided.default, layout),
+            ):
+                copy = call(self._graph, target, (copy, *args), replaces=[node], made_by=NAME)
+            return copy
+
+
+def _one_memory(one: fx.Node, other: fx.Node) -> bool:
+    return not {storage(tensor) for tensor in tensors(one)}.isdisjoint(storage(tensor) for tensor in tensors(other))
+
+
+def _shares(one: Tensor, other: Any) -> bool:
+    return storage(one) == storage(other) and may_overlap(one, other)
+
+
+def _outer(node: fx.Node) -> fx.Node | None:
+    """The scatter that puts the part that `node` has changed back where `node` took it from; None if there is none."""
+    if len(node.users) != 1:
+        return None
+    (user,), view = node.users, node.args[0]
+    if user.target not in VIEW_OF or user.args[1] is not node or not isinstance(view, fx.Node):
+        return None
+    same = view.target is VIEW_OF[user.target] and view.args[0] is user.args[0] and _which(view, 1) == _which(user, 2)  # type: ignore[index]
+    return user if same else None
+
+
+def _which(node: fx.Node, first: int) -> list[Any]:
+    """The arguments that say which part a view or a scatter takes."""
+    count = len(node.target._schema.arguments)  # type: ignore[union-attr]
+    return [argument(node, index) for index in range(first, count)]
+
+
+def _unnested(node: fx.Node) -> tuple[fx.Node, fx.Node, list[tuple[Any, list[Any]]]]:
+    """The whole, the innermost part, and the views that lead from one to the other."""
+    whole, part = node.args[0], node.args[1]
+    assert isinstance(whole, fx.Node) and isinstance(part, fx.Node)
+    views = [(VIEW_OF[node.target], _which(node, 2))]  # type: ignore[index]
+    while part.target in VIEW_OF and _outer(part) is node:
+        node, part = part, part.args[1]  # type: ignore[assignment]
+        views.append((VIEW_OF[node.target], _which(node, 2)))  # type: ignore[index]
+    return whole, part, views
+
+
+def _viewed(whole: fx.Node, views: Iterable[tuple[Any, list[Any]]], node: fx.Node) -> list[fx.Node]:
+    """The views of a whole, one through the other, in front of `node`."""
+    added = [whole]
+    for target, which in views:
+        with node.graph.inserting_before(node):
+            view = node.graph.call_function(target, (added[-1], *which))
+        view.meta.update(origin_of([node], NAME))
+        view.meta["val"] = infer(view)
+        added.append(view)
+    return added[1:]
+
+
+def _drop_final_writes(graph: fx.Graph) -> None:
+    """Drops the writes of an input's last value where it lies in the input already. Where it is another view of the
+    input, it is copied before it is overwritten."""
+    for node in list(graph.nodes):
+        if not is_final_write(node):
+            continue
+        target, source = node.args[0], node.args[1]
+        assert isinstance(target, fx.Node) and isinstance(source, fx.Node)
+        if _storages([target]).isdisjoint(_storages([source])):
+            continue
+        if same_place(target, source):
+            node.replace_all_uses_with(target)
+            graph.erase_node(node)
+        else:
+            with graph.inserting_before(node):
+                copy = call(graph, aten.clone.default, (source,), replaces=[node], made_by=NAME)
+            node.args = (target, copy, *node.args[2:])
+
+
+def _keep_outputs(graph: fx.Graph) -> list[fx.Node]:
     """Clones, where they are made, the outputs that a write in place may leave in an input's memory, which the program
     writes again at its end: `x[0] = 1; y = x.clone(); x[0] = 2; return y` must return neither x nor what x is then."""
     inputs = _storages(graph.find_nodes(op="placeholder"))
-    written = _storages(node for node in graph.nodes if _may_be_in_place(node, inplaceable_ops)) - inputs
+    written = _storages(node for node in graph.nodes if _may_be_in_place(node)) - inputs
     output = graph.output_node()
     copies: dict[fx.Node, fx.Node] = {}
     for node in output.all_input_nodes:
@@ -100,10 +299,8 @@ def _keep_outputs(graph: fx.Graph, inplaceable_ops: Container[Any]) -> list[fx.N
     return list(copies.values())
 
 
-def _may_be_in_place(node: fx.Node, inplaceable_ops: Container[Any]) -> bool:
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return is_functionalized(node.args[0])
-    return node.target in inplaceable_ops or node.target in SCATTERS
+def _may_be_in_place(node: fx.Node) -> bool:
+    return is_functionalized(node) or node.target in IN_PLACE or node.target in VIEW_OF
 
 
 def _storages(nodes: Iterable[fx.Node]) -> set[int]:
@@ -112,7 +309,6 @@ def _storages(nodes: Iterable[fx.Node]) -> set[int]:
 
 def _drop_needless(graph: fx.Graph, copies: Iterable[fx.Node], record: PassRecord) -> None:
     """Drops those of `_keep_outputs`'s clones whose source is the program's own and is not written any more."""
-    refresh_aliases(graph)
     inputs = _storages(graph.find_nodes(op="placeholder"))
     for copy in copies:
         source = copy.args[0]
@@ -129,91 +325,3 @@ def _behind(node: fx.Node) -> Iterator[fx.Node]:
     while node.next.op != "root":
         node = node.next
         yield node
-
-
-def _as_index_put(node: fx.Node) -> int:
-    """Makes an index_copy an equal index_put, which Inductor's analysis knows; returns the dimension.
-
-    transformers' static KV cache is written by index_copy_; left functional, it would be copied whole at every token.
-    """
-    source, dimension, index, values = node.args
-    dimension %= max(source.meta["val"].dim(), 1)
-    node.target = aten.index_put.default
-    node.args = (source, [None] * dimension + [index], values)
-    return dimension
-
-
-def _as_index_copy(node: fx.Node, dimension: int) -> None:
-    """Takes `_as_index_put` back; what was found to be in place stays in place."""
-    source, indices, values = node.args
-    in_place = node.target is not aten.index_put.default
-    node.target = aten.index_copy_.default if in_place else aten.index_copy.default
-    node.args = (source, dimension, indices[-1], values)
-
-
-def _note(node: fx.Node, record: PassRecord) -> None:
-    """Notes what Inductor's analysis decided: it leaves the arguments that still need a clone in the node's meta."""
-    operator_name = str(node.args[0])
-    cloned = node.meta.get("only_clone_these_tensors")
-    if cloned is None or len(cloned):
-        count = "every" if cloned is None else len(cloned)
-        record.refuse(
-            f"{NAME}: {operator_name}", node, f"{count} written argument(s) cloned: the old value is read later"
-        )
-    else:
-        record.fire(f"{NAME}: {operator_name}", node, [node])
-
-
-def _separate_reads(graph: fx.Graph, node: fx.Node, written: list[Any], record: PassRecord) -> None:
-    """Gives `node` a copy of every argument that it reads and that shares memory with one it writes."""
-    written = [base for base in written if isinstance(base, fx.Node)]
-    positions = {id(base) for base in written}
-    done: dict[fx.Node, fx.Node] = {}
-
-    def separate(arg: fx.Node) -> fx.Node:
-        if not any(_shares(arg, base) for base in written):
-            return arg
-        if arg not in done:
-            with graph.inserting_before(node):
-                done[arg] = call(graph, aten.clone.default, (arg,), replaces=[arg], made_by=NAME)
-            record.refuse(NAME, node, f"{arg.name} is read from memory that the same call writes; it got a copy")
-        return done[arg]
-
-    if is_functionalized(node):
-        names = _written_names(node)
-        node.kwargs = {
-            name: value if name in names else fx.node.map_arg(value, separate) for name, value in node.kwargs.items()
-        }
-    else:
-        first = next(index for index, arg in enumerate(node.args) if id(arg) in positions)
-        node.args = tuple(
-            arg if index == first else fx.node.map_arg(arg, separate) for index, arg in enumerate(node.args)
-        )
-
-
-def _written_names(node: fx.Node) -> set[str]:
-    if "_all_bases" in node.kwargs:
-        return {"_all_bases"}
-    schema = node.args[0]._schema  # type: ignore[union-attr]
-    return {arg.name for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write}
-
-
-def _written(node: fx.Node) -> list[Any]:
-    found: list[Any] = []
-    for name in _written_names(node):
-        value = node.kwargs.get(name)
-        found += value if isinstance(value, (list, tuple)) else [value]
-    return found
-
-
-def _shares(read: fx.Node, base: fx.Node) -> bool:
-    """Whether the two may overlap in memory; unknown counts as yes."""
-    from torch._C._dynamo.guards import compute_overlapping_tensors
-
-    left, right = list(tensors(read)), list(tensors(base))
-    if not any(storage(one) == storage(other) for one in left for other in right):
-        return False
-    try:
-        return bool(compute_overlapping_tensors([*left, *right]))
-    except GuardOnDataDependentSymNode:
-        return True

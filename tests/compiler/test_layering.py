@@ -72,3 +72,23 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys, npu_compiler; print([m for m in ('torch', 'torch_npu', 'numpy', 'sympy') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_compilation_imports_of_inductor_what_torch_needs_and_no_more() -> None:
+    """Its passes alone take half a second to import, and a cold compilation takes a few."""
+    code = """
+import sys, torch, torch_npu
+def step(x, rows, new):
+    x.index_copy_(0, rows, new)
+    x[0] = new[1]
+    return x.clone() + x.clone()
+arguments = torch.zeros(4, 8).npu(), torch.tensor([1, 2]).npu(), torch.ones(2, 8).npu()
+with torch.inference_mode():
+    torch.compile(step, backend="aot_eager")(*arguments)
+    before = set(sys.modules)
+    torch._dynamo.reset()
+    torch.compile(step, backend="ascend")(*arguments)
+print(sorted(name for name in set(sys.modules) - before if name.startswith("torch._inductor")))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip().splitlines()[-1] == "[]"

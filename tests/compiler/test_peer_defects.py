@@ -122,7 +122,7 @@ def torch_handlers() -> int:
     code = """
 import atexit, torch, torch_npu
 before = atexit._ncallbacks()
-import torch._functorch.aot_autograd, torch._inductor.fx_passes.post_grad, torch._inductor.fx_passes.reinplace
+import torch._functorch.aot_autograd
 import torch._dynamo.backends.registry
 print(atexit._ncallbacks() - before)
 """

@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, fx
 
+from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import common, dead_code, noop, reinplace
-from npu_compiler.passes.record import Pass
+from npu_compiler.passes.record import Pass, PassRecord
 from tests.passes.lowered import apply, calls, lowered
 
 PASS = Pass(reinplace.NAME, "", reinplace.run)
+
+
+class Compiled:
+    """A function behind the passes up to reinplace, run with Dynamo's convention on copies of its arguments.
+
+    Attributes:
+        calls: the operators of the program.
+        record: what reinplace did.
+    """
+
+    def __init__(self, function: Callable[..., Any], *given: Tensor, dynamic: bool = False) -> None:
+        self.calls: list[str] = []
+        self.record = PassRecord("")
+
+        def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            return lower(gm, inputs, self._finish)
+
+        torch._dynamo.reset()
+        expected, got = ([item.clone() for item in given] for _ in range(2))
+        with torch.no_grad():
+            want = function(*expected)
+            result = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*got)
+        torch.testing.assert_close(result, want)
+        torch.testing.assert_close(got, expected)  # the inputs afterwards
+
+    def _finish(self, functional: Functional) -> Callable[..., Any]:
+        for module in (noop, common, dead_code):
+            apply(Pass(module.NAME, "", module.run), functional.graph)
+        self.record = apply(PASS, functional.graph)
+        self.calls = calls(functional.graph)
+        return functional.graph.forward
+
+    @property
+    def reasons(self) -> str:
+        return "\n".join(refused.reason for refused in self.record.refused)
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +58,8 @@ def operators() -> Iterator[torch.library.Library]:
     with torch.library._scoped_library("reinplace_test", "DEF") as library:
         library.define("written_into(Tensor x, Tensor(a!) out) -> ()")
         library.define("add_to(Tensor(a!) x, Tensor y) -> ()")
+        library.define("add_both(Tensor(a!) x, Tensor(b!)? z, Tensor y, *, float scale=1.0) -> Tensor")
+        library.define("add_all(Tensor(a!)[] xs, Tensor y) -> (Tensor, Tensor)")
 
         def written_into(x: torch.Tensor, out: torch.Tensor) -> None:
             out.copy_(x * 2)
@@ -31,8 +71,23 @@ def operators() -> Iterator[torch.library.Library]:
             x.zero_()  # an operator may write before it reads: an alias of x and y shows
             x.add_(y)
 
+        def add_both(x: Tensor, z: Tensor | None, y: Tensor, *, scale: float = 1.0) -> Tensor:
+            x.add_(y, alpha=scale)
+            if z is not None:
+                z.sub_(y)
+            return y * scale
+
+        def add_all(xs: list[Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
+            for index, x in enumerate(xs):
+                x.add_(y, alpha=index + 1)
+            return y + 1, y + 2
+
         library.impl("add_to", add_to, "CompositeExplicitAutograd")
         library.impl("add_to", lambda x, y: None, "Meta")
+        library.impl("add_both", add_both, "CompositeExplicitAutograd")
+        library.impl("add_both", lambda x, z, y, scale=1.0: torch.empty_like(y), "Meta")
+        library.impl("add_all", add_all, "CompositeExplicitAutograd")
+        library.impl("add_all", lambda xs, y: (torch.empty_like(y), torch.empty_like(y)), "Meta")
         yield library
 
 
@@ -167,3 +222,196 @@ def test_returned_copy_of_a_written_input_stays_a_copy() -> None:
     cache.zero_()
     assert torch.equal(returned[0], y)
     assert any("became an input's memory" in refused.reason for refused in record.refused)
+
+
+ROWS, COLUMNS = torch.arange(32.0).reshape(8, 4), torch.arange(100.0, 104.0)
+
+
+def write_row(x: Tensor, y: Tensor) -> None:
+    x[3] = y
+
+
+def write_nested(x: Tensor, y: Tensor) -> None:
+    x[2:6][1, :2] = y[:2]
+
+
+def write_diagonal(x: Tensor, y: Tensor) -> None:
+    x[:4].diagonal().copy_(y)
+
+
+def write_strided(x: Tensor, y: Tensor) -> None:
+    x.as_strided((4,), (5,), 1).copy_(y)
+
+
+def write_twice(x: Tensor, y: Tensor) -> None:
+    x[0] = y
+    x[1] = y + 1
+    x[0] = x[0] + x[1]
+
+
+def write_row_of_itself(x: Tensor, y: Tensor) -> None:
+    x[0] = x[1]
+
+
+def masked(x: Tensor, y: Tensor) -> None:
+    x.masked_fill_(x > 7, 3.0)
+
+
+def added(x: Tensor, y: Tensor) -> None:
+    x.index_add_(0, torch.tensor([1, 1]), torch.stack((y, y)))
+
+
+def scattered(x: Tensor, y: Tensor) -> None:
+    x.scatter_(0, torch.tensor([[0, 1, 2, 3]]), y[None])
+
+
+def through_a_view(x: Tensor, y: Tensor) -> None:
+    x.view(4, 8)[torch.tensor([1])] = torch.cat((y, y))[None]
+
+
+@pytest.mark.parametrize(
+    "function, copies",
+    [
+        (write_row, 1),
+        (write_nested, 1),
+        (write_diagonal, 1),
+        (write_strided, 1),
+        (write_twice, 3),
+        (write_row_of_itself, 1),
+        (masked, 0),
+        (added, 0),
+        (scattered, 0),
+        (through_a_view, 0),
+    ],
+)
+def test_writes_into_an_input_are_in_place(function: Callable[..., None], copies: int) -> None:
+    """Nothing but the part is copied, and no new value of the whole is made."""
+    compiled = Compiled(function, ROWS, COLUMNS)
+    assert compiled.calls.count("aten.copy_.default") == copies
+    assert not any("scatter.default" in name or name in ("aten.clone.default",) for name in compiled.calls)
+    assert compiled.record.fired
+    assert not compiled.record.refused
+
+
+def shifted_in_itself(x: Tensor, y: Tensor) -> None:
+    x[1:] = x[:-1].clone()
+
+
+def value_before(x: Tensor, y: Tensor) -> Tensor:
+    before = x * 1.5
+    old = before.clone()
+    old[0] = y
+    return before + old
+
+
+def input_that_stays(x: Tensor, y: Tensor) -> Tensor:
+    return x.index_fill(0, torch.tensor([1]), 2.0)
+
+
+def transposed_back(x: Tensor, y: Tensor) -> None:
+    square = x[:4]
+    square.copy_(square.masked_fill(square > 5, 1.0).t())
+
+
+def two_inputs_from_one(x: Tensor, y: Tensor) -> None:
+    filled = x.masked_fill(x > 5, 1.0)
+    x.copy_(filled + 1)
+    y.copy_(filled[0])
+
+
+def returned_between(x: Tensor, y: Tensor) -> Tensor:
+    x[0] = 1
+    between = x.clone()
+    x[0] = 2
+    return between
+
+
+def narrowed_broadcast(x: Tensor, y: Tensor) -> Tensor:
+    return (y * 2).masked_fill(x > 5, 1.0) + 1
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (shifted_in_itself, "is read from memory that the same call writes; it got a copy"),
+        (value_before, "the old value is read later, by add"),
+        (input_that_stays, "is not the program's own, and must not change"),
+        (two_inputs_from_one, ""),
+        (transposed_back, ""),
+        (returned_between, "an output became an input's memory, or is written again; it got a copy"),
+        (narrowed_broadcast, "before and after: shape: 1 and 2 dimensions"),
+    ],
+)
+def test_near_misses(function: Callable[..., Any], reason: str) -> None:
+    compiled = Compiled(function, ROWS, COLUMNS)
+    assert reason in compiled.reasons
+
+
+def test_parts_that_do_not_overlap_are_written_beside_those_that_are_read() -> None:
+    """k is written in place while q, another part of the same memory, is read later."""
+
+    def halves(x: Tensor) -> Tensor:
+        packed = x * 2
+        packed[:, 2:] = packed[:, 2:] + 1
+        return packed.sum(0)
+
+    compiled = Compiled(halves, ROWS, dynamic=True)
+    assert not any("scatter" in name for name in compiled.calls)
+    assert not compiled.record.refused
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_wrapped_operators_with_results_lists_and_views(operators: torch.library.Library, version: int) -> None:
+    """Both forms of the wrapper, with results of the operator's own, None, keywords and lists."""
+
+    def program_of(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        ops = torch.ops.reinplace_test
+        a, b, c = x * 2, x * 3, x * 4
+        first = ops.add_both(a, None, y, scale=2.0)
+        second = ops.add_both(b, c, first)
+        third, fourth = ops.add_all([a, b, x], second)
+        return a, b, c, third - fourth
+
+    with torch._inductor.config.patch(enable_auto_functionalized_v2=version == 2):
+        compiled = Compiled(program_of, ROWS, COLUMNS)
+    assert compiled.calls.count("reinplace_test.add_both.default") == 2
+    assert compiled.calls.count("reinplace_test.add_all.default") == 1
+    assert "aten.clone.default" not in compiled.calls
+    assert "aten.copy_.default" not in compiled.calls
+
+
+@pytest.mark.parametrize("part", [(slice(2, 6),), (slice(None), slice(1, 3)), (slice(0, 8, 2),), (slice(None),)])
+def test_wrapped_operator_that_gets_a_view(operators: torch.library.Library, part: tuple[slice, ...]) -> None:
+    def program_of(x: Tensor, y: Tensor) -> Tensor:
+        whole = x * 2
+        view = whole[part]
+        torch.ops.reinplace_test.add_to(view, view * 3)
+        return whole + 1
+
+    compiled = Compiled(program_of, ROWS, COLUMNS)
+    assert "aten.clone.default" not in compiled.calls
+
+
+def test_one_argument_is_copied_where_a_call_writes_a_tensor_twice(operators: torch.library.Library) -> None:
+    def program_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        a = x * 2
+        b = a.clone()
+        torch.ops.reinplace_test.add_both(a, b, y)
+        return a, b
+
+    compiled = Compiled(program_of, ROWS, COLUMNS)
+    assert compiled.calls.count("aten.clone.default") == 1
+    assert "it got a copy" in compiled.reasons
+
+
+def test_copy_of_a_strided_input_keeps_its_place_in_memory(operators: torch.library.Library) -> None:
+    """What the call gets is a view counted from the start of memory; the copy starts where the input starts."""
+
+    def program_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        old = x * 1.5
+        view = old.t()[1:3]
+        kept = old.clone()
+        torch.ops.reinplace_test.add_to(view, view * 3)
+        return old, kept
+
+    Compiled(program_of, ROWS, COLUMNS)
