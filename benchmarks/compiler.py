@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,9 @@ from benchmarks import compiling, kernels, models
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 600
+TURNS = 3
+COMPARED = ("ascend", "aot_eager")
+"""Backends whose cold starts are measured so many times, one after the other in turn."""
 KERNEL_PEERS = ("npugraph_ex", "npugraphs")
 Record = dict[str, Any]
 
@@ -90,22 +94,23 @@ def kernel_rows(name: str, depths: Sequence[int]) -> list[Record]:
 
 
 def compile_rows(name: str, depths: Sequence[int]) -> list[Record]:
-    """Cold and warm seconds of each backend and depth."""
+    """Cold and warm seconds of each backend and depth; of ours and `aot_eager`, which the goal compares, the medians of
+    cold starts made in turn."""
     out: list[Record] = []
     cold: dict[tuple[str, int], Record] = {}
     for layers in depths:
-        for backend in compiling.BACKENDS:
-            with tempfile.TemporaryDirectory() as cache:
-                for start in ("cold", "warm"):
-                    one = apart(cache, "seconds", backend, name, layers)
-                    if start == "cold":
-                        cold[backend, layers] = one
-                    more = {key: one.get(key) for key in ("missing", "dynamo", "compiler", "passes", "capture")}
-                    out.append(record(f"compile_{start}", backend, "s", one.get("total"), layers=layers, **more))
-        ours, eager = cold["ascend", layers].get("total"), cold["aot_eager", layers].get("total")
-        if ours is not None and eager is not None:
-            met = goal(ours, "<= 1.3 x aot_eager", ours / eager <= 1.3)
-            out.append(record("compile_cold_ratio", "aot_eager", "x", ours / eager, layers=layers, **met))
+        starts: dict[str, list[Record]] = {backend: [] for backend in compiling.BACKENDS}
+        for turn in range(TURNS):
+            for backend in compiling.BACKENDS if turn == 0 else COMPARED:
+                with tempfile.TemporaryDirectory() as cache:
+                    starts[backend].append(apart(cache, "seconds", backend, name, layers))
+                    warm = apart(cache, "seconds", backend, name, layers) if turn == 0 else None
+                if warm is not None:
+                    out.append(_compile_row("warm", backend, layers, warm))
+        for backend, found in starts.items():
+            cold[backend, layers] = middle = _median(found)
+            out.append(_compile_row("cold", backend, layers, middle, starts=[one.get("total") for one in found]))
+        out += _ratio_rows(cold["ascend", layers], cold["aot_eager", layers], layers)
     after = [_after_lowering(cold["ascend", layers]) for layers in depths]
     if None not in after:
         ratio = after[1] / after[0]  # type: ignore[operator]
@@ -114,10 +119,36 @@ def compile_rows(name: str, depths: Sequence[int]) -> list[Record]:
     return out
 
 
+def _compile_row(start: str, backend: str, layers: int, found: Record, **more: Any) -> Record:
+    parts = {key: found.get(key) for key in ("missing", "cpu", "dynamo", "compiler", "passes", "order", "capture")}
+    return record(f"compile_{start}", backend, "s", found.get("total"), layers=layers, **parts, **more)
+
+
+def _ratio_rows(ours: Record, eager: Record, layers: int) -> list[Record]:
+    """Our cold start over `aot_eager`'s: by wall time, which the goal is about, and by CPU time."""
+    if ours["missing"] or eager["missing"]:
+        return []
+    wall, cpu = (ours[key] / eager[key] for key in ("total", "cpu"))
+    met = goal(wall, "<= 1.3 x aot_eager", wall <= 1.3)
+    return [
+        record("compile_cold_ratio", "aot_eager", "x", wall, layers=layers, **met),
+        record("compile_cold_cpu_ratio", "aot_eager", "x", cpu, layers=layers),
+    ]
+
+
+def _median(found: Sequence[Record]) -> Record:
+    """Each figure's median over equal measurements; one that failed where all did."""
+    good = [one for one in found if not one["missing"]]
+    if not good:
+        return found[0]
+    keys = [key for key, value in good[0].items() if isinstance(value, (int, float))]
+    return {**good[0], **{key: statistics.median(one[key] for one in good) for key in keys}}
+
+
 def _after_lowering(found: Record) -> float | None:
     if found["missing"]:
         return None
-    return float(found["passes"] + found["capture"])
+    return float(found["passes"] + found["order"] + found["capture"])
 
 
 def size_rows(name: str, layers: int) -> list[Record]:
@@ -168,7 +199,7 @@ def line(entry: Record) -> str:
         parts.append(f"FX calls {entry['nodes_before']:g} -> {entry['nodes_after']:g}")
     parts += [
         f"{key} {entry[key]:.3f}"
-        for key in ("dynamo", "compiler", "passes", "compile", "capture")
+        for key in ("cpu", "dynamo", "compiler", "passes", "order", "compile", "capture")
         if entry.get(key) is not None
     ]
     if entry["goal"]:

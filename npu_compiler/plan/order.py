@@ -12,9 +12,10 @@ operator does outside of its schema.
 from __future__ import annotations
 
 import heapq
+import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -36,11 +37,13 @@ class Arrangement:
         winner: the order that was taken.
         peaks: bytes alive at once for each order that was tried, at sizes taken for typical where they are symbolic.
         sizes: what symbolic sizes were taken for, as text; empty without any.
+        seconds: what that took.
     """
 
     winner: str
     peaks: dict[str, int]
     sizes: str = ""
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def moved(self) -> bool:
@@ -60,6 +63,7 @@ def arrange(graph: fx.Graph, device: str = DEVICE) -> Arrangement:
     Args:
         device: the device type whose memory counts.
     """
+    start = time.perf_counter()
     nodes = list(graph.nodes)
     of = amounts_of(graph)
     storages = Storages(nodes, device)
@@ -76,7 +80,7 @@ def arrange(graph: fx.Graph, device: str = DEVICE) -> Arrangement:
     winner = min(safe, key=peaks.__getitem__)  # the first of equals
     if winner != PROGRAM:
         _put(graph, orders[winner])
-    return Arrangement(winner, peaks, of.typical_sizes)
+    return Arrangement(winner, peaks, of.typical_sizes, time.perf_counter() - start)
 
 
 def _put(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
