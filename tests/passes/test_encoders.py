@@ -36,6 +36,26 @@ FAMILIES: dict[str, tuple[dict[str, Any], int, int, set[str]]] = {
         8,
         {"aten.addmm.default", "npu_fused.add_layer_norm.default", "aten.gelu.default"},
     ),
+    "phi": (
+        {"bos_token_id": 1, "eos_token_id": 2},
+        36,
+        14,
+        {"npu_fused.qk_rope.default", "aten.cat.default", "npu_fused.add_layer_norm.default", "aten.gelu.default"}
+        | {"aten.addmm.default", "aten.add.Tensor", "aten.clone.default"},
+    ),
+    "gpt_neox": (
+        {"bos_token_id": 1, "eos_token_id": 2},
+        28,
+        13,
+        {"npu_fused.qk_rope.default", "aten.cat.default", "npu_fused.add_layer_norm.default", "aten.gelu.default"}
+        | {"aten.addmm.default", "aten.add.Tensor", "aten.clone.default", "aten.native_layer_norm.default"},
+    ),
+    "modernbert": (
+        {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 1},
+        28,
+        9,
+        {"npu_fused.qk_rope.default", "aten.mm.default", "npu_fused.add_layer_norm.default", "npu_fused.geglu.default"},
+    ),
     "opt": (
         {"ffn_dim": 128, "word_embed_proj_dim": 64, "bos_token_id": 1, "eos_token_id": 2},
         15,
@@ -43,7 +63,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], int, int, set[str]]] = {
         {"aten.addmm.default", "npu_fused.add_layer_norm.default", "aten.relu.default", "aten.mul.Tensor"},
     ),
 }
-DECODERS = {"gpt2", "opt"}
+DECODERS = {"gpt2", "opt", "phi", "gpt_neox"}
 
 
 def kernels(family: str, layers: int) -> tuple[list[str], list[str]]:
