@@ -173,32 +173,33 @@ class Miss:
     Attributes:
         node: the call that the reason is about, where it is about one.
         whole: whether the pattern was found after all, and the reason is the rule's legality.
-        stopped: the furthest that any attempt got, as (calls, part of the pattern, value): finer than the reason.
+        stopped: the furthest that any attempt got, as (calls found, part of the pattern, value): finer than the reason.
     """
 
     depth: int = 0
     reason: str = ""
     node: fx.Node | None = None
     whole: bool = False
-    stopped: tuple[int, object, object] | None = None
+    stopped: tuple[tuple[fx.Node, ...], object, object] | None = None
 
     def note(self, depth: int, reason: str, node: fx.Node) -> None:
         """Keeps the deepest failure."""
         if depth > self.depth:
             self.depth, self.reason, self.node = depth, reason, node
 
-    def stop(self, depth: int, pattern: object, value: object) -> None:
+    def stop(self, state: _State, pattern: object, value: object) -> None:
         """Keeps the furthest value that did not fit a part of the pattern."""
-        if self.stopped is None or depth > self.stopped[0]:
-            self.stopped = (depth, pattern, value)
+        if self.stopped is None or len(state.nodes) > len(self.stopped[0]):
+            self.stopped = (state.nodes, pattern, value)
 
     def furthest(self) -> Miss:
         """The miss with the furthest stop as its reason, where that lies behind the deepest failure."""
-        if self.stopped is None or self.whole or self.stopped[0] <= self.depth:
+        if self.stopped is None or self.whole or len(self.stopped[0]) <= self.depth:
             return self
-        depth, pattern, value = self.stopped
-        node = value if isinstance(value, fx.Node) else None
-        return Miss(depth, f"{_shown(value)} is {_wanted_instead(pattern)}", node)
+        nodes, pattern, value = self.stopped
+        reader = nodes[-1]  # the call whose argument it is, or one that leads there
+        reason = f"{_shown(value)}, which {reader.name} ({reader.target}) leads to, is {_wanted_instead(pattern)}"
+        return Miss(len(nodes), reason, value if isinstance(value, fx.Node) else reader)
 
 
 def _shown(value: object) -> str:
@@ -208,18 +209,18 @@ def _shown(value: object) -> str:
 def _wanted_instead(pattern: object) -> str:
     match pattern:
         case Any() | Item():
-            return f"not what `{pattern.name}` is bound to already, the rule wants the same value in both places"
+            return f"not what `{pattern.name}` is bound to already: the rule has the same value in both places"
         case Number():
-            return f"no Python number, which the rule wants for `{pattern.name}`"
+            return f"no Python number, which the rule has for `{pattern.name}`"
         case Exactly() | Size():
-            return f"not {pattern.value}, which the rule wants"
+            return f"not {pattern.value}, which the rule has there"
         case Result() | Among():
-            return f"not computed by {pattern.targets.replace('|', ' or ')}, which the rule wants for `{pattern.name}`"
+            return f"not computed by {pattern.targets.replace('|', ' or ')}, which the rule has for `{pattern.name}`"
         case Half():
             return f"not the {('first', 'second')[pattern.index]} half of a tensor along its last dimension"
         case Call():
             return f"no call of {' or '.join(pattern.targets)}"
-    return "not as many values as the rule wants"
+    return "not as many values as the rule has"
 
 
 @dataclass(frozen=True)
@@ -257,21 +258,21 @@ def root_targets(pattern: Pattern) -> set[str]:
     return set()
 
 
-def fewest_calls(pattern: object) -> int:
-    """How many calls a match covers at least."""
+def call_count(pattern: object) -> int:
+    """How many calls a pattern has in its longest form, without the casts and views that it looks through."""
     match pattern:
         case Call():
-            return 1 + sum(map(fewest_calls, pattern.args))
+            return 1 + sum(map(call_count, pattern.args))
         case Item() | Half():
-            return 1 + fewest_calls(pattern.inner)
+            return 1 + call_count(pattern.inner)
         case Cast() | Viewed():
-            return fewest_calls(pattern.inner)
+            return call_count(pattern.inner)
         case OneOf():
-            return min(map(fewest_calls, pattern.options))
+            return max(map(call_count, pattern.options))
         case Together():
-            return fewest_calls(pattern.results[0])  # the others may share its calls
+            return call_count(pattern.results[0])  # the others may share its calls
         case list() | tuple():
-            return sum(map(fewest_calls, pattern))
+            return sum(map(call_count, pattern))
     return 0
 
 
@@ -293,12 +294,12 @@ def _match(pattern: object, value: object, state: _State, miss: Miss) -> Iterato
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 yield from _bound(pattern, value, value, state, miss)
             else:
-                miss.stop(len(state.nodes), pattern, value)
+                miss.stop(state, pattern, value)
         case Exactly():
             if not isinstance(value, fx.Node) and value == pattern.value:
                 yield state
             else:
-                miss.stop(len(state.nodes), pattern, value)
+                miss.stop(state, pattern, value)
         case OneOf():
             for option in pattern.options:
                 yield from _match(option, value, state, miss)
@@ -311,12 +312,12 @@ def _match(pattern: object, value: object, state: _State, miss: Miss) -> Iterato
             if _is_result(value, pattern.targets):
                 yield from _bound(pattern, value, value, state, miss)
             else:
-                miss.stop(len(state.nodes), pattern, value)
+                miss.stop(state, pattern, value)
         case Among():
             if isinstance(value, (list, tuple)) and any(_is_result(item, pattern.targets) for item in value):
                 yield from _bound(pattern, value, list(value), state, miss)
             else:
-                miss.stop(len(state.nodes), pattern, value)
+                miss.stop(state, pattern, value)
         case Cast():
             if isinstance(value, fx.Node) and _is_cast(value):
                 yield from _match(pattern.inner, value.args[0], state.cover(value), miss)
@@ -335,7 +336,7 @@ def _match(pattern: object, value: object, state: _State, miss: Miss) -> Iterato
             if isinstance(value, (list, tuple)) and len(value) == len(pattern):
                 yield from _match_all(pattern, value, state, miss)
             else:
-                miss.stop(len(state.nodes), pattern, value)
+                miss.stop(state, pattern, value)
         case _:
             raise TypeError(f"not a pattern: {pattern!r}")
 
@@ -352,7 +353,7 @@ def _bound(
     if found is not None:
         yield found
     else:
-        miss.stop(len(state.nodes), pattern, value)
+        miss.stop(state, pattern, value)
 
 
 def _match_all(patterns: Sequence[object], values: Sequence[object], state: _State, miss: Miss) -> Iterator[_State]:
@@ -366,7 +367,7 @@ def _match_all(patterns: Sequence[object], values: Sequence[object], state: _Sta
 def _match_call(pattern: Call, value: object, state: _State, miss: Miss) -> Iterator[_State]:
     depth = len(state.nodes)
     if not isinstance(value, fx.Node):
-        miss.stop(depth, pattern, value)
+        miss.stop(state, pattern, value)
         return
     if str(value.target) not in pattern.targets:
         miss.note(depth, f"{value.name} is {value.target}, the rule wants {' or '.join(pattern.targets)}", value)
@@ -392,7 +393,7 @@ def _match_size(pattern: Size, value: object, state: _State, miss: Miss) -> Iter
     if isinstance(found, (int, torch.SymInt)) and isinstance(wanted, (int, torch.SymInt)) and equal(found, wanted, ""):
         yield state
     else:
-        miss.stop(len(state.nodes), pattern, value)
+        miss.stop(state, pattern, value)
 
 
 def _match_together(patterns: Sequence[Pattern], state: _State, miss: Miss) -> Iterator[_State]:
@@ -426,7 +427,7 @@ def _depth(pattern: object) -> int:
 
 def _match_item(pattern: Item, value: object, state: _State, miss: Miss) -> Iterator[_State]:
     if not isinstance(value, fx.Node) or value.target is not operator.getitem or value.args[1] != pattern.index:
-        miss.stop(len(state.nodes), Call(f"output {pattern.index} of several"), value)
+        miss.stop(state, Call(f"output {pattern.index} of several"), value)
         return
     source = value.args[0]
     assert isinstance(source, fx.Node)
@@ -440,7 +441,7 @@ def _match_item(pattern: Item, value: object, state: _State, miss: Miss) -> Iter
     if bound is not None:
         yield from _match(pattern.inner, source, bound.cover(value), miss)
     else:
-        miss.stop(len(state.nodes), pattern, value)
+        miss.stop(state, pattern, value)
 
 
 def _arguments(node: fx.Node, count: int) -> list[object] | None:
@@ -470,7 +471,7 @@ def _is_cast(node: fx.Node) -> bool:
 def _match_half(pattern: Half, value: object, state: _State, miss: Miss) -> Iterator[_State]:
     found = _whole_of(pattern, value)
     if found is None:
-        miss.stop(len(state.nodes), pattern, value)
+        miss.stop(state, pattern, value)
         return
     whole, covered = found
     yield from _match(pattern.inner, whole, state.cover(*covered), miss)

@@ -65,7 +65,7 @@ class RuleInfo(Data):
     """A rule of a pass.
 
     Attributes:
-        roots: operators at which its pattern ends. `calls`: the fewest calls that the pattern has.
+        roots: operators at which its pattern ends. `calls`: how many calls the pattern has in its longest form.
         file, line: where the rule's reference, which shows what it looks for, is written.
     """
 

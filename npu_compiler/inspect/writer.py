@@ -44,7 +44,7 @@ from npu_compiler.inspect.contents import (
 from npu_compiler.inspect.from_graph import constants_of, program_of
 from npu_compiler.inspect.program import Data, Program
 from npu_compiler.inspect.python_text import CONSTANTS, python_text
-from npu_compiler.passes.pattern import fewest_calls, root_targets
+from npu_compiler.passes.pattern import call_count, root_targets
 from npu_compiler.passes.pipeline import count_calls
 from npu_compiler.passes.record import Pass, PassRecord
 from npu_compiler.passes.rewrite import Rule
@@ -287,7 +287,7 @@ def _rule_info(rule: Rule, disabled: bool) -> RuleInfo:
     return RuleInfo(
         name=rule.name,
         roots=tuple(sorted(root_targets(rule.pattern))),
-        calls=fewest_calls(rule.pattern),
+        calls=call_count(rule.pattern),
         disabled=disabled,
         file="" if code is None else code.co_filename,
         line=0 if code is None else code.co_firstlineno,

@@ -34,6 +34,10 @@ CAPTURE = (
 INSPECT = (
     *("swiglu              1 rewrites", "aclnnAddRmsNorm", "static: first shape", "as the compiled function: True"),
     "# npu_fused.add_rms_norm.default stands for 7 calls",
+    *(
+        "which pow_1 (aten.pow.Tensor_Scalar) leads to, is not 2, which the rule has there",
+        "options: reorder\n  - True",
+    ),
 )
 FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, fx
 from vllm.compilation.passes.inductor_pass import CallableInductorPass
 
 from npu_compiler import Rule
+from npu_compiler.inspect import bundle
 from npu_compiler.passes.pattern import Any, Call, Half
 from tests.models import checkpoints
 from tests.serving import oracle
@@ -43,11 +46,11 @@ def look(graph: fx.Graph) -> None:
     SEEN.extend(str(node.target) for node in graph.nodes if node.op == "call_function")
 
 
-def test_rules_and_passes_of_the_user() -> None:
+def test_rules_and_passes_of_the_user_are_applied_and_in_the_dump(tmp_path: Path) -> None:
     folder = checkpoints.cached(checkpoints.Shape(family="qwen3"))
     settings = graphs("FULL_DECODE_ONLY")
     hook = {"post_grad_custom_post_pass": CallableInductorPass(look)}
-    settings["compilation_config"]["inductor_compile_config"] = hook
+    settings["compilation_config"] |= {"inductor_compile_config": hook, "debug_dump_path": str(tmp_path)}
     options = {"compile": {"rules": [f"{__name__}:OWN_GATE"], "check": True}}
     prompts = oracle.prompts()[:2]
     with engine(folder, additional_config=options, **settings) as llm:
@@ -56,3 +59,12 @@ def test_rules_and_passes_of_the_user() -> None:
     assert FIRED, "the user's rule comes before the built-in one"
     assert "aten.sigmoid.default" in SEEN
     assert "npu_fused.swiglu.default" not in SEEN
+    written = bundle.open(tmp_path)
+    assert written.header.environment.versions["vllm"].startswith("0.32")
+    fired = [fire.rule for graph in written.graphs for stage in graph.stages for fire in stage.fired]
+    assert "own_gate" in fired
+    for graph in written.graphs:
+        assert any(
+            "model.layers." in call.place.module or call.place.file for call in graph.program(graph.stages[0]).calls
+        )
+        assert "torch.ops." in graph.python(graph.stage("final"))

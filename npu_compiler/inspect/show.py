@@ -1,0 +1,68 @@
+"""One compilation as text to read: stage by stage, then the plan, then what was captured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from npu_compiler.inspect.bundle import Bundle, StoredGraph
+from npu_compiler.inspect.contents import Plan, Stage
+
+
+def pipeline(graph: StoredGraph) -> str:
+    """What was done to a graph, in order: rewrites, and what was left out and why, with their places."""
+    given = ", ".join(f"{name}={graph.about.options[name]}" for name in graph.about.given if name != "dump")
+    lines = [f"{graph.name}" + (f" ({given})" if given else "")]
+    lines += [f"  {line}" for stage in graph.stages for line in _stage(stage)]
+    if graph.plan is not None:
+        lines += [f"  {line}" for line in _plan(graph.plan)]
+    lines += [
+        f"  captured {entry.key}: {entry.calls} calls, {entry.milliseconds:.1f} ms, {entry.mebibytes:.1f} MiB "
+        f"({entry.reason}){'; ' if entry.streams else ''}{entry.streams}"
+        for entry in graph.captures
+    ]
+    return "\n".join(lines)
+
+
+def overview(bundle: Bundle, graphs: Sequence[StoredGraph]) -> str:
+    """Where a bundle was made, and the pipelines of these graphs."""
+    found = bundle.header.environment
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items() if version != "absent")
+    lines = [f"{bundle}: rank {found.rank} of {found.ranks}, {found.device}", f"  {versions}"]
+    lines.append(f"  CANN: {found.cann}; {found.platform}")
+    return "\n".join([*lines, *(pipeline(graph) for graph in graphs)])
+
+
+def _stage(stage: Stage) -> Iterator[str]:
+    calls = f"{stage.calls_of_all} calls"
+    if stage.calls != stage.calls_of_all:
+        calls += f", shown by {stage.calls}"
+    if stage.error:
+        yield f"{stage.name}: {stage.error}"
+        return
+    if stage.ran and not (stage.fired or stage.refused):
+        return
+    yield f"{stage.name}: {calls}" + (f", {stage.seconds * 1e3:.1f} ms" if stage.ran else "")
+    for (rule, place), count in Counter((fire.rule, fire.place) for fire in stage.fired).items():
+        yield f"  fired {rule}{_times(count)} {place}"
+    for (rule, reason, place), count in Counter((e.rule, e.reason, e.place) for e in stage.refused).items():
+        yield f"  left out {rule}{_times(count)}: {reason} ({place})"
+
+
+def _times(count: int) -> str:
+    return f" x{count}" if count > 1 else ""
+
+
+def _plan(plan: Plan) -> Iterator[str]:
+    yield from plan.providers
+    if plan.order is not None:
+        yield f"order: {plan.order.winner}, {plan.order.peaks[plan.order.winner]} bytes alive at once" + (
+            f" at {plan.order.sizes}" if plan.order.sizes else ""
+        )
+    if plan.memory is not None:
+        yield f"memory: {len(plan.memory.blocks)} storages, {plan.memory.peak} bytes in one block"
+    if plan.once:
+        yield f"constants: {len(plan.once)} computed once, {plan.once_bytes} bytes"
+    if plan.cache:
+        yield f"program {plan.cache}"
+    yield f"compiled in {plan.seconds:.2f} s, this dump included"
