@@ -44,7 +44,9 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
     for node in sorted(made_from, reverse=True):
         if node.op != "call_function" or all(user in made_from for user in node.users):
             continue
-        verdict = lasting(node) & _affordable(node, made_from[node]) if launches(node) else known(False, "")
+        verdict = lasting(node) if launches(node) else known(False, "")
+        if verdict:
+            verdict = _affordable(node, made_from[node])
         if verdict:
             kept.append(node)
             continue
