@@ -53,19 +53,23 @@ SECTIONS = ("text_config", "attn_config", "ffn_config")
 # What published checkpoints of a type say beside the fields of its configuration class.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "afmoe": {"n_group": 1, "topk_group": 1, "route_norm": True, "score_func": "sigmoid"},
-    "deepseek_v2": {"n_group": 1, "topk_group": 1},
+    "axk1": {"first_k_dense_replace": 0},  # vLLM wants a norm of dense layers too, which transformers does not write
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe": {"head_dim": HEAD_DIM},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
     "hy_v3": {"first_k_dense_replace": 1, "qk_norm": True, "expert_hidden_dim": 64, "route_norm": True},
-    "mimo_v2_flash": {
+    "mimo_v2_flash": {  # transformers has constants where vLLM has fields
         **{"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "layernorm_epsilon": 1e-5},
-        **{"swa_head_dim": HEAD_DIM, "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": KV_HEADS},
-        "sliding_window_size": 128,
+        **{"swa_head_dim": HEAD_DIM, "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": 2 * KV_HEADS},
+        **{"swa_v_head_dim": HEAD_DIM, "add_swa_attention_sink_bias": True, "sliding_window_size": 128},
+        **{"rope_theta": 5e6, "swa_rope_theta": 1e4, "partial_rotary_factor": 0.334},
     },
     "minimax_m2": {"rotary_dim": HEAD_DIM, "scoring_func": "sigmoid", "use_routing_bias": True},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},  # vLLM's model has them whatever the configuration says
 }
 _COMMON_FIELDS = frozenset(transformers.PreTrainedConfig().to_dict())
 
@@ -109,9 +113,16 @@ def configuration(subject: Subject) -> transformers.PreTrainedConfig:
     config = family(**changes(family().to_dict()))
     config.architectures = [subject.architecture]
     config.dtype = "float32"
-    for name, value in PUBLISHED.get(subject.model_type, {}).items():
-        setattr(config, name, value)
+    _publish(config, PUBLISHED.get(subject.model_type, {}))
     return config
+
+
+def _publish(config: transformers.PreTrainedConfig, fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if name in SECTIONS:
+            _publish(getattr(config, name), value)
+        else:
+            setattr(config, name, value)
 
 
 def changes(defaults: dict[str, Any]) -> dict[str, Any]:

@@ -36,12 +36,18 @@ def write_checkpoint(subject: shrink.Subject, folder: str) -> tuple[str, list[li
     config = shrink.configuration(subject)
     try:
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+        # "eager": the attention that transformers chooses by itself leaves soft caps of the scores out
+        made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = made.float().eval()
         made_architecture = type(model).__name__
         if made_architecture.lower() != subject.architecture.lower():
             raise TypeError(f"transformers builds {made_architecture}")
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = outputs is not None and inputs.weight is outputs.weight
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+            if tied and parameter is inputs.weight:  # large ones would make each token follow itself
+                parameter.data.normal_(0.0, 0.3 / parameter.shape[-1] ** 0.5)
+            elif parameter.dim() > 1:
                 parameter.data.normal_(0.0, 2.4 / parameter.shape[-1] ** 0.5)
             elif "norm" in name.lower():
                 parameter.data.uniform_(0.5, 1.5)
