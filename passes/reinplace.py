@@ -163,7 +163,7 @@ class _Writes:
         values = [(instead[base.path], _storages(found.values_after(base))) for base in found.bases]
         if not copied:
             self._record.fire(name, node, [node])
-        found.take_off(instead, NAME)  # type: ignore[arg-type]
+        self._holders.add(found.take_off(instead, NAME))  # type: ignore[arg-type]
         for old, memory in values:
             assert old is not None
             self._holders.become(memory, old)

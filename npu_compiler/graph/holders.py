@@ -65,6 +65,11 @@ class Holders:
             or self._read_behind_last_write(old, new, last)
         )
 
+    def add(self, node: fx.Node) -> None:
+        """Notes a new value, one that took the place of another in its memory."""
+        for key in {storage(tensor) for tensor in tensors(node)}:
+            self._at.setdefault(key, []).append(node)
+
     def become(self, memory: Iterable[int], old: fx.Node) -> None:
         """Notes that what lay in the storages `memory` lies in that of `old` from now on: the new value, if it is not
         erased, says so already, and its views are brought up to date here."""

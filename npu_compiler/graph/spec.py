@@ -4,7 +4,8 @@
 * Inferring a call again from its arguments' fake values gives the recorded one: shape, strides, dtype, device.
 * A result shares memory with an argument if and only if the recorded values say so; liveness and re-inplacing rely on
   it.
-* Random draws are as many and in the same order as before the pass, and the inputs that are written are the same.
+* Random draws are as many and in the same order as before the pass, and the inputs that are written are the same (but
+  for those that were only copied onto themselves).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class SpecCheck:
         self._seen: dict[fx.Node, Hashable] = {}
         self._draws = _draws(module.graph)
         self._written = _written_inputs(module.graph)
+        self._unchanged = _copied_onto_themselves(module.graph)
 
     def after(self, stage: str, module: fx.GraphModule) -> None:
         """Checks `module` as `stage` (a pass) left it.
@@ -50,9 +52,10 @@ class SpecCheck:
             raise SpecError(
                 _broke(stage, f"random draws were {self._draws} and are {draws}"), rule=RULE, fix=_fix(stage)
             )
-        if written != self._written:
+        if written | self._unchanged != self._written | self._unchanged:
             text = f"written inputs were {sorted(self._written)} and are {sorted(written)}"
             raise SpecError(_broke(stage, text), rule=RULE, fix=_fix(stage))
+        self._written, self._unchanged = written, _copied_onto_themselves(module.graph)
 
     def _check_value(self, stage: str, node: fx.Node) -> None:
         signature = (node.target, node.args, tuple(node.kwargs.items()), id(value(node)), _storages_in(node))
@@ -189,6 +192,16 @@ def _is_draw(node: fx.Node) -> bool:
 def _written_inputs(graph: fx.Graph) -> set[str]:
     """Names of the inputs that the program writes."""
     return set(_names_of_written(graph))
+
+
+def _copied_onto_themselves(graph: fx.Graph) -> set[str]:
+    """Names of the inputs whose only write is a copy of themselves, which may go: `x.copy_(x.clone())` becomes one."""
+    copies = graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    plain = {node for node in copies if node.args[0] is node.args[1]}
+    found = {storage(tensor) for node in plain for tensor in tensors(node)}
+    found -= {written for node in graph.nodes if node not in plain for written in written_storages(node)}
+    inputs = graph.find_nodes(op="placeholder")
+    return {node.name for node in inputs if any(storage(tensor) in found for tensor in tensors(node))}
 
 
 def _names_of_written(graph: fx.Graph) -> Iterator[str]:

@@ -107,3 +107,13 @@ def test_views_follow_what_they_view() -> None:
     view = first(piece.graph.graph, aten.view.default)
     assert str(view.args[0].args[0].target) == "npu_fused.add_rms_norm.default"  # type: ignore[union-attr]
     assert storage(view.meta["val"]) == storage(view.args[0].meta["val"])  # type: ignore[union-attr]
+
+
+def test_an_input_copied_onto_itself_need_not_be_written() -> None:
+    def unchanged(x: Tensor) -> Tensor:
+        x.copy_(x.clone())
+        return x + 1
+
+    x = torch.rand(2, 3)
+    (result,) = compiled_by(unchanged, x, options={"check": True})(x)
+    assert torch.equal(result, x + 1)

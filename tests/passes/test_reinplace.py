@@ -380,6 +380,16 @@ def test_wrapped_operators_with_results_lists_and_views(operators: torch.library
     assert "aten.copy_.default" not in compiled.calls
 
 
+def test_result_of_a_wrapped_operator_that_is_read_later_stays(operators: torch.library.Library) -> None:
+    def program_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        result = torch.ops.reinplace_test.add_both(x * 2, None, y)
+        return torch.select_scatter(result, y[0] + 1, 0, 0), result.sin()
+
+    compiled = Compiled(program_of, ROWS, COLUMNS)
+    assert "aten.select_scatter.default" in compiled.calls
+    assert "the old value is read later" in compiled.reasons
+
+
 @pytest.mark.parametrize("part", [(slice(2, 6),), (slice(None), slice(1, 3)), (slice(0, 8, 2),), (slice(None),)])
 def test_wrapped_operator_that_gets_a_view(operators: torch.library.Library, part: tuple[slice, ...]) -> None:
     def program_of(x: Tensor, y: Tensor) -> Tensor:
