@@ -107,6 +107,11 @@ def _sum_scaled_by_a_number(x: Tensor, residual: Tensor) -> Tensor:
     return _scaled_by_a_number(x + residual)
 
 
+def _weight_of_the_sum(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _norm_program(total, total.sum((0, 1))), total
+
+
 def _sum_over_another_dimension(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
     return _other_dimension(x + residual, weight)
 
@@ -135,6 +140,10 @@ def _two_example(dtype: torch.dtype) -> tuple[object, ...]:
 def _mixed_example(dtype: torch.dtype) -> tuple[object, ...]:
     x, residual, weight = _add_norm_example(dtype)
     return x, residual.double(), weight  # type: ignore[attr-defined]
+
+
+def _two_rows_example(dtype: torch.dtype) -> tuple[object, ...]:
+    return _add_norm_example(dtype)[:2]
 
 
 def _scalar_weight_example(dtype: torch.dtype) -> tuple[object, ...]:
@@ -191,6 +200,7 @@ RULES = (
             NearMiss(_add_norm_program, _broadcast_example, "the addition broadcasts"),
             NearMiss(_add_norm_program, _mixed_example, "torch.float32 are added"),
             NearMiss(_number_added, _norm_example, "a number is added, not a residual"),
+            NearMiss(_weight_of_the_sum, _two_rows_example, "an operand is computed after a result is first used"),
             NearMiss(_vllm_lone, _two_example, "None takes the place of the weight"),
             NearMiss(_sum_scaled_by_a_number, _two_example, "1.5 takes the place of the weight"),
             NearMiss(_add_norm_program, _add_wide_weight_example, "the weight has 2 dimensions"),

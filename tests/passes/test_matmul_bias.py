@@ -36,3 +36,25 @@ def test_dynamic_rows() -> None:
     program = lowered(lambda x, weight, bias: x @ weight + bias, x, torch.randn(8, 12), torch.randn(12), dynamic=True)
     apply(PASS, program.graph)
     assert calls(program.graph) == ["aten.addmm.default"]
+
+
+def test_product_that_is_reshaped_in_between() -> None:
+    """An input with batches is multiplied as a matrix. Before: mm, view, add. After: addmm, view."""
+    x, weight, bias = torch.randn(2, 5, 8), torch.randn(8, 12), torch.randn(12)
+    torch._dynamo.mark_dynamic(x, 1)
+    program = lowered(lambda x, weight, bias: x @ weight + bias, x, weight, bias, dynamic=None)
+    record = apply(PASS, program.graph)
+    assert [entry.rule for entry in record.fired] == ["matmul_bias"], str(record)
+    assert [name for name in calls(program.graph) if "view" not in name] == ["aten.addmm.default"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_numbers_of_a_product_that_is_reshaped_in_between(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, dtype=dtype) for shape in ((2, 5, 8), (8, 12), (12,)))
+    program = lowered(lambda x, weight, bias: x @ weight + bias, x, weight, bias)
+    assert apply(PASS, program.graph).fired
+    (got,) = program.graph(x, weight, bias)
+    want = x.double() @ weight.double() + bias.double()
+    assert got.shape == want.shape
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=4 * torch.finfo(dtype).eps * float(want.abs().max()))
