@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -56,6 +56,7 @@ from npu_compiler.runtime import loader
 VERSIONED = ("npu-compiler", "torch", "torch_npu", "vllm", "transformers", "triton", "sympy", "numpy")
 OWN = "NPU_COMPILER_"
 """How the names of this project's environment variables begin."""
+Kind = TypeVar("Kind", bound=Data)
 logger = logging.getLogger(__name__)
 
 
@@ -194,7 +195,7 @@ class GraphWriter:
     ) -> None:
         """Writes what was decided behind the passes, and says where the graph's part of the bundle is."""
         found = contents.Plan(
-            order=None if arrangement is None else contents.Order(**vars(arrangement)),
+            order=None if arrangement is None else _data(contents.Order, arrangement),
             memory=None if memory is None else _memory(memory),
             providers=tuple(providers),
             once=tuple(node.name for node in constants.values) if constants is not None else (),
@@ -277,6 +278,12 @@ class GraphWriter:
             logger.warning("the dump in %s ends here: %s", self.place, error)
 
 
+def _data(kind: type[Kind], source: object, **more: Any) -> Kind:
+    """What a bundle keeps of an object: the attributes that `kind` has, and `more`."""
+    found = {name: getattr(source, name) for name in kind.model_fields if name not in more and hasattr(source, name)}
+    return kind.model_construct(**found, **more)
+
+
 def _pass_info(entry: Pass, options: Options) -> PassInfo:
     rules = tuple(_rule_info(rule, rule.name in options.disabled_rules) for rule in entry.rules)
     return PassInfo(name=entry.name, place=entry.place, rules=rules)
@@ -300,19 +307,16 @@ def _record_fields(record: PassRecord) -> dict[str, Any]:
         "ran": True,
         "seconds": record.seconds,
         "fired": tuple(
-            contents.Fire.model_construct(
-                rule=entry.rule,
-                place=entry.place,
-                nodes=entry.nodes,
-                made=entry.made,
+            _data(
+                contents.Fire,
+                entry,
                 kernels=None if entry.saves is None else entry.saves.kernels,
                 bytes="" if entry.saves is None else str(entry.saves.bytes),
-                layers=entry.layers,
             )
             for entry in record.fired
         ),
-        "refused": tuple(contents.Refusal.model_construct(**vars(entry)) for entry in record.refused),
-        "attempts": tuple(contents.Attempt.model_construct(**vars(entry)) for entry in attempts),
+        "refused": tuple(_data(contents.Refusal, entry) for entry in record.refused),
+        "attempts": tuple(_data(contents.Attempt, entry) for entry in attempts),
     }
 
 
@@ -333,12 +337,10 @@ def _memory(plan: MemoryPlan) -> contents.Memory:
 
 def _captured(ledger: Ledger, capture: Capture, plan: StreamPlan | None) -> contents.Captured:
     steps = () if plan is None else plan.steps
-    return contents.Captured(
-        **vars(capture),
-        steps=tuple(
-            contents.Step(node=step.node.name, stream=step.stream, waits=step.waits, record=step.record)
-            for step in steps
-        ),
+    return _data(
+        contents.Captured,
+        capture,
+        steps=tuple(_data(contents.Step, step, node=step.node.name) for step in steps),
         joins=() if plan is None else plan.joins,
         replays=ledger.replays,
         uncaptured=dict(ledger.uncaptured),
