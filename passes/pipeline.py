@@ -12,7 +12,7 @@ from npu_compiler.errors import OptionError
 from npu_compiler.graph import periods
 from npu_compiler.graph.content import of_content
 from npu_compiler.graph.digest import of_text
-from npu_compiler.graph.source import TIMES
+from npu_compiler.graph.source import TIMES, origins_kept
 from npu_compiler.graph.spec import SpecCheck, refresh_aliases
 from npu_compiler.passes import (
     add_layer_norm,
@@ -141,7 +141,8 @@ def _run_all(
     check = SpecCheck(module) if options.check else None
     for entry in selected(options):
         if entry.name == reinplace.NAME and after_rules is not None:
-            after_rules(module.graph)
+            with origins_kept(module.graph, AFTER_RULES):
+                after_rules(module.graph)
             if watch is not None:
                 watch(AFTER_RULES, module, None)
         records.append(run_pass(entry, module, options, check, attempts=watch is not None))

@@ -25,6 +25,7 @@ from itertools import chain, pairwise
 from typing import Any, TypeAlias
 
 from torch import fx
+from torch._library.fake_class_registry import FakeScriptObject
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_aggregate
 
@@ -427,8 +428,17 @@ def _may_follow(left: Binding, right: Binding, after: Mapping[Binding, Binding] 
         return left in after and after[left] == right
     if isinstance(left, str) or isinstance(right, str):
         return isinstance(left, str) and isinstance(right, str)
-    inputs = left.op == "placeholder" == right.op
-    return inputs and any(True for _ in tensors(left)) and _layout(left) == _layout(right)
+    if not left.op == "placeholder" == right.op:
+        return False
+    if isinstance(left.meta.get("val"), FakeScriptObject):
+        return _script_class(left) == _script_class(right)
+    return any(True for _ in tensors(left)) and _layout(left) == _layout(right)
+
+
+def _script_class(node: fx.Node) -> str:
+    """The class of an input that is an object to torch, as vLLM's name of an attention layer is; empty for another."""
+    value = node.meta.get("val")
+    return str(value.script_class_name) if isinstance(value, FakeScriptObject) else ""
 
 
 def _start(steps: Sequence[_Step | None], start: int, end: int, length: int) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,3 +82,28 @@ def origin_of(nodes: Iterable[fx.Node], made_by: str) -> dict[str, object]:
                 meta[key] = node.meta[key]
                 break
     return meta
+
+
+@contextlib.contextmanager
+def origins_kept(graph: fx.Graph, made_by: str) -> Iterator[None]:
+    """While this is open, rewrites that know nothing of our metadata may put calls in the place of others: torch's
+    pattern matcher, for example. Each new call gets the origin of the calls that stood in its place; the others keep
+    their lines (torch gives that of a replaced call to an argument that takes its place)."""
+    before = list(graph.nodes)
+    lines = {node: node.meta["stack_trace"] for node in before if "stack_trace" in node.meta}
+    yield
+    known, left = set(before), set(graph.nodes)
+    replaced: dict[fx.Node | None, list[fx.Node]] = {}
+    behind: fx.Node | None = None
+    for node in before:
+        if node in left:
+            behind = node
+        elif node.target is not operator.getitem:
+            replaced.setdefault(behind, []).append(node)
+    behind = None
+    for node in graph.nodes:
+        if node in known:
+            behind = node
+            node.meta.update({"stack_trace": lines[node]} if node in lines else {})
+        elif len({old.meta.get(TIMES, 1) for old in replaced.get(behind, ())}) == 1:
+            node.meta.update(origin_of(replaced[behind], made_by) | node.meta)

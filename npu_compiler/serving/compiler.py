@@ -43,6 +43,11 @@ class PassManager(InductorPass):
         with set_current_vllm_config(config, check_compile=False):
             self._lowering = VllmIRLoweringPass(config)
 
+    @property
+    def local(self) -> bool:
+        """Whether a program of a few of a model's equal layers will do (compile_fx): a user's pass sees every layer."""
+        return not self.passes
+
     def add(self, pass_: InductorPass) -> None:
         """Adds a pass of the user's, from inductor_compile_config."""
         self.passes.append(pass_)

@@ -42,6 +42,7 @@ from npu_compiler.backend import CompiledGraph, compile_fx
 from npu_compiler.graph.traffic import launches
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.serving import qkv_attention
+from npu_compiler.serving.compiler import PassManager
 from npu_compiler.serving.options import compile_options
 
 TOKENS = 4
@@ -82,7 +83,8 @@ ARCHITECTURES = {"bert": "BertModel"}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What decides a graph. `changes` are settings of the transformers configuration, as a tuple of pairs."""
+    """What decides a graph. `changes` are settings of the transformers configuration, as a tuple of pairs; lists as
+    tuples."""
 
     family: str
     dtype: str = "bfloat16"
@@ -95,6 +97,7 @@ class TracedGraph:
 
     dynamo: fx.GraphModule
     inputs: tuple[Any, ...]
+    config: VllmConfig
 
     def lowered(self) -> Functional:
         """The functional program, no passes run; a new one at every call."""
@@ -115,6 +118,15 @@ class TracedGraph:
         with torch.inference_mode():
             return compile_fx(copy.deepcopy(self.dynamo), self.inputs, compile_options(options or {}))
 
+    def compiled_by_vllm(self, options: Mapping[str, Any] | None = None) -> CompiledGraph:
+        """As `compiled`, with vLLM's pass manager behind the rules, as in an engine."""
+        qkv_attention.register()
+        manager = PassManager()
+        manager.configure(self.config)
+        with torch.inference_mode(), self.config.kernel_config.ir_op_priority.set_priority():
+            dynamo, chosen = copy.deepcopy(self.dynamo), compile_options(options or {})
+            return compile_fx(dynamo, self.inputs, chosen, after_passes=manager)
+
 
 @functools.cache
 def graph(shape: Shape) -> TracedGraph:
@@ -124,18 +136,18 @@ def graph(shape: Shape) -> TracedGraph:
         config = _configuration(shape, Path(folder))
         with _process_groups(config):
             _run(config)
-            (traced,) = _collected
-            _functionalize(traced.dynamo, config)
-    return traced
+            ((dynamo, inputs),) = _collected
+            _functionalize(dynamo, config)
+    return TracedGraph(dynamo, inputs, config)
 
 
-_collected: list[TracedGraph] = []
+_collected: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
 
 
 def collect(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """A torch.compile backend, named to vLLM by its path, that keeps what it is given and runs it as it is."""
     fakes = tuple(node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder"))
-    _collected.append(TracedGraph(copy.deepcopy(gm), fakes))
+    _collected.append((copy.deepcopy(gm), fakes))
     return gm.forward
 
 
@@ -143,7 +155,8 @@ def _configuration(shape: Shape, folder: Path) -> VllmConfig:
     """vLLM's configuration of a model whose weights exist nowhere: load_format "dummy" makes them up."""
     name, settings = FAMILIES[shape.family]
     family = getattr(transformers, CLASSES.get(shape.family, f"{name}Config"))
-    config = family(**(SMALL | settings | dict(shape.changes)), dtype=shape.dtype)
+    changes = {name: list(value) if isinstance(value, tuple) else value for name, value in shape.changes}
+    config = family(**(SMALL | settings | changes), dtype=shape.dtype)
     config.architectures = [ARCHITECTURES.get(shape.family, f"{name}ForCausalLM")]
     config.save_pretrained(folder)
     return EngineArgs(
