@@ -27,6 +27,12 @@ left out (`python -m benchmarks.sweep --again stale` runs them again).
 `weights`: `saved` is a checkpoint written by transformers and loaded by vLLM; `dummy` is vLLM's own made-up weights,
 because transformers could not write one. With those, every token tends to be the same, so that the row shows that the
 model runs, and little about its numbers.
+
+Llama 4 runs compiled, but without a graph: vLLM says of its chunked attention that it can't be captured
+(`AttentionCGSupport.NEVER`), as each step makes it a block table of its own. Of the failures below, those of Dbrx and
+DeepSeek V4 are vLLM 0.32's with this version of transformers (its loader of Dbrx's experts looks for a parameter that
+its layer doesn't have; its configuration of V4 refuses the kinds of layers that transformers writes). Not served on npu
+are latent attention that vLLM can't expand (LongCat, DeepSeek V3.2) and layers that keep a state (Falcon Mamba).
 """
 COLUMNS = (
     *("architecture", "tokens", "as transformers", "weights"),

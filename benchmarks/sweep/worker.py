@@ -100,6 +100,7 @@ def engine(folder: str, load_format: str, **changes: Any) -> Iterator[Any]:
         kv_cache_memory_bytes=64 << 20,
         disable_log_stats=True,
         seed=0,
+        attention_backend="CUSTOM",  # what npu has; vLLM would choose another for Gemma 4
         **changes,
     )
     try:
