@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import AttrSource, ConstantSource, TensorProperty, TensorPropertySource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from npu_compiler.config import Options
@@ -41,24 +43,56 @@ class Seen:
         self.strides = [tensor.stride() for tensor in outputs]
         self.memory = _partition([*outputs, *arguments])
 
-    def assert_same(self, expected: Seen, stage: str, exact: Seen | None = None) -> None:
-        """Compares with `expected`; values in half precision with the `exact` ones, which `expected` misses too."""
+    def assert_same(
+        self,
+        expected: Seen,
+        stage: str,
+        exact: Callable[[], Sequence[Tensor]] | None = None,
+        promised: Callable[[], list[tuple[int, ...]]] | None = None,
+    ) -> None:
+        """Compares with `expected`.
+
+        Args:
+            exact: the values in float64. Those that differ by more than float32's rounding have to be as near to these
+                as the expected ones.
+            promised: strides that an output may have instead (see `promised_strides`).
+        """
         outputs = len(self.strides)
         for position, (got, want) in enumerate(zip(self.values, expected.values, strict=True)):
             what = f"output {position}" if position < outputs else f"input {position - outputs} afterwards"
+            if (got.dtype, got.shape) == (want.dtype, want.shape) and _close(got, want):
+                continue
             if exact is None:
                 torch.testing.assert_close(
-                    got,
-                    want,
-                    rtol=1e-4,
-                    atol=1e-4,
-                    equal_nan=True,
-                    msg=lambda text, what=what: f"{stage}: {what}: {text}",
+                    got, want, rtol=1e-4, atol=1e-4, msg=lambda text, what=what: f"{stage}: {what}: {text}"
                 )
             else:
-                _assert_as_near(got, want, exact.values[position], f"{stage}: {what}")
-        assert self.strides == expected.strides, stage
+                _assert_as_near(got, want, exact()[position], f"{stage}: {what}")
+        if self.strides != expected.strides:
+            others = promised() if promised else expected.strides
+            for got, *allowed in zip(self.strides, expected.strides, others, strict=True):
+                assert got in allowed, f"{stage}: strides {self.strides}, in eager {expected.strides} or {others}"
         assert self.memory == expected.memory, f"{stage}: other outputs and inputs share memory than in eager"
+
+
+def promised_strides(run: Callable[..., Any], arguments: Sequence[Any]) -> list[tuple[int, ...]]:
+    """The strides of a call's outputs as fake tensors have them. torch_npu's kernels return dense tensors where torch
+    says that the strides follow the operands' (`a.transpose(1, 2) * b`); what is compiled may keep to either."""
+    mode = FakeTensorMode()
+    with mode, torch.no_grad():
+        results = run(*(_faked(mode, item) for item in arguments))
+        return [tensor.stride() for tensor in (results if isinstance(results, (list, tuple)) else (results,))]
+
+
+def _faked(mode: FakeTensorMode, item: Any) -> Any:
+    return mode.from_tensor(item, static_shapes=True) if isinstance(item, Tensor) else item
+
+
+def _close(got: Tensor, want: Tensor) -> bool:
+    if torch.equal(got, want):
+        return True
+    single = got.dtype in (torch.float32, torch.float64)
+    return single and torch.allclose(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def _assert_as_near(got: Tensor, eager: Tensor, exact: Tensor, what: str) -> None:
@@ -156,10 +190,10 @@ def _copied(item: Any) -> Any:
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
-    """A program to run passes on: new nodes, the same fake values."""
+    """A program to run passes on: new nodes, the same fake values. Its text is made when it is run."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    return fx.GraphModule(module, graph)
+    return _LazyGraphModule(module, graph)
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, index: int, dynamic: bool) -> Tensor:
@@ -272,7 +306,14 @@ class Check:
         self._lowered.module = module
         for more, want in self._expected.items():
             got = Seen(self._lowered.call, self._program.arguments(SEED, more_rows=more))
-            got.assert_same(want, f"{stage}, {more} more rows", self._exact.get(more))
+            exact = self._exact.get(more)
+            given = self._program.arguments(SEED, more_rows=more)
+            got.assert_same(
+                want,
+                f"{stage}, {more} more rows",
+                None if exact is None else lambda: exact.values,  # noqa: B023
+                functools.partial(promised_strides, self._program, given) if exact else None,
+            )
         self.compared += 1
 
     def _run_alone(self, module: fx.GraphModule) -> Seen:

@@ -96,9 +96,16 @@ def _of_rules() -> dict[str, Fragment]:
         found[rule.name] = Fragment(rule.name, rule.reference, rule.example, rule.oracle, rule.dtypes)
         if rule.oracle is None:
             for index, miss in enumerate(rule.near_misses):
+                if not runs_here(miss.program) or _takes_scalars(miss.example or rule.example, rule.dtypes[0]):
+                    continue
                 name = f"{rule.name}_miss_{index}"
                 found[name] = Fragment(name, miss.program, miss.example or rule.example, None, rule.dtypes, True)
     return found
+
+
+def _takes_scalars(example: Callable[[torch.dtype], Sequence[Any]], dtype: torch.dtype) -> bool:
+    """Whether an argument is a tensor without dimensions: rows are what programs vary."""
+    return any(isinstance(item, Tensor) and not item.dim() for item in example(dtype))
 
 
 def _rotations() -> dict[str, Fragment]:

@@ -30,6 +30,7 @@ def written_operators() -> Iterator[None]:
     with torch.library._scoped_library(NAMESPACE, "DEF") as library:
         library.define("store(Tensor x, Tensor(a!) out) -> ()")
         library.define("store_two(Tensor(a!) one, Tensor(b!) other, Tensor x) -> ()")
+        library.define("accumulate(Tensor x, Tensor(a!) out) -> Tensor")
 
         def store(x: Tensor, out: Tensor) -> None:
             out.zero_()
@@ -41,9 +42,17 @@ def written_operators() -> Iterator[None]:
             one.add_(x)
             other.sub_(x)
 
-        for name, run in (("store", store), ("store_two", store_two)):
+        def accumulate(x: Tensor, out: Tensor) -> Tensor:
+            before = out.clone()
+            out.zero_()
+            out.add_(x)
+            return before + x
+
+        for name, run in (("store", store), ("store_two", store_two), ("accumulate", accumulate)):
             library.impl(name, run, "CompositeExplicitAutograd")
-            library.impl(name, lambda *args: None, "Meta")
+            if name != "accumulate":
+                library.impl(name, lambda *args: None, "Meta")
+        library.impl("accumulate", lambda x, out: torch.empty_like(x + out), "Meta")
         yield
 
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, currently_in_test_context, given, note, sett
 from hypothesis import strategies as st
 
 from npu_compiler.backend import AscendBackend
-from tests.properties.compare import SEED, Seen, check_all_stages
+from tests.properties.compare import SEED, Seen, check_all_stages, promised_strides
 from tests.properties.fragments import expected_to_fire, fragments
 from tests.properties.programs import Program, alone, programs, traced
 
@@ -59,37 +59,26 @@ def check_replay(program: Program, dynamic: bool) -> None:
         if program.device != "cpu":
             exact = Seen(program.exact, program.arguments(SEED + call, more_rows=more, exact=True))
         got = Seen(compiled, program.arguments(SEED + call, "npu", more_rows=more))
-        got.assert_same(expected, f"call {call}, {more} more rows", exact)
+        got.assert_same(expected, f"call {call}, {more} more rows", exact and (lambda: exact.values))  # noqa: B023
 
 
-@examples(200, fixed=True)
+@examples(40, fixed=True)
 @given(programs(), st.booleans(), seeds)
 def test_stages(program: Program, dynamic: bool, other_outputs: list[int]) -> None:
     check_stages(program, dynamic, other_outputs)
 
 
-OPEN = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="behind qk_norm_rope q and k have other strides than in eager, on the CPU",
-)
-FRAGMENTS = [
-    pytest.param(name, marks=OPEN if name in ("rope_hugging_face", "norm_rope_hugging_face") else ())
-    for name, one in fragments().items()
-    if not one.miss
-]
-
-
-@pytest.mark.parametrize("fragment", FRAGMENTS)
+@pytest.mark.parametrize("fragment", [name for name, one in fragments().items() if not one.miss])
 def test_stages_with_each_rule(fragment: str) -> None:
-    @examples(3, fixed=True)
-    @given(programs(max_steps=6, first=fragment), st.booleans(), seeds)
-    def check(program: Program, dynamic: bool, other_outputs: list[int]) -> None:
-        check_stages(program, dynamic, other_outputs)
+    check_stages(alone(fragment, fragments()[fragment].dtypes[0]), True, [])
 
-    for dtype in fragments()[fragment].dtypes:
-        check_stages(alone(fragment, dtype), True, [])
-    check()
+
+def test_the_device_gives_dense_results_where_torch_promises_others() -> None:
+    """Why a compiled program may have other strides than eager on the device: those that its lowering promises."""
+    left, right = torch.rand(2, 5, 4, 16).npu().transpose(1, 2), torch.rand(2, 1, 5, 16).npu()
+    assert torch.mul(left, right).is_contiguous()
+    assert promised_strides(torch.ops.aten.mul.Tensor, (left, right)) == [left.stride()]
+    check_stages(alone("norm_rope_hugging_face", torch.bfloat16), True, [])
 
 
 def test_every_rule_fired() -> None:

@@ -1,0 +1,121 @@
+"""Thousands of random graphs: each equals itself behind every prefix of the pipeline and with a pass left out.
+
+Every run tries the same programs; `NPU_COMPILER_SEED=N` tries others. A failure prints the program as a value, which
+goes into FOUND in test_found.py, the seed, and hypothesis's @reproduce_failure line.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, note, seed, settings
+
+from tests.properties.decode import Drawn, decode, drawn
+from tests.properties.fragments import expected_to_fire, fragments
+from tests.properties.graphs import Graph, Taken, build, example
+from tests.properties.stages import Stages, check_all
+
+SEED = int(os.environ.get("NPU_COMPILER_SEED", "0"))
+PARTS, PROGRAMS = 4, 60
+"""How many programs are tried, and in how many tests."""
+MANY = 10
+"""How many times as many the long matrix tries."""
+CHECKED, PLANNED = 3, 6
+"""One program in so many runs under the spec check, and is planned for several streams: these cost most."""
+FIRED: Counter[str] = Counter()
+"""How often each rule or pass fired in this file's tests so far."""
+CHANGED: Counter[str] = Counter()
+LEFT_OUT: Counter[str] = Counter()
+"""How many programs each pass changed, and how many were compared without it."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_collections() -> Iterator[None]:
+    """What is there before the programs stays: no collection looks at it."""
+    threshold = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, *threshold[1:])
+    yield
+    gc.set_threshold(*threshold)
+    gc.unfreeze()
+
+
+def check(numbers: Drawn) -> None:
+    """One program, at all stages."""
+    note(f"NPU_COMPILER_SEED={SEED}")
+    built = decode(numbers)
+    note(repr(built.program))
+    note(built.module.code)
+    number = numbers.disabled
+    stages = check_all(built, number, plan=number % PLANNED == 0, check=number % CHECKED == 0)
+    FIRED.update(stages.fired)
+    CHANGED.update(stages.changed.keys())
+    LEFT_OUT.update(stages.left_out)
+
+
+def run_part(part: int, most_steps: int) -> None:
+    @seed(SEED * 1000 + part)
+    @settings(
+        max_examples=PROGRAMS,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(drawn(most_steps))
+    def run(numbers: Drawn) -> None:
+        check(numbers)
+
+    with torch.no_grad():
+        run()
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_programs(part: int) -> None:
+    run_part(part, most_steps=10)
+
+
+@pytest.mark.parametrize("name", [name for name, one in fragments().items() if not one.miss])
+def test_each_rule_alone(name: str) -> None:
+    """Without every single pass that changes it."""
+    for place, dtype in enumerate(fragments()[name].dtypes):
+        count = len(example(name, dtype))
+        steps = (*(Taken(name, place) for place in range(count)), (name, tuple(range(count))))
+        results = tuple(range(count, count + fragments()[name].results))
+        with torch.no_grad():
+            stages = Stages(build(Graph(steps, results, dtype=dtype, dynamic=place > 0)))
+            stages.prefixes(check=True)
+            for entry in stages.changed:
+                stages.without(entry)
+        FIRED.update(stages.fired)
+        CHANGED.update(stages.changed.keys())
+        LEFT_OUT.update(stages.left_out)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("part", range(PARTS, PARTS * (1 + MANY)))
+def test_many_programs(part: int) -> None:
+    run_part(part, most_steps=16)
+
+
+def test_every_rule_fired() -> None:
+    """In the programs above; what never fires was never compared."""
+    if not FIRED:
+        pytest.skip("the tests above did not run")
+    missing = expected_to_fire() - FIRED.keys()
+    assert not missing, f"never fired: {sorted(missing)}; fired: {FIRED}"
+
+
+def test_every_pass_was_left_out() -> None:
+    """Every pass that changed a program was left out of one that it changes."""
+    if not LEFT_OUT:
+        pytest.skip("the tests above did not run")
+    missing = CHANGED.keys() - LEFT_OUT.keys()
+    assert not missing, f"never left out: {sorted(missing)}; left out: {LEFT_OUT}; changed: {CHANGED}"
