@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves, tree_map
 
 from npu_compiler.errors import SpecError
-from npu_compiler.facts.sizes import expression, same_layout
+from npu_compiler.facts.sizes import equal, expression, same_layout
 from npu_compiler.graph.effects import storage, tensors, value, written_storages
 from npu_compiler.graph.source import where
 from npu_compiler.graph.traffic import is_view
@@ -197,11 +197,20 @@ def _written_inputs(graph: fx.Graph) -> set[str]:
 def _copied_onto_themselves(graph: fx.Graph) -> set[str]:
     """Names of the inputs whose only write is a copy of themselves, which may go: `x.copy_(x.clone())` becomes one."""
     copies = graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
-    plain = {node for node in copies if node.args[0] is node.args[1]}
+    plain = {node for node in copies if _same_elements(*node.args[:2])}
     found = {storage(tensor) for node in plain for tensor in tensors(node)}
     found -= {written for node in graph.nodes if node not in plain for written in written_storages(node)}
     inputs = graph.find_nodes(op="placeholder")
     return {node.name for node in inputs if any(storage(tensor) in found for tensor in tensors(node))}
+
+
+def _same_elements(one: Any, other: Any) -> bool:
+    """Whether two values are the same elements of the same memory, in the same order."""
+    left, right = value(one), value(other)
+    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor) or storage(left) != storage(right):
+        return False
+    offset = equal(left.storage_offset(), right.storage_offset(), "offset")
+    return bool(offset & same_layout(left, right, "layout"))
 
 
 def _names_of_written(graph: fx.Graph) -> Iterator[str]:

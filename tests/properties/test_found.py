@@ -45,6 +45,9 @@ def test_program(name: str, dynamic: bool) -> None:
 GRAPHS = {
     # `x.copy_(x.clone())`: noop leaves a copy of x onto itself, which reinplace drops; the spec check missed the write
     "input copied onto itself": Graph((Own(4),), (), writes=((0, 0),)),
+    "input copied onto a view that is all of it": Graph(
+        (Own(4), ("transposed", (0,)), ("transposed", (1,))), (), writes=((0, 2),)
+    ),
     # noop put x in the place of the cat, so that the view of the cat that is returned became a view of x
     "returned view of a cat with nothing": Graph(
         (Own(4), ("cat_nothing", (0,)), ("row_again", (1,)), ("permuted", (2,))), (3,)

@@ -21,9 +21,9 @@ from tests.properties.graphs import Graph, Taken, build, example
 from tests.properties.stages import Stages, check_all
 
 SEED = int(os.environ.get("NPU_COMPILER_SEED", "0"))
-PARTS, PROGRAMS = 4, 60
+PARTS, PROGRAMS = 4, 250
 """How many programs are tried, and in how many tests."""
-MANY = 10
+MANY = 20
 """How many times as many the long matrix tries."""
 CHECKED, PLANNED = 3, 6
 """One program in so many runs under the spec check, and is planned for several streams: these cost most."""

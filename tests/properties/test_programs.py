@@ -70,7 +70,8 @@ def test_stages(program: Program, dynamic: bool, other_outputs: list[int]) -> No
 
 @pytest.mark.parametrize("fragment", [name for name, one in fragments().items() if not one.miss])
 def test_stages_with_each_rule(fragment: str) -> None:
-    check_stages(alone(fragment, fragments()[fragment].dtypes[0]), True, [])
+    for dynamic in (False, True):
+        check_stages(alone(fragment, fragments()[fragment].dtypes[0]), dynamic, [])
 
 
 def test_the_device_gives_dense_results_where_torch_promises_others() -> None:
