@@ -37,7 +37,7 @@ def test_every_rank(dtype: torch.dtype, inference: bool) -> None:
         left = [name for name in calls(program) if "unsqueeze" not in name]
         assert left == [
             *(["aten.sub.Tensor"] if rank else []),
-            *("aten.clamp.default", "aten.ne.Tensor", "aten.embedding.default", "aten.masked_fill.Scalar"),
+            *("aten.clamp.default", "aten.ne.Tensor", "aten.embedding.default", "aten.masked_fill_.Scalar"),
         ]
         (rows,) = program(ids, weight)
         total += rows
