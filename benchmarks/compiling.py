@@ -77,25 +77,13 @@ def sizes(name: str, layers: int) -> dict[str, Any]:
 
 def vllm_start(name: str, layers: int) -> dict[str, Any]:
     """Seconds of an engine's start in FULL_DECODE_ONLY, and of the compilation in it; vLLM's import is not counted."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM
+    import vllm  # noqa: F401  # before the clock starts
 
     # The path of a model is part of vLLM's cache key: in a folder of another name each start would be a cold one.
     folder = str(Path(os.environ["VLLM_CACHE_ROOT"]) / f"{name}_{layers}")
     models.configuration(name, layers).save_pretrained(folder)
     start = time.perf_counter()
-    llm = LLM(
-        model=folder,
-        skip_tokenizer_init=True,
-        load_format="dummy",
-        dtype="bfloat16",
-        max_model_len=models.POSITIONS,
-        max_num_seqs=models.BATCH,
-        max_num_batched_tokens=models.POSITIONS,
-        kv_cache_memory_bytes=64 << 20,
-        disable_log_stats=True,
-        compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]},
-    )
+    llm = models.engine(folder, [1, 2, 4])
     total = time.perf_counter() - start
     report = llm.collective_rpc("report")[0]
     return {

@@ -97,28 +97,12 @@ def check_equal(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
 
 def in_vllm(name: str, layers: int) -> dict[str, Any]:
     """Starts vLLM's engine on a model with made-up weights and counts in its decode graph."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     known = {id(graph) for graph in captured.graphs()}
     with tempfile.TemporaryDirectory() as folder:
         models.configuration(name, layers).save_pretrained(folder)
-        llm = LLM(
-            model=folder,
-            skip_tokenizer_init=True,
-            load_format="dummy",
-            dtype="bfloat16",
-            max_model_len=models.POSITIONS,
-            max_num_seqs=models.BATCH,
-            max_num_batched_tokens=models.POSITIONS,
-            kv_cache_memory_bytes=64 << 20,
-            disable_log_stats=True,
-            compilation_config={
-                "cudagraph_mode": "FULL_DECODE_ONLY",
-                "cudagraph_capture_sizes": [models.BATCH],
-            },
-        )
+        llm = models.engine(folder, [models.BATCH])
     made = captured.largest([graph for graph in captured.graphs() if id(graph) not in known])
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()

@@ -7,11 +7,16 @@ published models, because the fused operators depend on it.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 BATCH, POSITIONS, VOCABULARY = 4, 128, 512
 DEPTHS = (4, 28)
@@ -134,3 +139,22 @@ def inputs(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
     position = torch.full((BATCH, 1), 7)
     seen = torch.where(torch.arange(POSITIONS) <= 7, 0.0, -1e9).to(dtype)
     return tokens.to(device), position.to(device), seen.expand(BATCH, 1, 1, POSITIONS).contiguous().to(device)
+
+
+def engine(folder: str, capture_sizes: Sequence[int]) -> LLM:
+    """vLLM's engine, in this process, in FULL_DECODE_ONLY, with made-up weights for the configuration in `folder`."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    return LLM(
+        model=folder,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype="bfloat16",
+        max_model_len=POSITIONS,
+        max_num_seqs=BATCH,
+        max_num_batched_tokens=POSITIONS,
+        kv_cache_memory_bytes=64 << 20,
+        disable_log_stats=True,
+        compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(capture_sizes)},
+    )

@@ -137,7 +137,7 @@ class AscendBackend:
         chosen = Options.of(options)
         specialize_module_floats(gm)
         compiled = CompiledGraph(f"graph_{next(self._count)}", chosen)
-        names = [_input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
+        names = _input_names(gm)
 
         def serve(functional: Functional) -> Callable[..., Any]:
             if chosen.capture_with == "npugraph_ex":
@@ -284,7 +284,7 @@ def _dump(compiled: CompiledGraph, gm: fx.GraphModule) -> contextlib.AbstractCon
         return contextlib.nullcontext()
     from npu_compiler.inspect import writer
 
-    names = [_input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
+    names = _input_names(gm)
     try:
         return writer.open_graph(folder, compiled.name, compiled.options, pipeline.selected(compiled.options), names)
     except OSError as error:
@@ -392,6 +392,10 @@ def _return_flat_tuple(gm: fx.GraphModule) -> Callable[[Any], Any] | None:
     output.args = (tuple(leaves),)
     gm.recompile()
     return lambda flat: tree_unflatten(list(flat), spec)
+
+
+def _input_names(gm: fx.GraphModule) -> list[str]:
+    return [_input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
 
 
 def _input_name(node: fx.Node) -> str:

@@ -6,7 +6,6 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 
 import pytest
 
@@ -20,10 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def collected_garbage() -> Iterator[None]:
-    """What a module leaves alive is out of the garbage collector's sight from then on: vLLM collects several times for
-    an engine, and each time would walk through all that the modules before it imported and cached."""
-    yield
+def collected_garbage() -> None:
+    """What the modules before left alive is out of the garbage collector's sight: otherwise each collection, of which
+    vLLM makes several for an engine, would walk through all that they imported and cached."""
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
     gc.collect()

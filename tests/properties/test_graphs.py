@@ -7,20 +7,19 @@ goes into FOUND in test_found.py, the seed, and hypothesis's @reproduce_failure 
 from __future__ import annotations
 
 import gc
-import os
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, seed, settings
+from hypothesis import note
 
 from tests.properties.decode import Drawn, decode, drawn
 from tests.properties.fragments import expected_to_fire, fragments
 from tests.properties.graphs import Graph, Taken, build, example
+from tests.properties.seeded import try_all
 from tests.properties.stages import Stages, check_all
 
-SEED = int(os.environ.get("NPU_COMPILER_SEED", "0"))
 PARTS, PROGRAMS = 4, 250
 """How many programs are tried, and in how many tests."""
 MANY = 20
@@ -36,19 +35,15 @@ LEFT_OUT: Counter[str] = Counter()
 
 @pytest.fixture(autouse=True, scope="module")
 def few_collections() -> Iterator[None]:
-    """What is there before the programs stays: no collection looks at it."""
+    """A program is many small objects that live as long as it is looked at."""
     threshold = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
     gc.set_threshold(100_000, *threshold[1:])
     yield
     gc.set_threshold(*threshold)
-    gc.unfreeze()
 
 
 def check(numbers: Drawn) -> None:
     """One program, at all stages."""
-    note(f"NPU_COMPILER_SEED={SEED}")
     built = decode(numbers)
     note(repr(built.program))
     note(built.module.code)
@@ -59,26 +54,9 @@ def check(numbers: Drawn) -> None:
     LEFT_OUT.update(stages.left_out)
 
 
-def run_part(part: int, most_steps: int) -> None:
-    @seed(SEED * 1000 + part)
-    @settings(
-        max_examples=PROGRAMS,
-        deadline=None,
-        database=None,
-        print_blob=True,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
-    @given(drawn(most_steps))
-    def run(numbers: Drawn) -> None:
-        check(numbers)
-
-    with torch.no_grad():
-        run()
-
-
 @pytest.mark.parametrize("part", range(PARTS))
 def test_programs(part: int) -> None:
-    run_part(part, most_steps=10)
+    try_all(check, drawn(most_steps=10), PROGRAMS, part)
 
 
 @pytest.mark.parametrize("name", [name for name, one in fragments().items() if not one.miss])
@@ -102,7 +80,7 @@ def test_each_rule_alone(name: str) -> None:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("part", range(PARTS, PARTS * (1 + MANY)))
 def test_many_programs(part: int) -> None:
-    run_part(part, most_steps=16)
+    try_all(check, drawn(most_steps=16), PROGRAMS, part)
 
 
 def test_every_rule_fired() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, note, seed, settings
+from hypothesis import HealthCheck, assume, note
 from torch import Tensor, fx
 
 from npu_compiler.aclgraph.capture import capture
@@ -25,9 +25,9 @@ from npu_compiler.plan.schedule import StreamPlan, place
 from tests.properties.decode import Drawn, decode, drawn
 from tests.properties.fragments import HALVES
 from tests.properties.graphs import Built
+from tests.properties.seeded import try_all
 from tests.properties.stages import PASSES
 from tests.properties.streams import FREE_EVENTS, STREAMS
-from tests.properties.test_graphs import SEED
 
 REPLAYS = 3
 USED: Counter[int] = Counter()
@@ -36,8 +36,10 @@ FOUND: Counter[str] = Counter()
 """What became of the events left out."""
 
 
-def planned(built: Built) -> tuple[fx.GraphModule, StreamPlan]:
-    """The program behind the passes, on as many streams as it can use."""
+def planned(numbers: Drawn) -> tuple[Built, fx.GraphModule, StreamPlan]:
+    """A program behind the passes, on as many streams as it can use; one that can't use two is given up."""
+    built = decode(numbers)
+    note(repr(built.program))
     module = built.module
     for entry in PASSES:
         pipeline.run_pass(entry, module, Options())
@@ -45,16 +47,13 @@ def planned(built: Built) -> tuple[fx.GraphModule, StreamPlan]:
     module.recompile()
     plan = place(Dependencies.of(module.graph), {}, STREAMS, FREE_EVENTS)
     verify(module.graph, plan)
-    return module, plan
+    assume(plan.streams > 1)
+    return built, module, plan
 
 
 def check_replays(numbers: Drawn) -> None:
     """Each replay has other values at the addresses of the capture."""
-    built = decode(numbers)
-    note(f"NPU_COMPILER_SEED={SEED}")
-    note(repr(built.program))
-    module, plan = planned(built)
-    assume(plan.streams > 1)
+    built, module, plan = planned(numbers)
     USED[plan.streams] += 1
     held = built.arguments(0)
     streams = Streams(module, plan.streams).of(plan)
@@ -75,11 +74,7 @@ def check_replays(numbers: Drawn) -> None:
 
 def check_lost_events(numbers: Drawn) -> None:
     """Every wait of the plan is left out in turn; the checker must find each one that leaves two calls in no order."""
-    built = decode(numbers)
-    note(f"NPU_COMPILER_SEED={SEED}")
-    note(repr(built.program))
-    module, plan = planned(built)
-    assume(plan.streams > 1)
+    _, module, plan = planned(numbers)
     touched = [accesses(step.node) for step in plan.steps]
     for broken in without_an_event(plan):
         race = first_race(broken, touched)
@@ -127,20 +122,7 @@ def first_race(plan: StreamPlan, touched: Sequence[Accesses]) -> str:
 
 
 def run(check: Callable[[Drawn], None], count: int, number: int) -> None:
-    @seed(SEED * 1000 + number)
-    @settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        print_blob=True,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-    )
-    @given(drawn(most_steps=12, dtypes=HALVES))
-    def examples(numbers: Drawn) -> None:
-        check(numbers)
-
-    with torch.no_grad():
-        examples()
+    try_all(check, drawn(most_steps=12, dtypes=HALVES), count, number, suppress=[HealthCheck.filter_too_much])
 
 
 def test_replays_on_several_streams() -> None:

@@ -1,0 +1,45 @@
+"""Random programs that are the same in every run; `NPU_COMPILER_SEED=N` tries others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from hypothesis import HealthCheck, given, note, seed, settings
+from hypothesis.strategies import SearchStrategy
+
+from tests.properties.decode import Drawn
+
+SEED = int(os.environ.get("NPU_COMPILER_SEED", "0"))
+
+
+def try_all(
+    check: Callable[[Drawn], None],
+    programs: SearchStrategy[Drawn],
+    count: int,
+    number: int,
+    suppress: Sequence[HealthCheck] = (),
+) -> None:
+    """Calls `check` with `count` of the programs. A failure prints the seed and hypothesis's @reproduce_failure line.
+
+    Args:
+        number: calls with different ones try different programs.
+        suppress: health checks that do not apply, beside those on time and size.
+    """
+
+    @seed(SEED * 1000 + number)
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, *suppress],
+    )
+    @given(programs)
+    def run(numbers: Drawn) -> None:
+        note(f"NPU_COMPILER_SEED={SEED}")
+        check(numbers)
+
+    with torch.no_grad():
+        run()
