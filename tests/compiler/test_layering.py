@@ -20,6 +20,7 @@ FOLDERS = {
 MAY_IMPORT = {
     "serving": {"backend", "runtime", "doctor"},
     "backend": {"cache", "lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "inspect"},
+    "commands": {"inspect", "cache", "doctor"},
     "inspect": {"lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "runtime"},
     "cache": {"passes", "graph", "facts", "fusion_kernels"},
     "lowering": {"graph", "facts", "fusion_kernels"},
