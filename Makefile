@@ -16,9 +16,11 @@ setup:  ## prepare .venv: torch, torch_npu, vLLM, this project (editable); quick
 build: setup  ## rebuild the host runtime after a change in C++ code
 	@cmake --build build/runtime
 
-# Engines are tested in a process of their own: vLLM collects garbage several times for each, which would walk through
+# Engines are tested in processes of their own: vLLM collects garbage several times for each, which would walk through
 # everything that the tests before it left in memory. Both parts run, whatever the first one says.
-pytest = $(RUN) -m pytest $(1) --ignore tests/serving; first=$$?; $(RUN) -m pytest $(1) tests/serving && exit $$first
+WORKERS ?= 2
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadfile
+pytest = $(PYTEST) $(1) --ignore tests/serving; first=$$?; $(PYTEST) $(1) tests/serving && exit $$first
 
 test: setup  ## the default test run (under 25 minutes on 2 cores)
 	@$(call pytest,-m "not full")

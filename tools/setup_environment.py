@@ -33,6 +33,7 @@ BUILD_TOOLS = [
 TEST_TOOLS = [
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
     "hypothesis",
     "openai",
     "triton; platform_machine == 'x86_64'",
