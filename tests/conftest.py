@@ -26,3 +26,10 @@ def collected_garbage() -> None:
         sys.modules["torch._dynamo"].reset()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws does not depend on the tests that ran before it in the same worker."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
