@@ -254,6 +254,8 @@ def _compile(
         if compiled.options.freeze:
             once.freeze(functional.graph.graph, functional.stable)
         watch = dump.stage if dump is not None else None
+        if dump is not None:
+            once.note_lasting(functional.graph.graph, functional.stable)
         compiled.records = pipeline.run(functional.graph, compiled.options, after_rules=after_passes, watch=watch)
         if compiled.options.reorder:
             compiled.arrangement = arrange(functional.graph.graph)

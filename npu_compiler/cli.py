@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from npu_compiler import __version__
-from npu_compiler.errors import BundleError
+from npu_compiler.errors import BundleError, OptionError
 
 COMMANDS = (
     "doctor",
@@ -15,6 +15,9 @@ COMMANDS = (
     "show",
     "why",
     "diff",
+    "replay",
+    "bisect",
+    "minify",
 )
 
 
@@ -33,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         return int(parsed.run(parsed))
-    except BundleError as error:
+    except (BundleError, OptionError) as error:
         print(error, file=sys.stderr)
         return 2
 

@@ -50,8 +50,8 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
         elif memory.both_returned(first, node):
             record.refuse(NAME, node, f"the caller gets it and the equal {first.name} as separate tensors")
         else:
-            memory.merge(first, node)
             record.fire(f"{NAME}: {node.target}", node, [node])
+            memory.merge(first, node)
             node.replace_all_uses_with(first)
             graph.erase_node(node)
 

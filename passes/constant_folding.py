@@ -56,8 +56,8 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
     for node in reversed(kept):
         gone = [item for item in _behind(node) if item.op == "call_function" and item not in taken]
         taken.update(gone)
-        node.meta[ONCE] = True
         record.fire(f"{NAME}: {node.target}", node, gone, Saving.between(gone, ()))
+        node.meta[ONCE] = True
 
 
 def _constants(module: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -39,12 +41,24 @@ from npu_compiler.passes import (
     transpose_bmm,
     users,
 )
-from npu_compiler.passes.record import Pass, PassRecord
+from npu_compiler.passes.record import EnoughRewrites, Pass, PassRecord
 from npu_compiler.passes.rewrite import apply
 
 Hook = Callable[[fx.Graph], None]
 Watch = Callable[[str, fx.GraphModule, "PassRecord | None"], None]
 """Called with the name of each stage, the program at it, and what the pass did that made it."""
+
+
+@dataclass(frozen=True)
+class Until:
+    """How far the pipeline runs: its first `passes` passes without the first `first` of them. The last may make
+    `rewrites` rewrites (None: as many as it finds)."""
+
+    passes: int
+    rewrites: int | None = None
+    first: int = 0
+
+
 LAYERS_ONCE = "layers_once"
 LOWERED, SHORTENED, AFTER_RULES = "lowered", "shortened", "after_rules"
 """Stages besides those that the passes leave: before all, without most of the equal layers, behind the last rule."""
@@ -117,6 +131,7 @@ def run(
     *,
     after_rules: Hook | None = None,
     watch: Watch | None = None,
+    until: Until | None = None,
 ) -> list[PassRecord]:
     """Runs the selected passes on `module` in place and returns what each did.
 
@@ -124,9 +139,13 @@ def run(
         after_rules: called with the graph when all rules have run and it is still functional (before reinplace). With a
             true attribute `local` (see Pass) it may be called with a program of a few layers.
         watch: shown every stage; the records then hold every attempt of a rule.
+        until: where the pipeline ends, for who looks for the pass or the rewrite that is to blame. All of equal layers
+            are then compiled.
     """
     if watch is not None:
         watch(LOWERED, module, None)
+    if until is not None:
+        return _run_all(module, options, after_rules, watch, until)
     record = PassRecord(LAYERS_ONCE, nodes_before=count_calls(module.graph), nodes_after=count_calls(module.graph))
     records = _run_once(module, options, after_rules, watch, record) if _is_local(options, after_rules) else None
     if records is None:
@@ -135,17 +154,26 @@ def run(
 
 
 def _run_all(
-    module: fx.GraphModule, options: Options, after_rules: Hook | None, watch: Watch | None
+    module: fx.GraphModule,
+    options: Options,
+    after_rules: Hook | None,
+    watch: Watch | None,
+    until: Until | None = None,
 ) -> list[PassRecord]:
-    records = []
+    records: list[PassRecord] = []
     check = SpecCheck(module) if options.check else None
-    for entry in selected(options):
+    passes = selected(options)
+    until = until or Until(len(passes))
+    for index, entry in enumerate(passes[: until.passes]):
+        if index < until.first:
+            continue
         if entry.name == reinplace.NAME and after_rules is not None:
             with origins_kept(module.graph, AFTER_RULES):
                 after_rules(module.graph)
             if watch is not None:
                 watch(AFTER_RULES, module, None)
-        records.append(run_pass(entry, module, options, check, attempts=watch is not None))
+        most = until.rewrites if index + 1 == until.passes else None
+        records.append(run_pass(entry, module, options, check, attempts=watch is not None, most=most))
         if watch is not None:
             watch(entry.name, module, records[-1])
     return records
@@ -191,18 +219,27 @@ def _run_once(
 
 
 def run_pass(
-    entry: Pass, module: fx.GraphModule, options: Options, check: SpecCheck | None = None, attempts: bool = False
+    entry: Pass,
+    module: fx.GraphModule,
+    options: Options,
+    check: SpecCheck | None = None,
+    attempts: bool = False,
+    most: int | None = None,
 ) -> PassRecord:
     """Runs one pass on `module` in place, and checks what it left if `check` is given.
 
     Args:
         attempts: note every attempt of a rule.
+        most: how many rewrites it may make.
     """
-    record = PassRecord(entry.name, frozenset(options.disabled_rules), nodes_before=count_calls(module.graph))
+    record = PassRecord(
+        entry.name, frozenset(options.disabled_rules), nodes_before=count_calls(module.graph), most=most
+    )
     record.attempts = [] if attempts else None
     start = time.perf_counter()
     if entry.run is not None:
-        entry.run(module, record)
+        with contextlib.suppress(EnoughRewrites):
+            entry.run(module, record)
     else:
         if entry.name == USER_RULES:
             users.note_idle_rules(module.graph, entry.rules, record)

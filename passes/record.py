@@ -81,12 +81,17 @@ class Attempt:
     whole: bool = False
 
 
+class EnoughRewrites(Exception):
+    """Ends a pass that has made as many rewrites as it may (PassRecord.most)."""
+
+
 @dataclass
 class PassRecord:
     """What one pass did to one graph. Node counts are calls (no inputs, no output).
 
     `disabled` holds the names of rules the user switched off; `rewrite.apply` leaves them out. `attempts`: where rules
-    were tried in vain; None unless somebody wants to know (a dump).
+    were tried in vain; None unless somebody wants to know (a dump). `most`: how many rewrites the pass may make; None
+    is any number. Rules stop firing then, and a function is ended by EnoughRewrites where it notes the next.
     """
 
     name: str
@@ -97,6 +102,12 @@ class PassRecord:
     nodes_after: int = 0
     seconds: float = 0.0
     attempts: list[Attempt] | None = None
+    most: int | None = None
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the pass may make no more rewrites."""
+        return self.most is not None and len(self.fired) >= self.most
 
     def fire(
         self,
@@ -106,8 +117,14 @@ class PassRecord:
         saves: Saving | None = None,
         made: Sequence[fx.Node] = (),
     ) -> None:
-        """Notes a rewrite at `anchor` that replaces or removes `nodes`, by those `made`; call it before they are
-        erased."""
+        """Notes a rewrite at `anchor` that replaces or removes `nodes`, by those `made`; call it before the program
+        changes.
+
+        Raises:
+            EnoughRewrites: the pass may make no more.
+        """
+        if self.is_spent:
+            raise EnoughRewrites
         before, after = (tuple(node.name for node in some) for some in (nodes, made))
         self.fired.append(Fired(rule, where(anchor), before, saves, anchor.meta.get(TIMES, 1), after))
 

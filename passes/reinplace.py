@@ -74,6 +74,8 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
     kept = _keep_outputs(graph)
     writes = _Writes(graph, record)
     for node in list(graph.nodes):
+        if record.is_spent:
+            break
         if is_functionalized(node):
             writes.wrapped(node)
         elif node.target in IN_PLACE:

@@ -154,7 +154,7 @@ def apply(module: fx.GraphModule, rules: Iterable[Rule], record: PassRecord) -> 
     erased: set[fx.Node] = set()
     for root in list(module.graph.nodes):
         for rule in anchored.get(str(root.target), ()):
-            if root in erased:
+            if root in erased or record.is_spent:
                 break
             match, miss = find(rule.pattern, root)
             if match is None:

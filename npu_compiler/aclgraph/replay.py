@@ -67,13 +67,20 @@ class Replayer:
     Args:
         program: the fused program. `stable`: positions of inputs with lasting addresses.
         names: the inputs' names in the user's model, for messages.
+        streams: plans the streams of its captures; None: as the options say.
 
     Raises:
         CaptureError, DeviceError: the program can't be captured (see there), unless capture is off.
     """
 
     def __init__(
-        self, program: fx.GraphModule, stable: Sequence[int], options: Options, name: str, names: Sequence[str]
+        self,
+        program: fx.GraphModule,
+        stable: Sequence[int],
+        options: Options,
+        name: str,
+        names: Sequence[str],
+        streams: Streams | None = None,
     ) -> None:
         self.ledger = Ledger()
         self._program = program
@@ -97,7 +104,7 @@ class Replayer:
         self._captured: Key | None = None  # the shape captured last
         self._pool: Any = None
         self._handed_out: OutputPlan | None = None  # the outputs of the last replay
-        self._streams = Streams(program, options.stream_limit if options.multistream == "auto" else 1)
+        self._streams = streams or Streams(program, options.stream_limit if options.multistream == "auto" else 1)
         self._last_stream: Any = None
         # Copies in, launch and copies out of one call must not mix with another thread's: they share the buffers.
         self._lock = threading.RLock()

@@ -20,8 +20,17 @@ from npu_compiler.graph.traffic import Amount, size_in_bytes
 
 ONCE = "npu_once"
 """Metadata of a call whose value is to be computed once."""
+LASTING = "npu_lasting"
+"""Metadata of an input that lies at the same address at every call: a parameter, say."""
 FROZEN = "npu_frozen"
 """Metadata of an input that counts as a constant."""
+
+
+def note_lasting(graph: fx.Graph, stable: Sequence[int]) -> None:
+    """Marks the inputs at the positions `stable` (lowering.functional.Functional)."""
+    placeholders = graph.find_nodes(op="placeholder")
+    for position in stable:
+        placeholders[position].meta[LASTING] = True
 
 
 def freeze(graph: fx.Graph, stable: Sequence[int]) -> None:

@@ -147,7 +147,7 @@ class StoredGraph:
         return _tensors(self.place / CONSTANTS)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The tensors of the first call, by the names that `inputs` gives."""
+        """The memory of the first call's tensors as bytes, by the names that `inputs` gives."""
         return _tensors(self.place / INPUTS)
 
     @property

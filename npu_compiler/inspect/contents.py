@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
+from npu_compiler.inspect.names import Device, Name, TorchName
 from npu_compiler.inspect.program import Data
 
 FORMAT: Literal[1] = 1
@@ -245,12 +246,25 @@ class Captured(Data):
     evicted: tuple[str, ...] = ()
 
 
+class SavedTensor(Data):
+    """A tensor of the first call: where it lies in one of the pieces of memory that `inputs.safetensors` holds as
+    bytes. Tensors that shared memory lie in one piece. `stride` and `offset` count elements."""
+
+    memory: Name
+    dtype: TorchName
+    device: Device
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
 class Inputs(Data):
-    """What `inputs.json` holds: the program's inputs in order; a number, or the name of a tensor in the other file.
+    """What `inputs.json` holds: the program's inputs in order; None is one that was not asked for (a parameter, a
+    buffer, another lasting tensor), or that has no value.
 
     Attributes:
-        left_out: names of inputs that were not asked for: parameters, buffers and other lasting tensors.
+        left_out: names of inputs that were not asked for.
     """
 
-    inputs: tuple[int | float | bool | str | None, ...]
+    inputs: tuple[SavedTensor | bool | int | float | None, ...]
     left_out: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.printers import PythonPrinter
 
 from npu_compiler.graph.effects import storage, value, written_storages
-from npu_compiler.graph.once import ONCE
+from npu_compiler.graph.once import LASTING, ONCE
 from npu_compiler.graph.source import TIMES, place
 from npu_compiler.inspect.names import is_size, names_in
 from npu_compiler.inspect.program import Argument, Call, Items, Named, Program, Result, SizeValue, TensorValue
@@ -66,6 +66,7 @@ def _call(node: fx.Node, numbering: dict[int, int]) -> Call:
         replaces=tuple(origin["nodes"]),
         writes=tuple(sorted(_number(found, numbering) for found in written_storages(node))),
         once=bool(node.meta.get(ONCE)),
+        lasting=bool(node.meta.get(LASTING)),
         layers=node.meta.get(TIMES, 1),
     )
 

@@ -106,6 +106,7 @@ class Call(Data):
         made_by, replaces: the pass that made it, and the lowered program's nodes that it stands for.
         writes: storages that it writes.
         once: whether it is computed at the first call only.
+        lasting: of an input, whether it lies at the same address at every call.
         layers: how many equal layers of the model it stands for.
     """
 
@@ -120,6 +121,7 @@ class Call(Data):
     replaces: tuple[str, ...] = ()
     writes: tuple[int, ...] = ()
     once: bool = False
+    lasting: bool = False
     layers: int = 1
 
     def inputs(self) -> list[str]:

@@ -12,15 +12,18 @@ CONSTANTS = "constants.safetensors"
 """The file with the constants of a graph's programs, beside their texts."""
 
 
-def python_text(program: Program, title: str) -> str:
+def python_text(program: Program, title: str, counted: bool = False) -> str:
     """`program` as the text of a Python module.
 
     It defines `program(...)` and `inputs()`, which makes inputs of the compiled call's shapes: random floats, zeros for
     integers. Run as a script it prints what the program returns. A call of something that is no operator, such as a
     user's Python function, is printed as one that fails when it is reached.
+
+    Args:
+        counted: integers among the inputs are 0, 1, 2, ... instead.
     """
     body = [f"    {line}" for line in _body(program)]
-    made = [_made_up(call) for call in program.inputs]
+    made = [_made_up(call, counted) for call in program.inputs]
     lines = [f'"""{_comment(title)}"""', "", *_imports(program, [*body, *made]), ""]
     if program.sizes:
         lines += [*(f"{name} = {size}" for name, size in sorted(program.sizes.items())), ""]
@@ -142,11 +145,12 @@ def _items(argument: Items) -> str:
     return f"({parts[0]},)" if len(parts) == 1 else f"({', '.join(parts)})"
 
 
-def _made_up(call: Call) -> str:
+def _made_up(call: Call, counted: bool) -> str:
     """An expression for an input of the compiled call's shape."""
     (found,) = call.values or (None,)
     if isinstance(found, TensorValue):
-        return _tensor(found, "storages")
+        text = _tensor(found, "storages")
+        return text.removesuffix(")") + ", counted=True)" if counted and "float" not in found.dtype else text
     return str(found.size) if found is not None else "None"
 
 

@@ -19,9 +19,9 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from npu_compiler import fusion_kernels
 from npu_compiler.errors import BundleError
-from npu_compiler.graph.once import ONCE
+from npu_compiler.fusion_kernels import register
+from npu_compiler.graph.once import LASTING, ONCE
 from npu_compiler.graph.source import TIMES
 from npu_compiler.inspect import made_up
 from npu_compiler.inspect.names import is_function, is_operator
@@ -52,7 +52,7 @@ def graph_of(program: Program, constants: Mapping[str, torch.Tensor] | None = No
     Raises:
         BundleError: the program calls what is no operator, or an operator that is not there.
     """
-    fusion_kernels.register()
+    register()
     return _Builder(program, constants or {}).build()
 
 
@@ -172,6 +172,8 @@ def _metadata(call: Call) -> dict[str, Any]:
         meta[TIMES] = call.layers
     if call.once:
         meta[ONCE] = True
+    if call.lasting:
+        meta[LASTING] = True
     return meta
 
 

@@ -44,6 +44,7 @@ from npu_compiler.inspect.contents import (
 from npu_compiler.inspect.from_graph import constants_of, program_of
 from npu_compiler.inspect.program import Data, Program
 from npu_compiler.inspect.python_text import CONSTANTS, python_text
+from npu_compiler.inspect.values import saved
 from npu_compiler.passes.pattern import call_count, root_targets
 from npu_compiler.passes.pipeline import count_calls
 from npu_compiler.passes.record import Pass, PassRecord
@@ -239,10 +240,10 @@ class GraphWriter:
         return with_inputs
 
     def _inputs(self, args: Sequence[Any], left_out: set[int]) -> None:
-        kept = {f"input_{i}": arg for i, arg in enumerate(args) if isinstance(arg, Tensor) and i not in left_out}
-        named = [f"input_{i}" if isinstance(arg, Tensor) else arg for i, arg in enumerate(args)]
-        about = contents.Inputs(inputs=tuple(named), left_out=tuple(f"input_{i}" for i in sorted(left_out)))
-        self._write(INPUTS, save({name: arg.detach().cpu().contiguous().clone() for name, arg in kept.items()}))
+        kept = [None if i in left_out else arg for i, arg in enumerate(args)]
+        inputs, pieces = saved(kept)
+        about = contents.Inputs(inputs=tuple(inputs), left_out=tuple(f"input_{i}" for i in sorted(left_out)))
+        self._write(INPUTS, save(pieces))
         self._write(NUMBERS, about.model_dump_json())
 
     def _program(self, stage: str, program: Program, constants: Mapping[str, Tensor]) -> str:

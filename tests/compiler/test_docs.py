@@ -39,6 +39,10 @@ INSPECT = (
         "options: reorder\n  - True",
     ),
 )
+BISECT = (
+    *("as eager: False", "pass: user_rules\nrule: gated; without it everything is right\n", "the lowered program by"),
+    *("silu_1, mul_5 became cat_1, swiglu_1", "torch.ops.aten.silu.default(", "before: wrong and after: right"),
+)
 FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
 
 
@@ -50,6 +54,7 @@ FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
         ("facts.md", FACTS),
         ("capture.md", CAPTURE),
         ("inspect.md", INSPECT),
+        ("bisect.md", BISECT),
     ],
 )
 def test_examples(page: str, expected: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,142 @@
+"""Collectives of a program that runs alone: their order, and calls that take their place.
+
+A replay has one rank. Each collective is replaced by what it gives where all ranks have the same values, so that a
+program of many ranks runs without them. What other ranks rely on is the order in which a rank calls its collectives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from npu_compiler.graph.build import call
+from npu_compiler.graph.effects import tensors
+from npu_compiler.graph.source import where
+from npu_compiler.graph.spec import refresh_aliases
+from npu_compiler.plan.engines import Engine, engine_of
+
+aten = torch.ops.aten
+
+
+def in_order(graph: fx.Graph) -> list[str]:
+    """Names of the collectives, in the order in which they are called."""
+    return [node.name for node in _collectives(graph)]
+
+
+def disorder(graph: fx.Graph, expected: list[str]) -> str:
+    """What is wrong with the order of a rewritten program's collectives; empty if nothing is.
+
+    Args:
+        expected: the lowered program's (in_order).
+    """
+    position = {name: index for index, name in enumerate(expected)}
+    last, before = -1, ""
+    for node in _collectives(graph):
+        origin = node.meta.get("npu_origin") or {"nodes": ()}
+        known = [position[name] for name in (node.name, *origin["nodes"]) if name in position]
+        if not known:
+            continue
+        if min(known) < last:
+            return (
+                f"{expected[min(known)]} is called behind {before}, in the lowered program before it: ranks that "
+                f"differ in that wait for one another ({where(node)})"
+            )
+        last, before = max(known), expected[max(known)]
+    return ""
+
+
+def replace(module: fx.GraphModule, ranks: int) -> None:
+    """Puts calls that need no other rank in the place of collectives.
+
+    Args:
+        ranks: how many there are; the size of a group where the call does not say it.
+    """
+    replaced = False
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        alone = _ALONE.get(node.target._schema.name)
+        if alone is None:
+            continue
+        with module.graph.inserting_before(node):
+            new = alone(functools.partial(_add, module.graph, node), node, ranks)
+        if new not in node.all_input_nodes:  # a wait is its argument
+            new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        module.graph.erase_node(node)
+        replaced = True
+    if replaced:
+        refresh_aliases(module.graph)
+        module.recompile()
+
+
+def _add(graph: fx.Graph, node: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
+    return call(graph, target, args, replaces=[node], made_by="alone")
+
+
+def _collectives(graph: fx.Graph) -> list[fx.Node]:
+    found = [node for node in graph.nodes if node.op == "call_function" and engine_of(node) is Engine.LINK]
+    return [node for node in found if "wait_tensor" not in str(node.target) and list(tensors(node))]
+
+
+Add = Callable[..., fx.Node]
+Alone = Callable[[Add, fx.Node, int], fx.Node]
+
+
+def _summed(add: Add, node: fx.Node, ranks: int) -> fx.Node:
+    return add(aten.mul.Tensor, node.args[0], ranks if _sums(node) else 1)
+
+
+def _summed_in_place(add: Add, node: fx.Node, ranks: int) -> fx.Node:
+    return add(aten.mul_.Tensor, node.args[0], ranks if _sums(node) else 1)
+
+
+def _gathered(add: Add, node: fx.Node, ranks: int) -> fx.Node:
+    count: Any = node.args[1]
+    return add(aten.cat.default, [node.args[0]] * count, 0)
+
+
+def _scattered(add: Add, node: fx.Node, ranks: int) -> fx.Node:
+    (result,) = tensors(node)
+    part = add(aten.slice.Tensor, node.args[0], 0, 0, result.shape[0])
+    return add(aten.mul.Tensor, part, node.args[2] if _sums(node) else 1)
+
+
+def _copied(add: Add, node: fx.Node, ranks: int) -> fx.Node:
+    return add(aten.clone.default, node.args[0])
+
+
+def _waited(add: Add, node: fx.Node, ranks: int) -> fx.Node:
+    (source,) = node.args
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _product_summed(add: Add, node: fx.Node, ranks: int) -> fx.Node:
+    x, weight, bias, *_ = node.args
+    product = add(aten.matmul.default, x, weight)
+    if bias is not None:
+        product = add(aten.add.Tensor, product, bias)
+    return add(aten.mul.Tensor, product, ranks)
+
+
+def _sums(node: fx.Node) -> bool:
+    """Whether a reduction is a sum; vLLM's name no other."""
+    return len(node.args) < 3 or node.args[1] == "sum"
+
+
+_ALONE: dict[str, Alone] = {
+    "_c10d_functional::all_reduce": _summed,
+    "_c10d_functional::all_reduce_": _summed_in_place,
+    "_c10d_functional::all_gather_into_tensor": _gathered,
+    "_c10d_functional::reduce_scatter_tensor": _scattered,
+    "_c10d_functional::all_to_all_single": _copied,
+    "_c10d_functional::broadcast": _copied,
+    "_c10d_functional::wait_tensor": _waited,
+    "vllm::all_reduce": _summed,
+    "npu_fused::matmul_all_reduce": _product_summed,
+}

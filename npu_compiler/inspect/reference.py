@@ -1,0 +1,104 @@
+"""What a program means: run on the CPU, in float64, call by call.
+
+Floats are widened where they come in and stay wide: a conversion to another floating dtype keeps float64. A call that
+the CPU has no kernel for, or that draws random numbers, runs on the device in its own dtypes; its results are widened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from npu_compiler.graph.effects import value
+
+NO_KERNEL = (NotImplementedError, RuntimeError, ValueError)
+"""What torch raises where the CPU has no kernel for a call, or none for float64."""
+
+
+class Reference(fx.Interpreter):
+    """Runs a program with fake values recorded, on widened arguments that lie on the CPU.
+
+    Attributes:
+        on_device: names of the calls that ran on the device, in its own dtypes.
+    """
+
+    def __init__(self, program: fx.GraphModule) -> None:
+        super().__init__(program)
+        self.on_device: list[str] = []
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "get_attr":
+            return tree_map(_wide, super().run_node(n))
+        if n.op != "call_function" or not isinstance(n.target, torch._ops.OperatorBase):
+            return super().run_node(n)
+        args, kwargs = tree_map(_on_cpu, self.fetch_args_kwargs_from_env(n), is_leaf=_is_leaf)
+        draws = isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
+        if not draws:
+            try:
+                return tree_map(_wide, n.target(*args, **kwargs))
+            except IndexError:
+                raise
+            except NO_KERNEL:
+                pass
+        self.on_device.append(n.name)
+        return self._run_on_device(n)
+
+    def _run_on_device(self, node: fx.Node) -> Any:
+        """The call in its own dtypes on its own device; what it writes is copied back."""
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
+        likes = iter(_leaves((node.args, node.kwargs)))
+        given = [_narrow(item, value(like), moved) for item, like in zip(_leaves((args, kwargs)), likes, strict=True)]
+        rest = iter(given)
+        args, kwargs = tree_map(lambda item: next(rest), (args, kwargs), is_leaf=_is_leaf)
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        for wide, narrow in moved.values():
+            wide.copy_(narrow)
+        return tree_map(_wide, result)
+
+
+def run(program: fx.GraphModule, arguments: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """The outputs, and the names of the calls that ran on the device. Tensors among the arguments are written."""
+    reference = Reference(program)
+    with torch.no_grad():
+        outputs = reference.run(*arguments)
+    return list(outputs), reference.on_device
+
+
+def _leaves(tree: Any) -> list[Any]:
+    found: list[Any] = []
+    tree_map(found.append, tree, is_leaf=_is_leaf)
+    return found
+
+
+def _is_leaf(item: Any) -> bool:
+    return not isinstance(item, (list, tuple, dict))
+
+
+def _narrow(item: Any, like: Any, moved: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    if not isinstance(item, Tensor) or not isinstance(like, Tensor):
+        return item
+    if id(item) not in moved:
+        narrow = torch.empty_strided(item.shape, item.stride(), dtype=like.dtype, device=like.device)
+        moved[id(item)] = item, narrow.copy_(item)
+    return moved[id(item)][1]
+
+
+def _on_cpu(item: Any) -> Any:
+    if isinstance(item, torch.device):
+        return torch.device("cpu")
+    if isinstance(item, torch.dtype) and item.is_floating_point:
+        return torch.float64
+    return item
+
+
+def _wide(item: Any) -> Any:
+    if not isinstance(item, Tensor):
+        return item
+    item = item.cpu()
+    return item.double() if item.is_floating_point() else item

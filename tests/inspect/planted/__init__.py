@@ -1,0 +1,1 @@
+"""Defects that are planted in a compilation, to be found by `bisect`."""
