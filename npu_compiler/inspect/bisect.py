@@ -105,6 +105,9 @@ def bisect(run: Run, options: Options, stages: Sequence[str] = (), say: Say = la
     stored = _stored(probe, stages)
     steps = _steps(options)
     whole = probe(steps[-1].point, "all that was done")
+    if whole.right and stored is not None:  # what is wrong call by call may be right in a capture
+        steps = [step for step in steps if step.layer in ("lowered", "pass")]
+        whole = probe(steps[-1].point, "all passes")
     if whole.right:
         return _only_stored(probe, stored, stages, whole)
     last, outcome = _between(probe, [step.point for step in steps], whole, [_described(step) for step in steps])
@@ -205,14 +208,16 @@ def _in_pass(probe: _Probe, cause: Cause, rules: Collection[str]) -> Cause:
 
     if not probe(limited(0), f"pass {cause.stage}, no rewrite").right:
         return cause  # it is not in what the pass notes
-    count = len(cause.outcome.rewrites) or _first_wrong(probe, limited, cause.stage)
+    made = cause.outcome.rewrites
+    if cause.outcome.state in ("crash", "hang"):
+        made = probe(wrong.model_copy(update={"called": False}), f"what pass {cause.stage} does").rewrites
+    count = len(made) or _first_wrong(probe, limited, cause.stage)
     if not count:
         return cause
     what = [f"pass {cause.stage}, {index} rewrites" for index in range(count + 1)]
     found, outcome = _between(probe, [limited(index) for index in range(count)] + [limited(count)], cause.outcome, what)
-    if not outcome.rewrites or found == count:
-        outcome = probe(limited(found), what[found])
-    match = outcome.rewrites[found - 1] if len(outcome.rewrites) >= found else None
+    made = made or outcome.rewrites
+    match = made[found - 1] if len(made) >= found else None
     rule = match.rule if match is not None else ""
     found_cause = cause.model_copy(
         update={"rule": rule, "match": match, "outcome": outcome, "right": limited(found - 1), "wrong": limited(found)}

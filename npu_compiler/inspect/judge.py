@@ -11,9 +11,10 @@ Three runs are compared: the float64 reference, the lowered program on the devic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,19 +25,23 @@ ERRORS = 8
 ROUNDINGS = 4
 
 
+Kind = Literal["value", "form", "alias", "write", "overwritten", "collectives", "race"]
+
+
 class Difference(Data):
     """Something that is not as it should be.
 
     Attributes:
         call: of the calls that were made one after the other, with other values each, the first at which it shows.
         what: `output 0`, `input cache`, or what else is compared.
-        text: what is wrong with it.
+        text: what is wrong with it, and of which kind that is.
         error, allowed: for floats: the largest error, and what was allowed.
     """
 
     call: int
     what: str
     text: str
+    kind: Kind = "value"
     error: float | None = None
     allowed: float | None = None
 
@@ -49,20 +54,22 @@ class Compared(Data):
 
     Attributes:
         what: as in Difference. `scale`: its largest value in float64.
-        error, lowered: the largest error against float64, of the program in question and of the lowered one.
+        error, lowered: the largest error against float64, of the program in question (None: it has infinities or NaNs
+            where none should be) and of the lowered one.
         allowed: what the error may be.
     """
 
     call: int
     what: str
     scale: float
-    error: float
+    error: float | None
     lowered: float
     allowed: float
 
     def __str__(self) -> str:
+        off = "infinity" if self.error is None else f"{self.error:.3g}"
         return (
-            f"call {self.call}: {self.what} is off by {self.error:.3g} at values up to {self.scale:.3g}; "
+            f"call {self.call}: {self.what} is off by {off} at values up to {self.scale:.3g}; "
             f"the lowered program by {self.lowered:.3g}, allowed are {self.allowed:.3g}"
         )
 
@@ -111,24 +118,31 @@ def compared(call: int, found: Seen, expected: Expected) -> Iterator[Compared]:
         means = wide.double()[finite]
         errors = [float((one.double()[finite] - means).abs().max()) if means.numel() else 0.0 for one in (got, base)]
         scale = float(means.abs().max()) if means.numel() else 0.0
-        yield Compared(call=call, what=what, scale=scale, error=errors[0], lowered=errors[1], allowed=allowed)
+        error = errors[0] if math.isfinite(errors[0]) else None
+        yield Compared(call=call, what=what, scale=scale, error=error, lowered=errors[1], allowed=allowed)
 
 
 def judge(call: int, found: Seen, expected: Expected) -> Iterator[Difference]:
     """What is wrong with a call."""
     lowered, wide = expected.lowered, expected.wide
     for first, second in sorted(found.shared - lowered.shared):
-        yield Difference(call=call, what=first, text=f"shares memory with {second}")
+        yield Difference(call=call, what=first, text=f"shares memory with {second}", kind="alias")
     if len(found.outputs) != len(lowered.outputs):
-        yield Difference(call=call, what="outputs", text=f"are {len(found.outputs)}, not {len(lowered.outputs)}")
+        yield Difference(
+            call=call, what="outputs", text=f"are {len(found.outputs)}, not {len(lowered.outputs)}", kind="form"
+        )
         return
     for index, (got, base) in enumerate(zip(found.outputs, lowered.outputs, strict=True)):
         yield from _value(call, f"output {index}", got, base, None if wide is None else wide.outputs[index])
     for name in sorted(found.written.keys() | lowered.written.keys()):
         if name not in lowered.written:
-            yield Difference(call=call, what=f"input {name}", text="was written; the lowered program leaves it")
+            yield Difference(
+                call=call, what=f"input {name}", text="was written; the lowered program leaves it", kind="write"
+            )
         elif name not in found.written:
-            yield Difference(call=call, what=f"input {name}", text="was not written; the lowered program writes it")
+            yield Difference(
+                call=call, what=f"input {name}", text="was not written; the lowered program writes it", kind="write"
+            )
         else:
             reference = None if wide is None else wide.written.get(name)
             yield from _value(call, f"input {name}", found.written[name], lowered.written[name], reference)
@@ -137,9 +151,9 @@ def judge(call: int, found: Seen, expected: Expected) -> Iterator[Difference]:
 def _value(call: int, what: str, got: Any, base: Any, wide: Any) -> Iterator[Difference]:
     if not isinstance(base, Tensor) or not isinstance(got, Tensor):
         if type(got) is not type(base) or (not isinstance(got, Tensor) and got != base):
-            yield Difference(call=call, what=what, text=f"is {got!r:.60}, not {base!r:.60}")
+            yield Difference(call=call, what=what, text=f"is {got!r:.60}, not {base!r:.60}", kind="form")
     elif (got.dtype, got.shape) != (base.dtype, base.shape):
-        yield Difference(call=call, what=what, text=f"is {_form(got)}, not {_form(base)}")
+        yield Difference(call=call, what=what, text=f"is {_form(got)}, not {_form(base)}", kind="form")
     elif not base.dtype.is_floating_point:
         sure = torch.ones_like(base, dtype=torch.bool) if wide is None else base == wide
         wrong = int((sure & (got != base)).sum())

@@ -11,6 +11,7 @@ so that a write in place is lost, makes inputs that shared memory separate, and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -256,10 +257,15 @@ def _described(program: Program) -> Program | None:
     from npu_compiler.inspect.replay import FAILURES
     from npu_compiler.inspect.to_graph import graph_of
 
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it reports each call that does not fit
     try:
         return program_of(graph_of(program).graph).model_copy(update={"made_up": program.made_up})
     except FAILURES:
         return None
+    finally:
+        log.setLevel(level)
 
 
 def calls_in(program: Program) -> Iterator[Call]:

@@ -54,7 +54,8 @@ class FirstSteps(Streams):
 
 
 def first_steps(plan: StreamPlan, count: int) -> StreamPlan:
-    """`plan` for its first `count` launches. The next waits for all of them; it and the rest are on the main stream."""
+    """`plan` for its first `count` launches. The next waits for all of them; it and the rest are on the main stream,
+    and keep their values to the end: when a side stream may have them back is another question there."""
     if count >= len(plan.steps):
         return plan
     steps = list(plan.steps[:count])
@@ -69,7 +70,9 @@ def first_steps(plan: StreamPlan, count: int) -> StreamPlan:
     for index, step in enumerate(plan.steps[count:]):
         waits = tuple(joins) if index == 0 else ()
         steps.append(Step(step.node, MAIN, waits))
-    return dataclasses.replace(plan, steps=tuple(steps), joins=())
+    first = plan.steps[count].node
+    releases = {node: gone for node, gone in plan.releases.items() if node < first}
+    return dataclasses.replace(plan, steps=tuple(steps), joins=(), releases=releases)
 
 
 def captured_first(

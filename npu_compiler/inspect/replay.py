@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -42,6 +43,7 @@ SEED = 20
 FAILURES = (RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError)
 """What a wrong rewrite makes a program, or the compiler behind it, raise."""
 MEMORY = "memory"
+_PARTICULAR = re.compile(r"\[[^\]]*\]|'[^']*'|\d+")
 UNUSED = frozenset({"dump", "dump_inputs", "cache", "check"})
 """Options of the dumped compilation that a replay leaves out, or decides itself."""
 
@@ -58,6 +60,7 @@ class Point(Data):
         captured: how many calls are captured.
         streams: how many launches are on the streams of the plan.
         disabled: rules that are left out.
+        called: whether it is called, or only compiled, to see what that does.
     """
 
     stage: int | None = None
@@ -69,6 +72,7 @@ class Point(Data):
     captured: int | None = None
     streams: int | None = None
     disabled: tuple[str, ...] = ()
+    called: bool = True
 
 
 class Part(Data):
@@ -116,8 +120,10 @@ class Outcome(Data):
         return self.state == "right"
 
     def same(self, other: Outcome) -> bool:
-        """Whether both show one failure: wrong values, or the same error."""
-        return self.state == other.state and self.kind == other.kind
+        """Whether the other shows this failure too: the first of its differences in kind, or the same error."""
+        kinds = {entry.kind for entry in other.differences}
+        alike = not self.differences or self.differences[0].kind in kinds
+        return self.state == other.state and self.kind == other.kind and alike
 
     def __str__(self) -> str:
         lines = [self.state + (f": {self.text}" if self.text else ""), *(f"  {entry}" for entry in self.differences)]
@@ -176,23 +182,28 @@ class Subject:
         try:
             expected, on_device = self._expected
         except FAILURES as error:
-            return Outcome(state="error", text=f"the lowered program fails: {_text(error)}", kind=_kind(error))
+            return Outcome(
+                state="error", text=f"the lowered program fails: {_text(error)}", kind=f"lowered {_kind(error)}"
+            )
         made: dict[str, Any] = {}
         races = _races()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                seen, later = self._calls(self._compiled(point, made), self.options.clone_outputs)
+                compiled = self._compiled(point, made)
+                if not point.called:
+                    return Outcome(state="right", **_described(made))
+                seen, later = self._calls(compiled, self.options.clone_outputs)
         except FAILURES as error:
             return Outcome(state="error", text=_text(error), kind=_kind(error), **_described(made))
         found = [entry for index, one in enumerate(seen) for entry in judge(index, one, expected[index])]
         found += later
         disorder = made.get("disorder", "")
         if disorder:
-            found.append(Difference(call=0, what="order of collectives", text=disorder))
+            found.append(Difference(call=0, what="order of collectives", text=disorder, kind="collectives"))
         races = _races() - races
         if races:
-            found.append(Difference(call=0, what=MEMORY, text=f"is touched in no order, {races} times"))
+            found.append(Difference(call=0, what=MEMORY, text=f"is touched in no order, {races} times", kind="race"))
         return Outcome(
             state="wrong" if found else "right",
             differences=tuple(_first_of_each(found)),
@@ -261,7 +272,9 @@ class Subject:
             if isinstance(item, Tensor) and item.untyped_storage().data_ptr() not in inputs:
                 before = found[turn - 1].outputs[index]
                 if not torch.equal(item.cpu().nan_to_num(), before.nan_to_num()):
-                    yield Difference(call=turn, what=f"output {index}", text="of the call before was overwritten")
+                    yield Difference(
+                        call=turn, what=f"output {index}", text="of the call before was overwritten", kind="overwritten"
+                    )
 
     def _seen(self, outputs: Sequence[Any], arguments: Sequence[Any], before: Sequence[Any]) -> Seen:
         names = [call.name for call in self.program.inputs]
@@ -439,6 +452,6 @@ def _text(error: BaseException) -> str:
 
 
 def _kind(error: BaseException) -> str:
-    """What makes two errors one: the type, and the first line without numbers."""
+    """What makes two errors one: the type, and the first line without lists, names in quotes and numbers."""
     first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {''.join(letter for letter in first if not letter.isdigit())}"[:200]
+    return f"{type(error).__name__}: {_PARTICULAR.sub('', first)}"[:200]

@@ -220,28 +220,37 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _answer(requests: TextIO, out: TextIO) -> None:
-    known: tuple[Source | None, Subject | None] = None, None
+    known = _Known()
     for line in requests:
-        request = json.loads(line)
-        if "file" in request:
-            outcome = runpy.run_path(request["file"])["outcome"]()
-        else:
-            ((kind, (named, pointed)),) = request.items()
-            source, point = Source.model_validate(named), Point.model_validate(pointed)
-            try:
-                if known[0] != source:
-                    known = source, _subject(source)
-                subject = known[1]
-                assert subject is not None
-                if kind == "run":
-                    outcome = subject.run(point)
-                else:
-                    text = subject.program_at(point).model_dump_json(exclude_defaults=True)
-                    outcome = Outcome(state="right", text=text)
-            except FAILURES as error:
-                outcome = Outcome(state="error", text=f"{type(error).__name__}: {error}", kind=type(error).__name__)
+        try:
+            outcome = known.outcome(json.loads(line))
+        except FAILURES as error:
+            outcome = Outcome(
+                state="error", text=f"{type(error).__name__}: {error}", kind=f"request {type(error).__name__}"
+            )
         out.write(json.dumps({"outcome": outcome.model_dump(mode="json"), "broken": _is_broken()}) + "\n")
         out.flush()
+
+
+class _Known:
+    """The subject of the last request, which most likely is that of the next."""
+
+    def __init__(self) -> None:
+        self._source: Source | None = None
+        self._subject: Subject | None = None
+
+    def outcome(self, request: dict[str, Any]) -> Outcome:
+        """The answer to a request."""
+        if "file" in request:
+            found: Outcome = runpy.run_path(request["file"])["outcome"]()
+            return found
+        ((kind, (named, pointed)),) = request.items()
+        source, point = Source.model_validate(named), Point.model_validate(pointed)
+        if self._subject is None or self._source != source:
+            self._subject, self._source = _subject(source), source
+        if kind == "run":
+            return self._subject.run(point)
+        return Outcome(state="right", text=self._subject.program_at(point).model_dump_json(exclude_defaults=True))
 
 
 def _is_broken() -> bool:

@@ -41,7 +41,11 @@ INSPECT = (
 )
 BISECT = (
     *("as eager: False", "pass: user_rules\nrule: gated; without it everything is right\n", "the lowered program by"),
-    *("silu_1, mul_5 became cat_1, swiglu_1", "torch.ops.aten.silu.default(", "before: wrong and after: right"),
+    *(
+        "silu_1, mul_5 became cat_default_1, swiglu_default_1",
+        "torch.ops.aten.silu.default(",
+        "before: wrong and after: right",
+    ),
 )
 FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
 
