@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RUN    := OMP_NUM_THREADS=1 $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-full demo serve bench bench-compiler sweep lint format sanitize wheel clean
+.PHONY: help setup build browser test test-full demo serve bench bench-compiler sweep lint format sanitize wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -21,6 +21,9 @@ build: setup  ## rebuild the host runtime after a change in C++ code
 WORKERS ?= 2
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadfile
 pytest = $(PYTEST) $(1) --ignore tests/serving; first=$$?; $(PYTEST) $(1) tests/serving && exit $$first
+
+browser: setup  ## a Chromium for the browser tests, where there is none (Debian's; takes root)
+	@$(BIN)/python tools/browser.py
 
 test: setup  ## the default test run (under 25 minutes on 2 cores)
 	@$(call pytest,-m "not full")

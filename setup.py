@@ -85,6 +85,7 @@ site_packages = Path(os.path.relpath(sysconfig.get_path("purelib"), sys.prefix))
 setup(
     packages=all_packages(),
     package_dir=PACKAGE_ROOTS,
+    package_data={"npu_compiler.inspect.page": ["static/*", "static/vendor/*"]},
     include_package_data=False,
     distclass=DistributionWithStartupHook,
     ext_modules=[Extension("npu_compiler.runtime.lib", [])],

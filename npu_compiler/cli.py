@@ -18,6 +18,7 @@ COMMANDS = (
     "replay",
     "bisect",
     "minify",
+    "inspect",
 )
 
 

@@ -36,6 +36,7 @@ TEST_TOOLS = [
     "pytest-xdist",
     "hypothesis",
     "openai",
+    "playwright==1.65.2",
     "triton; platform_machine == 'x86_64'",
     "ruff",
     "mypy",

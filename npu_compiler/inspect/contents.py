@@ -171,7 +171,11 @@ class Stage(Data):
 
 
 class Block(Data):
-    """A storage of the memory plan: from which call to which it lives, where it lies, in bytes."""
+    """A storage of the memory plan: from which call to which it lives, where it lies, in bytes.
+
+    Attributes:
+        start, size: offset and length at the sizes of the call that was compiled; absent where one is unknown.
+    """
 
     name: str
     first: int
@@ -179,6 +183,8 @@ class Block(Data):
     offset: str
     end: str
     returned: bool = False
+    start: int | None = None
+    size: int | None = None
 
 
 class Memory(Data):
@@ -223,6 +229,7 @@ class Step(Data):
     stream: int
     waits: tuple[int, ...] = ()
     record: int = 0
+    end: float = 0.0
 
 
 class Captured(Data):

@@ -16,7 +16,9 @@ from npu_compiler.graph.effects import storage, value, written_storages
 from npu_compiler.graph.once import LASTING, ONCE
 from npu_compiler.graph.source import TIMES, place
 from npu_compiler.inspect.names import is_size, names_in
-from npu_compiler.inspect.program import Argument, Call, Items, Named, Program, Result, SizeValue, TensorValue
+from npu_compiler.inspect.program import Argument, Call, Cost, Items, Named, Program, Result, SizeValue, TensorValue
+from npu_compiler.plan.engines import Engine
+from npu_compiler.plan.estimate import Device, Sizes, estimate
 
 LARGEST_CONSTANT = 1 << 20
 """Bytes up to which a constant's values are kept: a table of positions is, a weight is not."""
@@ -28,14 +30,21 @@ def program_of(graph: fx.Graph) -> Program:
     It is not checked here, which costs as much as making it: whoever reads it does.
     """
     numbering: dict[int, int] = {}
-    sizes: dict[str, int] = {}
-    calls = tuple(_call(node, numbering) for node in graph.nodes)
-    for node in graph.find_nodes(op="placeholder"):
-        for leaf in tree_leaves(value(node)):
-            sizes |= _hints(leaf)
+    known = sizes_of(graph)
+    sizes = {str(symbol): size for symbol, size in known.items()}
+    calls = tuple(_call(node, numbering, known) for node in graph.nodes)
     kept = constants_of(graph)
     made_up = tuple(dict.fromkeys(node.target for node in graph.find_nodes(op="get_attr") if node.target not in kept))
     return Program.model_construct(calls=calls, sizes=sizes, assumptions=_assumptions(graph, sizes), made_up=made_up)
+
+
+def sizes_of(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+    """The values that the symbols of a program's inputs had in the call that was compiled."""
+    found: dict[sympy.Symbol, int] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        for leaf in tree_leaves(value(node)):
+            found |= _hints(leaf)
+    return found
 
 
 def constants_of(graph: fx.Graph) -> dict[str, torch.Tensor]:
@@ -51,7 +60,7 @@ def constants_of(graph: fx.Graph) -> dict[str, torch.Tensor]:
     return found
 
 
-def _call(node: fx.Node, numbering: dict[int, int]) -> Call:
+def _call(node: fx.Node, numbering: dict[int, int], sizes: Sizes) -> Call:
     origin: Mapping[str, Any] = node.meta.get("npu_origin") or {"pass": "", "nodes": ()}
     leaves = tree_leaves(value(node)) if node.op != "output" else []
     return Call.model_construct(
@@ -68,7 +77,16 @@ def _call(node: fx.Node, numbering: dict[int, int]) -> Call:
         once=bool(node.meta.get(ONCE)),
         lasting=bool(node.meta.get(LASTING)),
         layers=node.meta.get(TIMES, 1),
+        cost=_cost(node, sizes) if node.op == "call_function" else None,
     )
+
+
+def _cost(node: fx.Node, sizes: Sizes) -> Cost | None:
+    found = estimate(node, sizes, Device())
+    if found.engine is Engine.HOST:
+        return None
+    microseconds = round(found.microseconds, 3)
+    return Cost.model_construct(engine=found.engine.value, bytes=int(found.bytes), microseconds=microseconds)
 
 
 _INTEGERS, _FLOATS = (bool, int, torch.SymInt, torch.SymBool), (float, torch.SymFloat)
@@ -143,13 +161,13 @@ def _printed(expression: sympy.Basic) -> str:
     return expression.name if isinstance(expression, sympy.Symbol) else PythonPrinter().doprint(expression)
 
 
-def _hints(leaf: Any) -> dict[str, int]:
+def _hints(leaf: Any) -> dict[sympy.Symbol, int]:
     """The values that the symbols of a tensor's shape, or of a size, had in the call that was compiled."""
-    found: dict[str, int] = {}
+    found: dict[sympy.Symbol, int] = {}
     for number in (*leaf.shape, *leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf,):
         if isinstance(number, torch.SymInt):
             known: Mapping[sympy.Symbol, Any] = number.node.shape_env.backed_var_to_val
-            found |= {str(symbol): int(known[symbol]) for symbol in number.node.expr.free_symbols if symbol in known}
+            found |= {symbol: int(known[symbol]) for symbol in number.node.expr.free_symbols if symbol in known}
     return found
 
 

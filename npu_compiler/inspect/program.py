@@ -95,6 +95,18 @@ class SizeValue(Data):
         return str(self.size)
 
 
+class Cost(Data):
+    """What a call is estimated to cost on a card, at the sizes of the call that was compiled (plan/estimate.py).
+
+    Attributes:
+        engine: the part of the device that it keeps busy. `bytes`: read and written.
+    """
+
+    engine: Literal["matrix", "vector", "copy", "link"]
+    bytes: int
+    microseconds: float
+
+
 class Call(Data):
     """One node.
 
@@ -108,6 +120,7 @@ class Call(Data):
         once: whether it is computed at the first call only.
         lasting: of an input, whether it lies at the same address at every call.
         layers: how many equal layers of the model it stands for.
+        cost: None for what launches nothing, and in bundles that were written before there was an estimate.
     """
 
     name: Name
@@ -123,6 +136,7 @@ class Call(Data):
     once: bool = False
     lasting: bool = False
     layers: int = 1
+    cost: Cost | None = None
 
     def inputs(self) -> list[str]:
         """Names of the calls whose results it reads, in order, each once."""

@@ -41,7 +41,7 @@ from npu_compiler.inspect.contents import (
     PassInfo,
     RuleInfo,
 )
-from npu_compiler.inspect.from_graph import constants_of, program_of
+from npu_compiler.inspect.from_graph import constants_of, program_of, sizes_of
 from npu_compiler.inspect.program import Data, Program
 from npu_compiler.inspect.python_text import CONSTANTS, python_text
 from npu_compiler.inspect.values import saved
@@ -49,6 +49,7 @@ from npu_compiler.passes.pattern import call_count, root_targets
 from npu_compiler.passes.pipeline import count_calls
 from npu_compiler.passes.record import Pass, PassRecord
 from npu_compiler.passes.rewrite import Rule
+from npu_compiler.plan.estimate import Sizes
 from npu_compiler.plan.memory import MemoryPlan
 from npu_compiler.plan.order import Arrangement
 from npu_compiler.plan.schedule import StreamPlan
@@ -140,6 +141,7 @@ class GraphWriter:
         self._last: tuple[str, str] = ("", "")  # the last program: its text, its file
         self._constants: dict[str, Tensor] = {}
         self._stage = "the start"
+        self._sizes: Sizes = {}
         self._which_inputs = options.dump_inputs
         self._asked: Counter[Fact] = Counter()
         self._listening = listening(self._hear)
@@ -176,6 +178,7 @@ class GraphWriter:
         )
         self._asked.clear()
         graph = module.graph
+        self._sizes = sizes_of(graph)
         entry = contents.Stage.model_construct(
             name=name,
             program=self._program(name, program_of(graph), constants_of(graph)),
@@ -197,7 +200,7 @@ class GraphWriter:
         """Writes what was decided behind the passes, and says where the graph's part of the bundle is."""
         found = contents.Plan(
             order=None if arrangement is None else _data(contents.Order, arrangement),
-            memory=None if memory is None else _memory(memory),
+            memory=None if memory is None else _memory(memory, self._sizes),
             providers=tuple(providers),
             once=tuple(node.name for node in constants.values) if constants is not None else (),
             once_bytes=str(constants.size if constants is not None else 0),
@@ -321,7 +324,12 @@ def _record_fields(record: PassRecord) -> dict[str, Any]:
     }
 
 
-def _memory(plan: MemoryPlan) -> contents.Memory:
+def _memory(plan: MemoryPlan, sizes: Sizes) -> contents.Memory:
+    try:
+        starts: Sequence[int | None] = plan.offsets(sizes)
+        lengths: Sequence[int | None] = plan.extents(sizes)
+    except (KeyError, ValueError):  # a size that only the run knows
+        starts = lengths = [None] * len(plan.blocks)
     blocks = tuple(
         contents.Block(
             name=block.lifetime.name,
@@ -330,8 +338,10 @@ def _memory(plan: MemoryPlan) -> contents.Memory:
             offset=str(start),
             end=str(end),
             returned=block.lifetime.returned,
+            start=at,
+            size=length,
         )
-        for block, start, end in plan.formulas()
+        for (block, start, end), at, length in zip(plan.formulas(), starts, lengths, strict=True)
     )
     return contents.Memory(peak=str(plan.peak_formula), live=str(plan.live_formula), blocks=blocks)
 

@@ -44,11 +44,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A call's engine, its microseconds, and the part of the engine that it fills (0 to 1)."""
+    """A call's engine, its microseconds, the part of the engine that it fills (0 to 1), and the bytes it moves."""
 
     engine: Engine
     microseconds: float
     part: float
+    bytes: float = 0.0
 
 
 def estimate(node: fx.Node, sizes: Sizes, device: Device) -> Estimate:
@@ -62,7 +63,7 @@ def estimate(node: fx.Node, sizes: Sizes, device: Device) -> Estimate:
     part = min(1.0, max(1.0, moved / device.share) / device.cores)
     if engine is Engine.LINK:
         part = 1.0
-    return Estimate(engine, device.launch + max(moved / bandwidth, compute), part)
+    return Estimate(engine, device.launch + max(moved / bandwidth, compute), part, moved)
 
 
 def operations(node: fx.Node) -> Amount:

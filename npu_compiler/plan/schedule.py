@@ -38,12 +38,14 @@ Choice = Callable[["_Builder", int], int]
 
 @dataclass(frozen=True)
 class Step:
-    """One launch: the stream waits for the events `waits`, runs `node`, and records the event `record` (0: none)."""
+    """One launch: the stream waits for the events `waits`, runs `node`, and records the event `record` (0: none).
+    `end`: when it is estimated to end, in microseconds from the start."""
 
     node: fx.Node
     stream: int
     waits: tuple[int, ...] = ()
     record: int = 0
+    end: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ class _Builder:
         end = self.end()
         joins = tuple(self._event_of(draft) for draft in self._unjoined())
         return StreamPlan(
-            tuple(Step(draft.node, draft.stream, draft.waits, draft.record) for draft in self.drafts),
+            tuple(Step(draft.node, draft.stream, draft.waits, draft.record, draft.end) for draft in self.drafts),
             sum(self._used),
             joins,
             _releases(self._program, self.drafts),
