@@ -58,6 +58,7 @@ FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
         ("facts.md", FACTS),
         ("capture.md", CAPTURE),
         ("inspect.md", INSPECT),
+        ("page.md", ("one file of ", "added add_rms_norm_default", " tasks, ")),
         ("bisect.md", BISECT),
     ],
 )

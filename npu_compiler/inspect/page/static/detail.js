@@ -74,7 +74,7 @@ function originOf(from, i) {
   if (!pass) return null;
   const lowered = graph().all[0];
   const found = from.replaces(i).map((name) => lowered.index.get(name)).filter((at) => at !== undefined);
-  const stage = graph().stageNamed(pass);
+  const stage = graph().stageOf(pass);
   return [
     stage >= 0 ? link(pass, () => go({ stage, view: "pass" }), "What this pass did") : pass,
     found.length ? [h("span", { class: "dim" }, ` in place of ${count(from.replaces(i).length)} lowered calls`), names(found, lowered, 0)] : null,

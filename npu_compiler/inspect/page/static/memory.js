@@ -108,7 +108,7 @@ function paint(pen, view) {
   pen.beginPath();
   live.forEach((size, position) => { pen.lineTo(at(position), base - size * unit); pen.lineTo(at(position + 1), base - size * unit); });
   pen.strokeStyle = color("text");
-  pen.lineWidth = 1.5;
+  pen.lineWidth = blocks.length > 300 ? 0.8 : 1.5;
   pen.stroke();
   const label = `peak ${bytes(Math.max(0, ...live))}`;
   pen.setLineDash([4, 3]);

@@ -132,7 +132,11 @@ class Graph {
     return null;
   }
   before(stage) { return stage > 0 ? this.program(stage - 1) : null; }
-  stageNamed(name) { return this.stages.findLastIndex((stage) => stage.name === name); }
+  // The stage of a pass, or of the pass that has a rule of this name.
+  stageOf(name) {
+    const pass = this.about.passes.find((entry) => entry.name === name || entry.rules.some((rule) => rule.name === name));
+    return this.stages.findLastIndex((stage) => stage.name === (pass?.name ?? name));
+  }
 
   // What a stage changed, by name: sets of names, and for changed calls what they were.
   changes(stage) {
