@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from npu_compiler.commands import print_json, running
+from npu_compiler.errors import BundleError
 
 HELP = "find the pass, the rule and the match, or the later layer and call, that makes a dumped program wrong"
 DESCRIPTION = (
@@ -22,6 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    """Why there is no smaller program is said; the cause is printed all the same."""
+    try:
+        yield
+    except BundleError as error:
+        running.say(str(error))
+
+
 def run(parsed: argparse.Namespace) -> int:
     """Prints the cause."""
     from npu_compiler.inspect import smallest
@@ -33,7 +45,8 @@ def run(parsed: argparse.Namespace) -> int:
             cause = smallest.find(source, worker, running.say)
             found.append(cause)
             if parsed.minify and cause.layer != "nothing":
-                found.append(smallest.minify(source, cause, worker, Path(parsed.minify), running.say))
+                with _said():
+                    found.append(smallest.minify(source, cause, worker, Path(parsed.minify), running.say))
     except KeyboardInterrupt:
         return running.INTERRUPTED
     if parsed.json:

@@ -293,9 +293,13 @@ class Subject:
         collectives.replace(module, self._ranks)
         return module
 
+    @functools.cached_property
+    def _collectives(self) -> list[str]:
+        return collectives.in_order(graph_of(self.program, self.constants).graph)
+
     def _compiled(self, point: Point, made: dict[str, Any]) -> Callable[..., Any]:
         """The program at a point, as something to call; `made` receives what is known of it."""
-        expected = collectives.in_order(graph_of(self.program, self.constants).graph)
+        expected = self._collectives
         if point.stage is not None:
             assert self._stored is not None, "only a bundle has stages"
             module = graph_of(self._stored(point.stage), self.constants)

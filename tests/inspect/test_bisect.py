@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from npu_compiler import cli
 from npu_compiler.errors import BundleError
 from npu_compiler.inspect.bisect import UNCAPTURED, Cause
 from npu_compiler.inspect.smallest import find, minify
@@ -20,7 +22,13 @@ from tests.inspect.planted import defects
 from tests.inspect.planted.defects import DEFECTS, Defect, planted
 from tests.one_rank import one_rank
 
-OTHERS = [name for name in dict.fromkeys(pipeline.names()) if name not in ("user_rules", "mul_add", "reinplace")]
+PLAIN = {
+    "disabled_passes": [name for name in dict.fromkeys(pipeline.names()) if name != pipeline.USER_RULES],
+    "layers_once": False,
+    "reorder": False,
+    "capture": False,
+}
+"""Nothing but what a test plants: fewer programs to run."""
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +71,7 @@ def test_a_planted_defect_is_found(name: str, worker: Worker, tmp_path: Path) ->
         assert worker.run_file(Path(small.file)).right
 
 
-def test_nothing_is_found_where_nothing_is_wrong(
-    worker: Worker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_found_where_nothing_is_wrong(worker: Worker, tmp_path: Path) -> None:
     source = dumped(tmp_path, replaced(DEFECTS["wrong fusion"], "RIGHT_FUSION"))
     cause = find(source, worker)
     assert (cause.layer, cause.outcome.state) == ("nothing", "right"), str(cause)
@@ -82,7 +88,7 @@ def replaced(defect: Defect, name: str, **options: Any) -> Defect:
 def test_what_ends_the_process_is_found_too(worker: Worker, tmp_path: Path) -> None:
     """The compilation is dumped without the rule, which would end this process."""
     waves = dataclasses.replace(DEFECTS["wrong scale"], program=defects.waves, options={})
-    source = dumped(tmp_path, waves).model_copy(update={"options": planted("CRASH", disabled_passes=OTHERS)})
+    source = dumped(tmp_path, waves).model_copy(update={"options": planted("CRASH", **PLAIN)})
     cause = find(source, worker)
     assert (cause.layer, cause.stage, cause.rule, cause.outcome.state) == ("pass", "planted", "ends", "crash"), str(
         cause
@@ -126,3 +132,17 @@ def test_what_hangs_is_given_up(worker: Worker, tmp_path: Path) -> None:
     worker.timeout, before = 0.5, worker.timeout
     assert worker.run_file(tmp_path / "hangs.py").state == "hang"
     worker.timeout = before
+
+
+def test_the_command_says_it_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    defect = DEFECTS["wrong scale"]
+    dumped(tmp_path, dataclasses.replace(defect, options={**defect.options, **PLAIN}))
+    file = tmp_path / "test_small.py"
+    assert cli.main(["minify", str(tmp_path), "--json", "--to", str(file)]) == 1
+    said = capsys.readouterr()
+    cause, small = json.loads(said.out)
+    assert Cause.model_validate(cause).rule == "one_scale"
+    assert (small["calls"], small["outcome"]["state"], small["file"]) == (2, "wrong", str(file))
+    assert "pass planted, 1 rewrites: right" in said.err
+    assert cli.main(["replay", str(tmp_path), "--stop-after", "nowhere"]) == 2
+    assert "is compiled by no pass 'nowhere'" in capsys.readouterr().err
