@@ -339,7 +339,10 @@ def render(report: dict[str, Any]) -> str:
             f"  {name:18s} {steps['total']}: {steps['replayed']} replayed, {steps['piecewise']} piecewise, "
             f"{steps['eager']} eager"
         )
-    lines += [f"    eager because {reason}: {count}" for reason, count in report["eager_reasons"].items()]
+    lines += [
+        f"    {group['steps']} {group['kind']} steps not replayed whole: {group['reason']} {group['detail']}".rstrip()
+        for group in report["not_replayed"]
+    ]
     lines.append(f"  padding waste      {report['padding_waste']:.1%} of the replayed tokens")
     lines.append(
         f"  throughput         {report['generated_tokens']} tokens in {report['serving_seconds']:.2f} s: "

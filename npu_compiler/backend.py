@@ -11,16 +11,18 @@ import contextlib
 import functools
 import gc
 import itertools
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch._dynamo.utils import detect_fake_mode
+from torch._dynamo.utils import detect_fake_mode, lazy_format_graph_code
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import npu_compiler
@@ -29,7 +31,7 @@ from npu_compiler.aclgraph import npugraph_ex
 from npu_compiler.aclgraph.buckets import buckets as buckets  # serving chooses its capture sizes by it
 from npu_compiler.aclgraph.ledger import Ledger
 from npu_compiler.aclgraph.replay import Replayer
-from npu_compiler.cache import Program
+from npu_compiler.cache import CacheNote, Program
 from npu_compiler.config import DECIDE_NOTHING, Options, refuse_mode
 from npu_compiler.errors import OptionError, StoredProgramError
 from npu_compiler.fusion_kernels.chosen import providers
@@ -52,6 +54,11 @@ FROM_CACHE = "from the cache"
 WITHOUT_CAPTURE = Options(capture=False)
 DUMP = "NPU_COMPILER_DUMP"
 """Environment variable with the folder for bundles; the option `dump` comes first."""
+PRINT = "NPU_COMPILER_PRINT_PIPELINE"
+"""Environment variable: anything but nothing and 0 does what the option `print_pipeline` does."""
+TRACE = "torch.__trace"
+"""The logger of torch's structured trace; it has handlers where TORCH_TRACE asks for one."""
+logger = logging.getLogger(__name__)
 
 
 class CompiledGraph:
@@ -67,6 +74,8 @@ class CompiledGraph:
         ledger: captures and replays; None where nothing is captured (compile_fx).
         constants: the values that are computed once, which the program has as its last inputs; None without any.
         stored: what the cache did for it, as text; empty without a cache.
+        key: what decides about the result, part by part: the key of the cache. Empty without a cache.
+        missed: what differed from the nearest program that was stored before, where this one had to be stored.
         dumped: where its part of a bundle is, and how large; empty without a dump.
     """
 
@@ -79,12 +88,19 @@ class CompiledGraph:
         self.ledger: Ledger | None = None
         self.constants: once.Split | None = None
         self.stored = ""
+        self.key: dict[str, str] = {}
+        self.missed: list[str] = []
         self.dumped = ""
         self._call: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         assert self._call is not None, "only a finished CompiledGraph leaves this module"
         return self._call(*args)
+
+    @property
+    def __code__(self) -> CodeType:
+        """What debuggers of torch.compile, such as depyf, look for in a compiled function."""
+        return type(self).__call__.__code__
 
     def __str__(self) -> str:
         operators = providers(self.graph.graph) if self.graph else []
@@ -251,9 +267,9 @@ def _compile(
 
     def finish(functional: Functional) -> Callable[..., Any]:
         compiled.graph = functional.graph
+        _show_code("ascend lowered", functional.graph)
         if compiled.options.freeze:
             once.freeze(functional.graph.graph, functional.stable)
-        watch = dump.stage if dump is not None else None
         if dump is not None:
             once.note_lasting(functional.graph.graph, functional.stable)
         compiled.records = pipeline.run(functional.graph, compiled.options, after_rules=after_passes, watch=watch)
@@ -266,55 +282,108 @@ def _compile(
             if not why_not:
                 guards = cache.guards_since(environment, known_guards)
                 keep(Program(functional.graph, functional.stable, compiled.records, guards))
-        return _serve_once(compiled, functional, serve, dump)
+        return _serve_once(compiled, functional, serve, watch, dump)
 
     unflatten = _return_flat_tuple(gm)
     with _no_collections(), _dump(compiled, gm) as dump:
+        watch = _watch(compiled.name, dump)
         if found is not None:
             compiled.graph, compiled.records, compiled.stored = found.graph, found.records, FROM_CACHE
-            call = _serve_once(compiled, Functional(found.graph, list(example_inputs), found.stable), serve, dump)
+            functional = Functional(found.graph, list(example_inputs), found.stable)
+            call = _serve_once(compiled, functional, serve, watch, dump)
         else:
             call = lower(gm, example_inputs, finish)
+    logger.info("compiled %s: %d rewrites", compiled.name, sum(len(record.fired) for record in compiled.records))
+    logger.debug("%s", compiled)
     compiled._call = call if unflatten is None else lambda *args: unflatten(call(*args))
     return compiled
 
 
-def _dump(compiled: CompiledGraph, gm: fx.GraphModule) -> contextlib.AbstractContextManager[GraphWriter | None]:
-    """What writes the graph's part of a bundle; None where none is asked for."""
-    folder = compiled.options.dump or os.environ.get(DUMP, "")
+def bundle_of(options: Options) -> Path | None:
+    """This process's bundle, begun if it is not there yet; None where none is asked for.
+
+    Raises:
+        OptionError: nothing can be written there.
+    """
+    folder = _dump_folder(options)
     if not folder:
+        return None
+    from npu_compiler.inspect import writer
+
+    try:
+        return writer.bundle_of(folder)
+    except OSError as error:
+        raise _no_bundle(folder, error) from error
+
+
+def _dump_folder(options: Options) -> str:
+    return options.dump or os.environ.get(DUMP, "")
+
+
+def _no_bundle(folder: str, error: OSError) -> OptionError:
+    return OptionError(
+        f"no bundle can be written in {folder!r}: {error}",
+        rule=f"dump, or ${DUMP}, names a folder that can be written or made",
+        fix="name another one",
+    )
+
+
+def _dump(compiled: CompiledGraph, gm: fx.GraphModule) -> contextlib.AbstractContextManager[GraphWriter | None]:
+    """What writes the graph's part of a bundle, or prints its pipeline; None where neither is asked for."""
+    folder = _dump_folder(compiled.options)
+    prints = compiled.options.print_pipeline or os.environ.get(PRINT, "0") not in ("", "0")
+    if not folder and not prints:
         return contextlib.nullcontext()
     from npu_compiler.inspect import writer
 
-    names = _input_names(gm)
+    passes, names = pipeline.selected(compiled.options), _input_names(gm)
     try:
-        return writer.open_graph(folder, compiled.name, compiled.options, pipeline.selected(compiled.options), names)
+        return writer.open_graph(folder, compiled.name, compiled.options, passes, names, prints)
     except OSError as error:
-        raise OptionError(
-            f"no bundle can be written in {folder!r}: {error}",
-            rule=f"dump, or ${DUMP}, names a folder that can be written or made",
-            fix="name another one",
-        ) from error
+        raise _no_bundle(folder, error) from error
+
+
+def _watch(name: str, dump: GraphWriter | None) -> pipeline.Watch | None:
+    """Who is shown the stages: the bundle, and torch's structured trace."""
+    bundle = dump.stage if dump is not None else None
+    if not logging.getLogger(TRACE).handlers:
+        return bundle
+    from npu_compiler.inspect import structured
+
+    return structured.also(name, bundle)
+
+
+def _show_code(name: str, module: fx.GraphModule) -> None:
+    """Logs a program, if that is wanted. depyf takes what `lazy_format_graph_code` is asked for, also if it is not."""
+    logger.debug("%s", lazy_format_graph_code(name, module))
 
 
 def _serve_once(
     compiled: CompiledGraph,
     functional: Functional,
     serve: Callable[[Functional], Callable[..., Any]],
+    watch: pipeline.Watch | None,
     dump: GraphWriter | None,
 ) -> Callable[..., Any]:
     """`serve`, with what is computed once taken out of the program and handed to it as inputs."""
     part = compiled.constants = once.split(functional.graph)
     call = serve(functional) if part is None else _with_values(part, functional, serve)
+    _show_code("ascend final", functional.graph)
+    if watch is not None:
+        watch("final", functional.graph, None)
     if dump is None:
         return call
-    dump.stage("final", functional.graph)
     dump.plan(
-        compiled.arrangement, compiled.memory, providers(functional.graph.graph), compiled.constants, compiled.stored
+        compiled.arrangement,
+        compiled.memory,
+        providers(functional.graph.graph),
+        compiled.constants,
+        CacheNote(compiled.stored, compiled.key or _key_without_graph(compiled.options), tuple(compiled.missed)),
     )
     compiled.dumped = dump.summary
     if compiled.ledger is not None:
         dump.watch(compiled.ledger)
+        weakref.finalize(compiled, dump.finish, compiled.ledger)
     return dump.keep_inputs(call, functional.stable)
 
 
@@ -352,12 +421,18 @@ def _stored(
         compiled.stored = f"not stored: {graph}"
         return None, None
     parts = {**graph, **compiler_parts(compiled.options), "device": str(torch.npu.get_device_name())}
+    compiled.key = parts
     store = cache.ProgramCache(cache.folder())
     found = store.load(parts, cache.symbolic_inputs(gm, example_inputs))
     if isinstance(found, Program):
         return found, None
     first = next((node for node in gm.graph.nodes if node.op.startswith("call")), None)
-    return None, functools.partial(store.store, compiled.name if first is None else where(first), parts)
+    name = compiled.name if first is None else where(first)
+
+    def keep(program: Program) -> None:
+        compiled.missed = store.store(name, parts, program)
+
+    return None, keep
 
 
 def compiler_parts(options: Options) -> dict[str, str]:
@@ -371,6 +446,14 @@ def compiler_parts(options: Options) -> dict[str, str]:
         "versions": digest.versions(),
         "sources": digest.of_sources(folders),
     }
+
+
+def _key_without_graph(options: Options) -> dict[str, str]:
+    """`compiler_parts`, or why there are none."""
+    try:
+        return compiler_parts(options)
+    except OptionError as error:
+        return {"none": error.what}
 
 
 def fingerprint(options: Mapping[str, Any] | Options | None = None) -> str:

@@ -54,6 +54,21 @@ class Program:
     guards: tuple[sympy.Basic, ...]
 
 
+@dataclass(frozen=True)
+class CacheNote:
+    """What the cache did for a compiled graph, for a bundle.
+
+    Attributes:
+        text: as CompiledGraph.stored.
+        key: what decides about the result, part by part.
+        missed: what differed from the nearest program that was stored before.
+    """
+
+    text: str
+    key: Mapping[str, str]
+    missed: tuple[str, ...]
+
+
 def folder() -> Path:
     """Where entries lie."""
     given = os.environ.get(FOLDER)
@@ -80,14 +95,17 @@ class ProgramCache:
             os.utime(file)
         return program
 
-    def store(self, name: str, parts: Mapping[str, str], program: Program) -> None:
-        """Writes an entry, with the reason why it was not there, and drops the oldest ones above the limit."""
+    def store(self, name: str, parts: Mapping[str, str], program: Program) -> list[str]:
+        """Writes an entry with the reason why it was not there (`explain`), which it returns, and drops the oldest ones
+        above the limit."""
+        missed = self.explain(parts)
         file = self._file(parts)
         file.parent.mkdir(parents=True, exist_ok=True)
-        about = {"name": name, "parts": dict(parts), "missed": self.explain(parts), "stored": time.time()}
+        about = {"name": name, "parts": dict(parts), "missed": missed, "stored": time.time()}
         _write(file, write(program))
         _write(file.with_suffix(".json"), json.dumps(about, indent=1).encode())
         self._drop_oldest()
+        return missed
 
     def explain(self, parts: Mapping[str, str]) -> list[str]:
         """What differs between `parts` and the entry that is nearest to it, a line each."""

@@ -14,6 +14,8 @@ COMMANDS = (
     "explain-miss",
     "show",
     "why",
+    "why-eager",
+    "why-recapture",
     "diff",
     "replay",
     "bisect",

@@ -84,6 +84,9 @@ class Options:
     dump_inputs: str = "off"
     """"call": put the first call's inputs into the bundle, without parameters, buffers and other tensors that stay.
     "all": with them."""
+    print_pipeline: bool = False
+    """Print to standard error what was done to each graph, in order, when it is compiled: `npu-compiler show`'s text.
+    $NPU_COMPILER_PRINT_PIPELINE=1 does the same."""
 
     def __post_init__(self) -> None:
         if self.capture_limit < 1:
@@ -148,7 +151,7 @@ class Options:
 
 
 DEFAULTS = Options()
-DECIDE_NOTHING = frozenset({"cache", "check", "dump", "dump_inputs"})
+DECIDE_NOTHING = frozenset({"cache", "check", "dump", "dump_inputs", "print_pipeline"})
 """Options that the compiled program does not depend on."""
 OF_CAPTURES = (
     "capture_limit",

@@ -1,34 +1,104 @@
-"""What is installed, which CANN is used and why, and what will not work: the facts behind `npu-compiler doctor`.
+"""What is installed, which CANN is used and why, what works and what does not: the facts behind `npu-compiler doctor`.
 
 Each check is a function that returns findings and lets none of the others down: the doctor must work where torch
-cannot be imported.
+cannot be imported. Of the environment it tells the variables below and no others; paths below the home folder, the
+interpreter's and this project's begin with what stands for them.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from npu_compiler import __version__
 from npu_compiler.runtime import loader
 
 PINNED = {"torch": "2.13.0", "torch_npu": loader.TORCH_NPU, "vllm": "0.32.0"}
-OPTIONAL = {"vllm"}
-# Runs in a process of its own: a broken torch_npu must not end the doctor.
+OPTIONAL = {"vllm": "vLLM can't be served; torch.compile works without it"}
+BESIDE = {
+    "triton": "Triton kernels of a user's own can't be compiled; the project's operators don't need it",
+    "transformers": "models of transformers can't be loaded",
+    "depyf": "vLLM's debug_dump_path, which calls it, fails",
+    "numpy": "numpy() of a tensor fails",
+    "pydantic": "bundles can be neither written nor read",
+    "safetensors": "bundles can be neither written nor read",
+}
+"""Packages of any version, and what goes without them."""
+OWN_VARIABLES = {
+    "NPU_COMPILER_RUNTIME": "which CANN",
+    "NPU_COMPILER_HOST": "the host runtime's devices",
+    "NPU_COMPILER_HOST_ISA": "instructions the host runtime may use",
+    "NPU_COMPILER_HCCL_CONNECT_SECONDS": "how long a rank waits for the others",
+    "NPU_COMPILER_CACHE": "folder of compiled programs",
+    "NPU_COMPILER_DUMP": "folder for bundles",
+    "NPU_COMPILER_PRINT_PIPELINE": "print each compilation",
+    "NPU_COMPILER_BUILD_TYPE": "how the host runtime is built",
+}
+VARIABLES = (
+    *("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_RT_VISIBLE_DEVICES", "ASCEND_LAUNCH_BLOCKING"),
+    *("TASK_QUEUE_ENABLE", "PYTORCH_NPU_ALLOC_CONF", "HCCL_BUFFSIZE", "LD_LIBRARY_PATH", "OMP_NUM_THREADS"),
+    *("TORCH_DEVICE_BACKEND_AUTOLOAD", "TORCH_LOGS", "TORCH_TRACE", "TORCHDYNAMO_DISABLE"),
+    *("VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_LEVEL"),
+)
+"""Variables of others that change what happens here; none holds a secret."""
+UNCAPTURABLE = {"TASK_QUEUE_ENABLE": "2", "ASCEND_LAUNCH_BLOCKING": "1"}
+"""Settings under which torch_npu refuses every capture."""
+METRICS = "vllm.stat_logger_plugins"
+ENTRY_POINTS = {
+    "torch_dynamo_backends": {"ascend": 'torch.compile(backend="ascend")'},
+    "vllm.platform_plugins": {"ascend": "vLLM's device `npu`"},
+    "vllm.general_plugins": {"ascend": "vLLM's attention on npu"},
+    METRICS: {"ascend_metrics": "replayed and eager steps in vLLM's metrics and log"},
+}
+# Each runs in a process of its own: a broken torch_npu must not end the doctor. The last line is JSON.
 DEVICE_PROBE = """
-import torch
+import json, torch
 torch.npu.init()  # is_available() would only say no
 x = torch.arange(4, device="npu") + 1
 assert x.cpu().tolist() == [1, 2, 3, 4], x.cpu().tolist()
-free, total = torch.npu.mem_get_info()
-print(f"{torch.npu.device_count()} x {torch.npu.get_device_name(0)}, {total / 2**30:.0f} GiB each; an addition ran")
+devices = []
+for index in range(torch.npu.device_count()):
+    torch.npu.set_device(index)
+    devices.append([torch.npu.get_device_name(index), *torch.npu.mem_get_info()])
+print(json.dumps(devices))
 """
+CAPTURE_PROBE = """
+import json, time, torch
+from npu_compiler.backend import AscendBackend
+
+def block(x, weight, gate_up):
+    h = weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+    gate, up = (h @ gate_up).chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+start, backend = time.perf_counter(), AscendBackend()
+arguments = [torch.rand(*shape) for shape in ((4, 64), (64,), (64, 256))]
+with torch.inference_mode():
+    run = torch.compile(block, backend=backend)
+    found = [run(*(argument.npu() for argument in arguments)) for _ in range(3)][-1].cpu()
+    expected = block(*(argument.double() for argument in arguments))
+(compiled,) = backend.compiled()
+known = set(torch._dynamo.list_backends(exclude_tags=()))
+print(json.dumps({
+    "error": (found - expected).abs().max().item(), "largest": expected.abs().max().item(),
+    "captures": len(compiled.ledger.captures), "replays": compiled.ledger.replays,
+    "calls": compiled.ledger.captures[0].calls if compiled.ledger.captures else 0,
+    "uncaptured": list(compiled.ledger.uncaptured), "seconds": time.perf_counter() - start,
+    "backends": sorted(known & {"ascend", "npugraphs", "npugraph_ex", "npu", "inductor"}),
+}))
+"""
+TOLERANCE = 1e-4
+"""Of the self test's largest value: float32 against float64."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +112,29 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Runs every check; takes a few seconds, most of it one import of torch in a subprocess."""
-    return [*_machine(), *_packages(), *_runtime(), *_start_up_hook(), *_device()]
+    """Runs every check; takes some ten seconds, most of it imports of torch in two subprocesses."""
+    checks = (_machine, _packages, _runtime, _start_up_hook, _environment, _plugins, _cache, _device, _capture)
+    found = [finding for check in checks for finding in check()]
+    return [_without_private_paths(finding) for finding in (*found, *_verdict(found))]
 
 
 def as_text(findings: list[Finding]) -> str:
-    """The report as lines to paste into a bug report."""
-    mark = {"ok": "ok   ", "note": "note ", "error": "ERROR"}
-    lines = []
+    """The report as Markdown, to paste into a bug report."""
+    mark = {"ok": "ok", "note": "**note**", "error": "**ERROR**"}
+    lines = ["### npu-compiler doctor", ""]
     for finding in findings:
-        lines.append(f"[{mark[finding.state]}] {finding.topic}: {finding.text}")
+        lines.append(f"- {mark[finding.state]} `{finding.topic}`: {finding.text}")
         if finding.advice:
-            lines.append(f"        -> {finding.advice}")
+            lines.append(f"  - {finding.advice}")
     return "\n".join(lines)
 
 
 def _machine() -> Iterator[Finding]:
-    text = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    text = (
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {memory:.0f} GiB, "
+        f"Python {platform.python_version()}"
+    )
     if sys.version_info[:2] == (3, 11):
         yield Finding("machine", "ok", text)
     else:
@@ -67,16 +143,27 @@ def _machine() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     for name, wanted in PINNED.items():
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            state = "note" if name in OPTIONAL else "error"
-            yield Finding(name, state, "not installed", f"install {name} {wanted} (`make setup` does)")
-            continue
-        if version.split("+")[0] == wanted:
+        version = _version(name)
+        if not version:
+            state, lost = ("note", f": {OPTIONAL[name]}") if name in OPTIONAL else ("error", "")
+            yield Finding(name, state, f"not installed{lost}", f"install {name} {wanted} (`make setup` does)")
+        elif version.split("+")[0] == wanted:
             yield Finding(name, "ok", version)
         else:
             yield Finding(name, "error", f"{version}, but {wanted} is needed", f"install {name}=={wanted}")
+    yield Finding("npu-compiler", "ok", __version__)
+    versions = {name: _version(name) for name in BESIDE}
+    yield Finding("beside", "ok", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
+    for name, lost in BESIDE.items():
+        if not versions[name]:
+            yield Finding(name, "note", f"not installed: {lost}", f"pip install {name}, if you want it")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _runtime() -> Iterator[Finding]:
@@ -94,8 +181,8 @@ def _runtime() -> Iterator[Finding]:
             yield Finding("host runtime", "error", f"not built: {', '.join(missing)}", "run `make setup`")
         else:
             yield Finding("host runtime", "ok", f"all {len(loader.LIBRARIES)} libraries are there")
-        settings = os.environ.get("NPU_COMPILER_HOST", "")
-        yield Finding("host devices", "ok", f"NPU_COMPILER_HOST={settings!r}" if settings else "default settings")
+    else:
+        yield from _installed_cann(choice.folder)
     shadow = _torch_npu_libs()
     if shadow:
         yield Finding(
@@ -103,6 +190,22 @@ def _runtime() -> Iterator[Finding]:
             "note",
             f"{shadow} holds CANN libraries; torch_npu's DT_RPATH searches it before LD_LIBRARY_PATH",
             "nothing of npu-compiler's lies there; remove it unless you put it there on purpose",
+        )
+
+
+def _installed_cann(folder: Path | None) -> Iterator[Finding]:
+    """The release that an installed CANN names, and which of the libraries it lacks."""
+    if folder is None:
+        return
+    for file in (folder.parent / "version.cfg", folder.parent.parent / "version.cfg", folder.parent / "version.info"):
+        if file.is_file():
+            found = re.search(r"[Vv]ersion\w*=\[?(?:[^\]\n]*:)?([\w.]+)", file.read_text(errors="replace"))
+            yield Finding("CANN release", "ok", found[1] if found else f"not named in {file}")
+            break
+    missing = [name for name in loader.LIBRARIES if not (folder / name).exists()]
+    if missing:
+        yield Finding(
+            "CANN libraries", "note", f"not in {folder}: {', '.join(missing)}", "install CANN's toolkit and kernels"
         )
 
 
@@ -126,15 +229,137 @@ def _start_up_hook() -> Iterator[Finding]:
         )
 
 
+def _environment() -> Iterator[Finding]:
+    names = [name for name in (*OWN_VARIABLES, *VARIABLES) if name in os.environ]
+    text = ", ".join(f"{name}={os.environ[name]}" for name in names)
+    yield Finding("environment", "ok", text or "no variable that matters is set")
+    for name, value in UNCAPTURABLE.items():
+        if os.environ.get(name) == value:
+            yield Finding(
+                name, "error", f"{name}={value}: torch_npu refuses every capture", f"unset {name}, or capture nothing"
+            )
+    for name in sorted(os.environ):
+        if name.startswith("NPU_COMPILER_") and name not in OWN_VARIABLES:
+            yield Finding(name, "note", "nothing reads it", f"known: {', '.join(OWN_VARIABLES)}")
+
+
+def _plugins() -> Iterator[Finding]:
+    for group, wanted in ENTRY_POINTS.items():
+        if group.startswith("vllm") and not _version("vllm"):
+            continue
+        found = importlib.metadata.entry_points(group=group)
+        for name, purpose in wanted.items():
+            ours = [entry for entry in found if entry.name == name and entry.value.startswith("npu_compiler")]
+            if not ours:
+                advice = "install npu-compiler again (`make setup`): what is installed is older than its sources"
+                state = "note" if group == METRICS else "error"
+                yield Finding(group, state, f"{name} is not registered: no {purpose}", advice)
+            elif group.startswith("vllm") and not _allowed(name):
+                yield Finding(group, "note", f"VLLM_PLUGINS leaves {name} out: no {purpose}", f"add {name} to it")
+            else:
+                yield Finding(group, "ok", f"{name}: {purpose}")
+        if group == "vllm.platform_plugins":
+            others = [f"{entry.name} ({entry.value})" for entry in found if not entry.value.startswith("npu_compiler")]
+            if others:
+                advice = "uninstall the other one, or choose by VLLM_PLUGINS where the names differ"
+                yield Finding(group, "note", f"also installed: {', '.join(others)}; vLLM takes one platform", advice)
+
+
+def _allowed(plugin: str) -> bool:
+    """Whether vLLM loads a plugin of this name."""
+    given = os.environ.get("VLLM_PLUGINS")
+    return given is None or plugin in given.split(",")
+
+
+def _cache() -> Iterator[Finding]:
+    for topic, place in (("compiled programs", _program_cache()), ("vLLM's compile cache", _vllm_cache())):
+        if not place.is_dir():
+            yield Finding(topic, "ok", f"none yet; they go to {place}")
+            continue
+        files = [file for file in place.rglob("*") if file.is_file()]
+        size = sum(file.stat().st_size for file in files) / 2**20
+        yield Finding(topic, "ok", f"{len(files)} files, {size:.1f} MiB in {place}")
+        if not os.access(place, os.W_OK):
+            yield Finding(topic, "error", f"{place} can't be written", "name another folder, or change its owner")
+
+
+def _program_cache() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("NPU_COMPILER_CACHE") or base / "npu_compiler")
+
+
+def _vllm_cache() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("VLLM_CACHE_ROOT") or base / "vllm") / "torch_compile_cache"
+
+
 def _device() -> Iterator[Finding]:
-    probe = subprocess.run(
-        [sys.executable, "-c", DEVICE_PROBE], capture_output=True, text=True, timeout=120, check=False
-    )
-    if probe.returncode == 0:
-        yield Finding("torch.npu", "ok", probe.stdout.strip().splitlines()[-1])
-    else:
-        lines = probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"]
-        own = [line for line in lines if line.startswith("[host runtime]")]
+    devices = _probe(DEVICE_PROBE)
+    if isinstance(devices, str):
+        yield Finding("torch.npu", "error", devices, "the full message: python -c 'import torch; torch.npu.init()'")
+        return
+    yield Finding("torch.npu", "ok", f"{len(devices)} devices; an addition ran on the first")
+    for name, free, total in sorted({tuple(device) for device in devices}):
+        count = sum(tuple(device) == (name, free, total) for device in devices)
+        yield Finding("devices", "ok", f"{count} x {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+
+
+def _capture() -> Iterator[Finding]:
+    found = _probe(CAPTURE_PROBE)
+    if isinstance(found, str):
         yield Finding(
-            "torch.npu", "error", (own or lines)[-1], "the full message: python -c 'import torch; torch.npu.init()'"
+            "self test", "error", found, 'no function can be compiled by backend="ascend"; see the lines above'
         )
+        return
+    backends = ", ".join(found["backends"])
+    yield Finding("torch.compile", "ok" if "ascend" in backends else "error", f"backends that are there: {backends}")
+    text = (
+        f"a norm and a gated product: {found['captures']} capture of {found['calls']} calls, {found['replays']} replays"
+    )
+    error = found["error"] / found["largest"]
+    text += f", relative error {error:.1e}, {found['seconds']:.1f} s"
+    if error > TOLERANCE:
+        yield Finding("self test", "error", text, f"a result is wrong by more than {TOLERANCE}; report it")
+    elif found["replays"] != 2 or found["captures"] != 1:
+        yield Finding("self test", "error", text, f"1 capture and 2 replays were expected: {found['uncaptured']}")
+    else:
+        yield Finding("self test", "ok", text)
+
+
+def _probe(program: str) -> Any:
+    """What a program prints as JSON; the line of its error that says most, as text."""
+    try:
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return "nothing came back within 120 s"
+    if ran.returncode == 0:
+        return json.loads(ran.stdout.strip().splitlines()[-1])
+    lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
+    own = [line for line in lines if line.startswith("[host runtime]")]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return (own or errors or lines)[-1]
+
+
+def _verdict(found: list[Finding]) -> Iterator[Finding]:
+    """What works and what does not, from what was found."""
+    wrong = {finding.topic for finding in found if finding.state == "error"}
+    compiles = "self test" not in wrong and "torch.npu" not in wrong
+    serves = compiles and bool(_version("vllm")) and not wrong & {"vllm", "vllm.platform_plugins", *UNCAPTURABLE}
+    text = f'torch.compile(backend="ascend") {_works(compiles)}; `vllm serve` {_works(serves)}'
+    yield Finding("verdict", "ok" if serves else "note" if compiles else "error", text)
+    if any(finding.topic == "host runtime" for finding in found):
+        yield Finding("speed", "note", "the devices are simulated on this CPU: its times say nothing about a card")
+
+
+def _works(works: bool) -> str:
+    return "works" if works else "does not work"
+
+
+def _without_private_paths(finding: Finding) -> Finding:
+    """Puts what stands for them in the place of folders that say who or where somebody is."""
+    folders = {sys.prefix: "ENV", str(Path(loader.__file__).parents[1]): "NPU_COMPILER", str(Path.home()): "~"}
+    text, advice = finding.text, finding.advice
+    for folder, name in folders.items():
+        if len(folder) > 1:
+            text, advice = text.replace(folder, name), advice.replace(folder, name)
+    return Finding(finding.topic, finding.state, text, advice)

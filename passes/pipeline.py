@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ from npu_compiler.passes.rewrite import apply
 Hook = Callable[[fx.Graph], None]
 Watch = Callable[[str, fx.GraphModule, "PassRecord | None"], None]
 """Called with the name of each stage, the program at it, and what the pass did that made it."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,8 @@ def run_pass(
         module.recompile()
     record.seconds = time.perf_counter() - start
     record.nodes_after = count_calls(module.graph)
+    if record.fired or record.refused:
+        logger.debug("%s", record)
     if check is not None:
         check.after(entry.name, module)
     return record

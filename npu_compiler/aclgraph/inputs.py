@@ -17,6 +17,7 @@ from torch import fx
 from npu_compiler.aclgraph.sizes import deciding
 from npu_compiler.errors import DeviceError
 from npu_compiler.graph.effects import storage, tensors, written_storages
+from npu_compiler.graph.source import first_use
 
 DEVICE = "npu"
 
@@ -61,7 +62,7 @@ class InputPlan:
             for i, value in enumerate(values)
             if isinstance(value, torch.Tensor) and i not in on_device and placeholders[i].users
         ]
-        _refuse_mixed(names, values, on_device, host)
+        _refuse_mixed(graph, names, values, on_device, host)
         return cls(
             names=names,
             sizes=tuple(sorted(deciding(graph))),
@@ -81,11 +82,15 @@ def written_inputs(graph: fx.Graph) -> set[int]:
     return {owner[found] for node in graph.nodes for found in written_storages(node) if found in owner}
 
 
-def _refuse_mixed(names: Sequence[str], values: Sequence[Any], on_device: set[int], host: Sequence[int]) -> None:
+def _refuse_mixed(
+    graph: fx.Graph, names: Sequence[str], values: Sequence[Any], on_device: set[int], host: Sequence[int]
+) -> None:
+    placeholders = graph.find_nodes(op="placeholder")
     devices = sorted({str(values[i].device) for i in on_device})
     if len(devices) > 1:
         raise DeviceError(
             f"the graph's tensors lie on {' and '.join(devices)}",
+            where=first_use(graph, (placeholders[i] for i in on_device if str(values[i].device) == devices[-1])),
             rule="one captured graph runs on one device",
             fix="compile the parts of the model that run on different devices separately",
         )
@@ -94,6 +99,7 @@ def _refuse_mixed(names: Sequence[str], values: Sequence[Any], on_device: set[in
         listed = ", ".join(f"{names[i]} {tuple(values[i].shape)}" for i in wide)
         raise DeviceError(
             f"tensors in host memory are mixed with tensors on {devices[0]}: {listed}",
+            where=first_use(graph, (placeholders[i] for i in wide)),
             rule="a captured graph can't read host memory: a replay would see the values of the capture",
             fix="move them to the device before the call, for example x = x.to('npu')",
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from npu_compiler.plan.schedule import StreamPlan
+from npu_compiler.reasons import Why
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,15 @@ class Capture:
     """
 
     key: str
-    reason: str
+    reason: Why
     milliseconds: float
     mebibytes: float
     calls: int
     streams: str = ""
+
+    def __str__(self) -> str:
+        price = f"{self.calls} calls, {self.milliseconds:.1f} ms, {self.mebibytes:.1f} MiB"
+        return f"captured {self.key}: {price} ({self.reason})" + (f"; {self.streams}" if self.streams else "")
 
 
 @dataclass
@@ -46,23 +54,20 @@ class Ledger:
     captures: list[Capture] = field(default_factory=list)
     evicted: list[str] = field(default_factory=list)
     replays: int = 0
-    uncaptured: Counter[str] = field(default_factory=Counter)
+    uncaptured: Counter[Why] = field(default_factory=Counter)
     outlook: str = ""
     watch: Callable[[Capture, StreamPlan | None], None] | None = None
 
     def add(self, capture: Capture, plan: StreamPlan | None) -> None:
         """Notes a capture."""
+        logger.info("%s", capture)
         self.captures.append(capture)
         if self.watch is not None:
             self.watch(capture, plan)
 
     def __str__(self) -> str:
         lines = [self.outlook] if self.outlook else []
-        lines += [
-            f"captured {entry.key}: {entry.calls} calls, {entry.milliseconds:.1f} ms, {entry.mebibytes:.1f} MiB "
-            f"({entry.reason})" + (f"; {entry.streams}" if entry.streams else "")
-            for entry in self.captures
-        ]
+        lines += map(str, self.captures)
         lines += [f"evicted {key}" for key in self.evicted]
         lines.append(f"{self.replays} replays")
         lines += [f"{count} uncaptured: {reason}" for reason, count in self.uncaptured.items()]

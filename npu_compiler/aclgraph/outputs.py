@@ -12,7 +12,7 @@ a graph captured earlier may still use it for its own intermediate results (see 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +49,18 @@ class OutputPlan:
         returned_inputs: for outputs that are inputs of the program: output position -> argument position.
         bound: tensors whose memory belongs to the caller.
         clone: whether to copy (clone_outputs).
+        place: says where in the user's model an output is made.
     """
 
     def __init__(
-        self, outputs: Sequence[Any], returned_inputs: dict[int, int], bound: Sequence[torch.Tensor], clone: bool
+        self,
+        outputs: Sequence[Any],
+        returned_inputs: dict[int, int],
+        bound: Sequence[torch.Tensor],
+        clone: bool,
+        place: Callable[[int], str],
     ) -> None:
+        self._place = place
         self._returned_inputs = returned_inputs
         callers = {_memory(tensor) for tensor in bound}
         own = {
@@ -79,6 +86,7 @@ class OutputPlan:
             if _uses(self._lent[position]) > before:
                 raise StaleOutputError(
                     f"output {position} of an earlier call is still in use, and the next replay would overwrite it",
+                    where=self._place(position),
                     rule="with clone_outputs=False outputs live in the captured graphs' memory until the next call",
                     fix="drop or clone() the output before the next call, or leave clone_outputs at True",
                 )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from npu_compiler import reasons
 from npu_compiler.aclgraph.budget import Budget
 from npu_compiler.aclgraph.capture import EXCLUSIVE, capture, refuse_uncapturable
 from npu_compiler.aclgraph.forecast import Forecast
@@ -28,8 +29,9 @@ from npu_compiler.aclgraph.streams import Streams, summary
 from npu_compiler.config import Options
 from npu_compiler.errors import CaptureBudgetWarning
 from npu_compiler.graph.effects import draws_on_host, tensors
-from npu_compiler.graph.source import where
+from npu_compiler.graph.source import beginning, where
 from npu_compiler.plan.schedule import StreamPlan
+from npu_compiler.reasons import Why
 
 Key = tuple[Any, ...]
 MOVES_BEFORE_COPY = 2
@@ -99,7 +101,7 @@ class Replayer:
         self._moves: Counter[int] = Counter()
         self._buffers = Buffers()
         self._budget = Budget(options, Forecast(program.graph, self._plan.sizes), self._calls)
-        self._refused: dict[Key, str] = {}  # shapes that don't fit into the budget, and what is said of each
+        self._refused: dict[Key, Why] = {}  # shapes that don't fit into the budget, and what is said of each
         self._evicted: set[Key] = set()
         self._captured: Key | None = None  # the shape captured last
         self._pool: Any = None
@@ -123,7 +125,7 @@ class Replayer:
         found = self._graphs.get(key)
         if found is None:
             if self._allowed and not self._allowed.issuperset(key):
-                return self._uncaptured(args, "a size is not in capture_sizes")
+                return self._uncaptured(args, reasons.SIZE_NOT_LISTED.said())
             if key in self._refused:
                 return self._uncaptured(args, self._refused[key])
             return self._first(key, args, self._what_is_new(key))
@@ -151,13 +153,13 @@ class Replayer:
         self.ledger.replays += 1
         return self._numbers.fill(found.outputs.hand_out(args), args)
 
-    def _uncaptured(self, args: Sequence[Any], reason: str) -> Any:
+    def _uncaptured(self, args: Sequence[Any], reason: Why) -> Any:
         self.ledger.uncaptured[reason] += 1
         return self._program(*args)
 
-    def _first(self, key: Key, args: Sequence[Any], reason: str) -> Any:
+    def _first(self, key: Key, args: Sequence[Any], reason: Why) -> Any:
         """Runs the call, then captures its shape."""
-        results = self._uncaptured(args, "first call of a shape, before its capture")
+        results = self._uncaptured(args, reasons.FIRST_CALL.said())
         plan = self._streams.plan(args)
         needs = self._new_buffers(args), plan.streams if plan is not None else 1
         if not self.ledger.captures:
@@ -180,9 +182,10 @@ class Replayer:
     def _refuse(self, key: Key, why: str) -> None:
         """Lets a shape run uncaptured from now on, and says so once."""
         size = self._key_text(key)
-        self._refused[key] = f"{size} does not fit: {why}"
+        self._refused[key] = reasons.OVER_BUDGET.said(f"{size}, {why}")
         warnings.warn(
-            f"{self._name} runs {size} uncaptured: {why}; other sizes are captured as before",
+            f"{self._name} runs {size} uncaptured: {why}; other sizes are captured as before"
+            f" ({beginning(self._program.graph)})",
             CaptureBudgetWarning,
             stacklevel=2,
         )
@@ -194,7 +197,7 @@ class Replayer:
             torch.npu.synchronize()  # it may still be running
             gone.graph.reset()
 
-    def _capture(self, key: Key, args: Sequence[Any], reason: str, plan: StreamPlan | None) -> Replayable:
+    def _capture(self, key: Key, args: Sequence[Any], reason: Why, plan: StreamPlan | None) -> Replayable:
         copied_back = self._copied_back()
         bound = [*self._plan.stable, *(position for position in self._plan.written if position not in copied_back)]
         new_buffers = self._new_buffers(args)
@@ -226,7 +229,9 @@ class Replayer:
             addresses=[tensor.data_ptr() for tensor in owners],
             feeds=feeds,
             returns=[(position, buffer) for position, buffer in feeds if position in copied_back],
-            outputs=OutputPlan(made.outputs, self._returned_inputs, owners, self._options.clone_outputs),
+            outputs=OutputPlan(
+                made.outputs, self._returned_inputs, owners, self._options.clone_outputs, self._place_of_output
+            ),
             streams=streams,
         )
 
@@ -253,7 +258,7 @@ class Replayer:
             stream.wait_stream(self._last_stream)
         self._last_stream = stream
 
-    def _what_moved(self, found: Replayable, args: Sequence[Any]) -> str:
+    def _what_moved(self, found: Replayable, args: Sequence[Any]) -> Why:
         moved = [i for i, address in zip(found.bound, found.addresses, strict=True) if args[i].data_ptr() != address]
         for position in moved:
             if position in self._plan.written and found.replays < PAYING_REPLAYS:
@@ -262,37 +267,43 @@ class Replayer:
         note = "; it is copied in and back from now on" if copied else ""
         before = dict(zip(found.bound, found.addresses, strict=True))
         texts = [f"{self._plan.names[i]} {before[i]:#x} -> {args[i].data_ptr():#x}" for i in moved]
-        return f"moved in memory: {', '.join(texts)}{note}"
+        return reasons.MOVED.said(f"{', '.join(texts)}{note}")
 
-    def _what_is_new(self, key: Key) -> str:
+    def _what_is_new(self, key: Key) -> Why:
         if key in self._evicted:
-            return f"called again after capture_limit={self._options.capture_limit} drove its graph out"
+            return reasons.DRIVEN_OUT.said(f"capture_limit={self._options.capture_limit}")
         if self._captured is None:
-            return "first shape"
+            return reasons.FIRST_SHAPE.said()
         pairs = zip(self._plan.sizes, self._captured, key, strict=True)
-        return "new shape: " + ", ".join(f"{self._plan.names[i]} {old} -> {new}" for i, old, new in pairs if old != new)
+        new = (f"{self._plan.names[i]} {old} -> {size}" for i, old, size in pairs if old != size)
+        return reasons.NEW_SHAPE.said(", ".join(new))
+
+    def _place_of_output(self, position: int) -> str:
+        (outputs,) = self._program.graph.output_node().args
+        assert isinstance(outputs, (list, tuple))
+        return where(outputs[position]) if isinstance(outputs[position], fx.Node) else ""
 
     def _key_text(self, key: Key) -> str:
         pairs = zip((self._plan.names[i] for i in self._plan.sizes), key, strict=True)
         return ", ".join(f"{name}={size}" for name, size in pairs) or "static"
 
 
-def _why_not(graph: fx.Graph, plan: InputPlan, options: Options) -> str:
-    """Why a program is called uncaptured; empty if it is captured."""
+def _why_not(graph: fx.Graph, plan: InputPlan, options: Options) -> Why | None:
+    """Why a program is called uncaptured; None if it is captured."""
     if not options.capture:
-        return "capture is off"
+        return reasons.CAPTURE_OFF.said()
     calls = [node for node in graph.nodes if node.op == "call_function"]
     devices = {tensor.device.type for node in (*calls, *graph.find_nodes(op="placeholder")) for tensor in tensors(node)}
     if "npu" not in devices:
-        return "no tensor on an npu device"
+        return reasons.NO_DEVICE_TENSOR.said()
     if not any("npu" in {tensor.device.type for tensor in tensors(node)} for node in calls):
-        return "nothing to compute on the device"
+        return reasons.NOTHING_ON_DEVICE.said()
     if plan.host:
-        return f"scalar in host memory: {', '.join(plan.names[position] for position in plan.host)}"
+        return reasons.HOST_SCALAR.said(", ".join(plan.names[position] for position in plan.host))
     draw = next((node for node in calls if draws_on_host(node)), None)
     if draw is not None:
-        return f"{draw.target} draws random numbers in a way that a captured graph can't repeat ({where(draw)})"
-    return ""
+        return reasons.HOST_RANDOM.said(f"{draw.target} ({where(draw)})")
+    return None
 
 
 def _device(graph: fx.Graph) -> int:

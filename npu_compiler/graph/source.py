@@ -53,6 +53,18 @@ def where(node: fx.Node) -> str:
     return str(place(node)) or f"node {node.name}"
 
 
+def first_use(graph: fx.Graph, inputs: Iterable[fx.Node]) -> str:
+    """Where the model first uses one of these inputs; empty where it uses none."""
+    users = {user for node in inputs for user in node.users if user.op.startswith("call")}
+    return next((where(node) for node in graph.nodes if node in users), "")
+
+
+def beginning(graph: fx.Graph) -> str:
+    """Where the model makes the first call of a graph: what a message names that is about all of it."""
+    calls = (node for node in graph.nodes if node.op == "call_function")
+    return next((str(place(node)) for node in calls if str(place(node))), "")
+
+
 def _module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     entries = [entry[0] for entry in stack.values() if isinstance(entry, tuple) and entry and entry[0]]

@@ -48,14 +48,16 @@ class SpecCheck:
             if node.op == "call_function":
                 self._check_value(stage, node)
         draws, written = _draws(module.graph), _written_inputs(module.graph)
-        if draws != self._draws:
-            raise SpecError(
-                _broke(stage, f"random draws were {self._draws} and are {draws}"), rule=RULE, fix=_fix(stage)
-            )
-        if written | self._unchanged != self._written | self._unchanged:
+        before, now = [name for name, _ in self._draws], [name for name, _ in draws]
+        if before != now:
+            text = f"random draws were {before} and are {now}"
+            raise SpecError(_broke(stage, text), where=_differing(self._draws, draws), rule=RULE, fix=_fix(stage))
+        if written.keys() | self._unchanged != self._written.keys() | self._unchanged:
             text = f"written inputs were {sorted(self._written)} and are {sorted(written)}"
-            raise SpecError(_broke(stage, text), rule=RULE, fix=_fix(stage))
-        self._written, self._unchanged = written, _copied_onto_themselves(module.graph)
+            changed = (written.keys() ^ self._written.keys()) - self._unchanged
+            places = ", ".join(sorted((written | self._written)[name] for name in changed))
+            raise SpecError(_broke(stage, text), where=places, rule=RULE, fix=_fix(stage))
+        self._draws, self._written, self._unchanged = draws, written, _copied_onto_themselves(module.graph)
 
     def _check_value(self, stage: str, node: fx.Node) -> None:
         signature = (node.target, node.args, tuple(node.kwargs.items()), id(value(node)), _storages_in(node))
@@ -180,18 +182,26 @@ def _storages_in(node: fx.Node) -> tuple[int, ...]:
     return tuple(storage(tensor) for source in node.all_input_nodes for tensor in tensors(source))
 
 
-def _draws(graph: fx.Graph) -> list[str]:
-    """The operators that draw random numbers, in order."""
-    return [str(node.target) for node in graph.nodes if _is_draw(node)]
+def _draws(graph: fx.Graph) -> list[tuple[str, str]]:
+    """The operators that draw random numbers, in order, and their places."""
+    return [(str(node.target), where(node)) for node in graph.nodes if _is_draw(node)]
+
+
+def _differing(before: list[tuple[str, str]], now: list[tuple[str, str]]) -> str:
+    """The place of the first draw that is another one, or that one side lacks."""
+    for (old, _), (new, place) in zip(before, now, strict=False):
+        if old != new:
+            return place
+    return max(before, now, key=len)[min(len(before), len(now))][1]
 
 
 def _is_draw(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-def _written_inputs(graph: fx.Graph) -> set[str]:
-    """Names of the inputs that the program writes."""
-    return set(_names_of_written(graph))
+def _written_inputs(graph: fx.Graph) -> dict[str, str]:
+    """Names of the inputs that the program writes, and the places where it first does."""
+    return dict(_names_of_written(graph))
 
 
 def _copied_onto_themselves(graph: fx.Graph) -> set[str]:
@@ -213,8 +223,12 @@ def _same_elements(one: Any, other: Any) -> bool:
     return bool(offset & same_layout(left, right, "layout"))
 
 
-def _names_of_written(graph: fx.Graph) -> Iterator[str]:
-    written = {found for node in graph.nodes for found in written_storages(node)}
+def _names_of_written(graph: fx.Graph) -> Iterator[tuple[str, str]]:
+    written: dict[int, fx.Node] = {}
+    for node in graph.nodes:
+        for found in written_storages(node):
+            written.setdefault(found, node)
     for node in graph.find_nodes(op="placeholder"):
-        if any(storage(tensor) in written for tensor in tensors(node)):
-            yield node.name
+        writer = next((written[storage(tensor)] for tensor in tensors(node) if storage(tensor) in written), None)
+        if writer is not None:
+            yield node.name, where(writer)

@@ -36,6 +36,7 @@ from npu_compiler.inspect.contents import (
 )
 from npu_compiler.inspect.program import Data, Program
 from npu_compiler.inspect.python_text import CONSTANTS
+from npu_compiler.inspect.run import CALLS, RUN, Calls, ModelCapture, Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,16 @@ class Bundle:
         """The graphs, oldest first."""
         found = [StoredGraph(entry) for entry in self.place.iterdir() if (entry / GRAPH).exists()]
         return tuple(sorted(found, key=lambda graph: (graph.about.started, graph.name)))
+
+    @functools.cached_property
+    def run(self) -> Run | None:
+        """Serving's run report; None where nothing was served."""
+        return _read(self.place / RUN, Run) if (self.place / RUN).exists() else None
+
+    @functools.cached_property
+    def captures(self) -> tuple[ModelCapture, ...]:
+        """What vLLM captured, in order."""
+        return tuple(_lines(self.place / CAPTURES, ModelCapture))
 
     def graph(self, name: str = "") -> StoredGraph:
         """A graph by its name; without one, the only graph.
@@ -109,6 +120,16 @@ class StoredGraph:
     def captures(self) -> tuple[Captured, ...]:
         """The captures in their order."""
         return tuple(_lines(self.place / CAPTURES, Captured))
+
+    @functools.cached_property
+    def calls(self) -> Calls:
+        """Replays and other calls: all of them, or those before the last capture where the process ended early."""
+        if (self.place / CALLS).exists():
+            return _read(self.place / CALLS, Calls)
+        if not self.captures:
+            return Calls()
+        last = self.captures[-1]
+        return Calls(replays=last.replays, uncaptured=last.uncaptured, evicted=last.evicted)
 
     @functools.cached_property
     def plan(self) -> Plan | None:

@@ -3,12 +3,15 @@
 A bundle is what one process left behind, a folder or a zip of it:
 
     bundle.json                 Header: format, environment
+    run.json                    Run: serving's run report (run.py)
+    captures.jsonl              ModelCapture, a line each: what vLLM captured (run.py)
     GRAPH/graph.json            Graph: its options, the passes and their rules, in order
     GRAPH/stages.jsonl          Stage, a line each: what a pass did, and which program it left
     GRAPH/NN_STAGE.json, .py    the programs (program.py, python_text.py), each once
     GRAPH/constants.safetensors small constants of the programs
     GRAPH/plan.json             Plan: order, memory, providers, constants, cache
     GRAPH/captures.jsonl        Captured, a line each
+    GRAPH/calls.json            Calls, when the compiled graph is gone: replays and other calls (run.py)
     GRAPH/inputs.safetensors    the first call's inputs, if asked for, and inputs.json: the numbers among them
 
 Each file is written when its content is known, so that a crash leaves what came before it.
@@ -94,6 +97,7 @@ class Graph(Data):
         given: the names of those that were not left at their defaults.
         passes: in their order; those that are left out are not among them.
         inputs: the names of the inputs in the user's model, where they are known.
+        compile_id: Dynamo's number of the compilation, as in torch's logs: "0/1" is the second one of the first frame.
     """
 
     format: Literal[1]
@@ -103,6 +107,7 @@ class Graph(Data):
     given: tuple[str, ...] = ()
     passes: tuple[PassInfo, ...] = ()
     inputs: tuple[str, ...] = ()
+    compile_id: str = ""
 
 
 class Fire(Data):
@@ -209,7 +214,8 @@ class Plan(Data):
     Attributes:
         providers: what each fused operator runs on.
         once: names of values that are computed once, and their bytes.
-        cache: what the cache did.
+        cache: what the cache did. `cache_key`: what decides about the result, part by part. `cache_missed`: what
+            differed from the nearest program that was stored before, where this one was not stored.
         seconds: what the compilation took behind Dynamo, this bundle included.
     """
 
@@ -219,6 +225,8 @@ class Plan(Data):
     once: tuple[str, ...] = ()
     once_bytes: str = "0"
     cache: str = ""
+    cache_key: dict[str, str] = Field(default_factory=dict)
+    cache_missed: tuple[str, ...] = ()
     seconds: float = 0.0
 
 

@@ -10,7 +10,7 @@ from npu_compiler.inspect.bundle import Bundle, StoredGraph
 from npu_compiler.inspect.contents import Plan, Stage
 from npu_compiler.inspect.program import Call, Data, Program, Result, SizeValue
 
-NOT_COMPARED = frozenset({"dump", "dump_inputs", "cache", "check"})
+NOT_COMPARED = frozenset({"dump", "dump_inputs", "cache", "check", "print_pipeline"})
 """Options that the compiled program does not depend on."""
 
 

@@ -65,4 +65,5 @@ def _plan(plan: Plan) -> Iterator[str]:
         yield f"constants: {len(plan.once)} computed once, {plan.once_bytes} bytes"
     if plan.cache:
         yield f"program {plan.cache}"
+        yield from (f"  it differs from the nearest stored one: {line}" for line in plan.cache_missed)
     yield f"compiled in {plan.seconds:.2f} s, this dump included"

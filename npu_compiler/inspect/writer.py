@@ -9,6 +9,8 @@ import logging
 import os
 import platform
 import re
+import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +22,16 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import save
 from torch import Tensor, fx
+from torch._dynamo.utils import get_compilation_metrics
+from torch._guards import CompileContext
 
 from npu_compiler.aclgraph.ledger import Capture, Ledger
+from npu_compiler.cache import CacheNote
 from npu_compiler.config import DEFAULTS, Options
 from npu_compiler.facts.fact import Fact
 from npu_compiler.facts.sizes import listening
 from npu_compiler.graph.once import Split
-from npu_compiler.inspect import contents
+from npu_compiler.inspect import bundle, contents, show
 from npu_compiler.inspect.contents import (
     CAPTURES,
     FORMAT,
@@ -44,6 +49,7 @@ from npu_compiler.inspect.contents import (
 from npu_compiler.inspect.from_graph import constants_of, program_of, sizes_of
 from npu_compiler.inspect.program import Data, Program
 from npu_compiler.inspect.python_text import CONSTANTS, python_text
+from npu_compiler.inspect.run import CALLS, Calls
 from npu_compiler.inspect.values import saved
 from npu_compiler.passes.pattern import call_count, root_targets
 from npu_compiler.passes.pipeline import count_calls
@@ -62,13 +68,29 @@ Kind = TypeVar("Kind", bound=Data)
 logger = logging.getLogger(__name__)
 
 
-def open_graph(folder: str, name: str, options: Options, passes: Sequence[Pass], inputs: Sequence[str]) -> GraphWriter:
+def open_graph(
+    folder: str, name: str, options: Options, passes: Sequence[Pass], inputs: Sequence[str], prints: bool = False
+) -> GraphWriter:
     """Begins a graph in this process's bundle, which lies in `folder` under a name of its own.
+
+    Args:
+        prints: print the pipeline when the graph is compiled. Without a folder that is all.
 
     Raises:
         OSError: nothing can be written there.
     """
-    return GraphWriter(_bundle(str(Path(folder).resolve()), os.getpid()), name, options, passes, inputs)
+    if not folder:
+        return PrintedGraph(name, options, passes, inputs)
+    return GraphWriter(bundle_of(folder), name, options, passes, inputs, prints)
+
+
+def bundle_of(folder: str) -> Path:
+    """This process's bundle in `folder`, begun if it is not there yet.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    return _bundle(str(Path(folder).resolve()), os.getpid())
 
 
 @functools.cache
@@ -133,9 +155,17 @@ class GraphWriter:
     """
 
     def __init__(
-        self, bundle: Path, name: str, options: Options, passes: Sequence[Pass], inputs: Sequence[str]
+        self,
+        parent: Path,
+        name: str,
+        options: Options,
+        passes: Sequence[Pass],
+        inputs: Sequence[str],
+        prints: bool = False,
     ) -> None:
-        self.place = _new_folder(bundle, re.sub(r"[^\w.-]+", "_", name)[:80] or "graph")
+        self._prints = prints
+        self._compile_id = str(CompileContext.current_compile_id() or "")
+        self.place = _new_folder(parent, re.sub(r"[^\w.-]+", "_", name)[:80] or "graph")
         self._start = time.perf_counter()
         self._programs = 0
         self._last: tuple[str, str] = ("", "")  # the last program: its text, its file
@@ -155,6 +185,7 @@ class GraphWriter:
             given=tuple(key for key, value in values.items() if value != getattr(DEFAULTS, key)),
             passes=tuple(_pass_info(entry, options) for entry in passes),
             inputs=tuple(inputs),
+            compile_id=self._compile_id,
         )
         self._write(GRAPH, graph.model_dump_json(indent=1))
 
@@ -169,6 +200,8 @@ class GraphWriter:
         if error is not None:
             stopped = contents.Stage(name="failed", error=f"behind {self._stage}: {type(error).__name__}: {error}")
             self._append(STAGES, stopped)
+        if self._prints and not self._stopped:
+            print(show.pipeline(bundle.StoredGraph(self.place)), file=sys.stderr)
 
     def stage(self, name: str, module: fx.GraphModule, record: PassRecord | None = None) -> None:
         """Writes a stage (passes.pipeline.Watch)."""
@@ -195,7 +228,7 @@ class GraphWriter:
         memory: MemoryPlan | None,
         providers: Sequence[str],
         constants: Split | None,
-        cache: str,
+        cache: CacheNote,
     ) -> None:
         """Writes what was decided behind the passes, and says where the graph's part of the bundle is."""
         found = contents.Plan(
@@ -204,11 +237,14 @@ class GraphWriter:
             providers=tuple(providers),
             once=tuple(node.name for node in constants.values) if constants is not None else (),
             once_bytes=str(constants.size if constants is not None else 0),
-            cache=cache,
+            cache=cache.text,
+            cache_key=dict(cache.key),
+            cache_missed=cache.missed,
             seconds=time.perf_counter() - self._start,
         )
         self._write(PLAN, found.model_dump_json(indent=1))
-        logger.info("dumped %s", self.summary)
+        if self.summary:
+            logger.info("dumped %s", self.summary)
 
     @property
     def summary(self) -> str:
@@ -225,6 +261,23 @@ class GraphWriter:
             self._append(CAPTURES, _captured(ledger, capture, plan))
 
         ledger.watch = captured
+
+    def finish(self, ledger: Ledger) -> None:
+        """Writes what became of the calls; when there will be no more. The bundle may be gone by then."""
+        if not self.place.exists():
+            return
+        calls = Calls(
+            replays=ledger.replays,
+            uncaptured={str(text): count for text, count in ledger.uncaptured.items()},
+            evicted=tuple(ledger.evicted),
+            recompiled=self._why_recompiled(),
+        )
+        self._write(CALLS, calls.model_dump_json())
+
+    def _why_recompiled(self) -> str:
+        """The guard that failed, which Dynamo tells when a compilation has ended; empty for a first compilation."""
+        found = (entry for entry in get_compilation_metrics() if entry.compile_id == self._compile_id)
+        return next((entry.recompile_reason or "" for entry in found), "") if self._compile_id else ""
 
     def keep_inputs(self, run: Callable[..., Any], stable: Sequence[int]) -> Callable[..., Any]:
         """`run`, which at its first call writes down its inputs, as far as they are asked for; `stable` as in
@@ -280,6 +333,35 @@ class GraphWriter:
         except OSError as error:
             self._stopped = True
             logger.warning("the dump in %s ends here: %s", self.place, error)
+
+
+class PrintedGraph(GraphWriter):
+    """A graph whose pipeline is only printed: what is written of it lasts until then."""
+
+    def __init__(self, name: str, options: Options, passes: Sequence[Pass], inputs: Sequence[str]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="npu_compiler_")
+        super().__init__(Path(self._folder.name), name, options, passes, inputs, prints=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._folder.cleanup()
+
+    @property
+    def summary(self) -> str:
+        """Nothing of it is left."""
+        return ""
+
+    def watch(self, ledger: Ledger) -> None:
+        """Captures come later."""
+
+    def finish(self, ledger: Ledger) -> None:
+        """Nothing of it is left."""
+
+    def keep_inputs(self, run: Callable[..., Any], stable: Sequence[int]) -> Callable[..., Any]:
+        """Keeps none."""
+        return run
 
 
 def _data(kind: type[Kind], source: object, **more: Any) -> Kind:

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from npu_compiler.errors import TrainingWarning
+from npu_compiler.graph.source import beginning
 
 NEEDS_GRADIENTS = (
     "a function compiled by backend='ascend' needs gradients: it runs operator by operator, neither rewritten nor "
@@ -71,7 +72,7 @@ def lower(
         return _boxed(finish(Functional(graph, inputs, _stable_inputs(len(inputs)), convention)))
 
     def forward(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
-        warnings.warn(NEEDS_GRADIENTS, TrainingWarning, stacklevel=2)
+        warnings.warn(f"{NEEDS_GRADIENTS} ({beginning(graph.graph)})", TrainingWarning, stacklevel=2)
         return _boxed(graph.forward)
 
     def backward(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:

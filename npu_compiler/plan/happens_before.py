@@ -13,6 +13,7 @@ The check reads the plan alone; it shares nothing with the scheduler but the acc
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from torch import fx
@@ -72,8 +73,11 @@ class _Checker:
     def _refuse_other_calls(self) -> None:
         """The plan issues each launch of the program once, in the program's order."""
         planned = [step.node for step in self._plan.steps]
-        if planned != [node for node in self._graph.nodes if launches(node)]:
-            raise PlanError("the plan does not issue the program's calls once each, in order", rule=RULE, fix=FIX)
+        calls = [node for node in self._graph.nodes if launches(node)]
+        if planned != calls:
+            pairs = itertools.zip_longest(planned, calls)
+            wrong = next(call or step for step, call in pairs if step is not call)
+            self._fail("the plan does not issue the program's calls once each, in order", wrong)
 
     def _step(self, step: Step) -> None:
         clock = self._clocks[step.stream]

@@ -22,8 +22,8 @@ from vllm.platforms import current_platform
 
 from npu_compiler.backend import STORED, compile_fx, fingerprint, load_fx
 from npu_compiler.errors import StoredProgramError
-from npu_compiler.serving import qkv_attention
-from npu_compiler.serving.options import ServingOptions, compile_options
+from npu_compiler.serving import dump, qkv_attention
+from npu_compiler.serving.options import compile_options
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -83,9 +83,7 @@ class AscendCompiler(CompilerInterface):
 
     def compute_hash(self, vllm_config: VllmConfig) -> str:
         """Changes when the backend, its options or its passes do. vLLM calls it before the first `compile`."""
-        given = ServingOptions.of(vllm_config).compile
-        folder = vllm_config.compilation_config.debug_dump_path
-        self._options = compile_options(given if folder is None else {"dump": str(folder), **given})
+        self._options = dump.options_of(vllm_config)
         return fingerprint(self._options)
 
     def compile(

@@ -15,9 +15,14 @@ from vllm.compilation.cuda_graph import CUDAGraphOptions, CUDAGraphWrapper
 from vllm.compilation.monitor import validate_cudagraph_capturing_enabled
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import BatchDescriptor, ForwardContext, get_forward_context, is_forward_context_available
+from vllm.platforms import current_platform
 
+from npu_compiler import reasons
+from npu_compiler.reasons import Why
+from npu_compiler.serving import dump
 from npu_compiler.serving.attention import UPDATES_KEY
 from npu_compiler.serving.graph_updates import GraphUpdates, UpdateResources
+from npu_compiler.serving.platform import NPUPlatform
 from npu_compiler.serving.report import GraphRecord
 
 # Other threads (the collectives' watchdog, the copy of the last step's tokens) go on while this one captures.
@@ -52,12 +57,16 @@ class ACLGraphWrapper(CUDAGraphWrapper):
     ) -> None:
         super().__init__(runnable, vllm_config, runtime_mode, cudagraph_options)
         self._entries: dict[BatchDescriptor, _Entry] = {}
+        self._captured: set[BatchDescriptor] = set()  # cleared ones too
         self._update_resources = update_resources
 
     def clear_graphs(self) -> None:
         """Forgets every graph; the next call of a size captures again."""
         super().clear_graphs()
         self._entries.clear()
+        # A pool whose graphs are all gone takes no new ones.
+        self.graph_pool = None
+        NPUPlatform.forget_graph_pool()
 
     @property
     def records(self) -> list[GraphRecord]:
@@ -81,6 +90,8 @@ class ACLGraphWrapper(CUDAGraphWrapper):
         validate_cudagraph_capturing_enabled()
         descriptor = context.batch_descriptor
         assert descriptor is not None
+        if self.graph_pool is None:
+            self.graph_pool = current_platform.get_global_graph_pool()
         updates = GraphUpdates(self._update_resources or UpdateResources())
         graph = npu.NPUGraph()
         reserved, start = npu.memory_reserved(), time.perf_counter()
@@ -109,11 +120,19 @@ class ACLGraphWrapper(CUDAGraphWrapper):
             milliseconds=(time.perf_counter() - start) * 1e3,
             mebibytes=(npu.memory_reserved() - reserved) / 2**20,
             updated_operators=len(updates),
+            reason=self._why(descriptor),
         )
+        self._captured.add(descriptor)
+        dump.note_capture(self.vllm_config, record)
         self._entries[descriptor] = _Entry(graph, _weak(output), updates, record, _addresses(args))
         compilation_counter.num_cudagraph_captured += 1
         # The strong output: the pool must not hand its memory out again before the rest of this step has used it.
         return output
+
+    def _why(self, descriptor: BatchDescriptor) -> Why:
+        if descriptor in self._captured:
+            return reasons.CLEARED.said()
+        return reasons.NEW_SHAPE.said() if self._captured else reasons.FIRST_SHAPE.said()
 
     def _replay(self, entry: _Entry, context: ForwardContext, args: tuple[Any, ...]) -> Any:
         if self.is_debugging_mode and _addresses(args) != entry.addresses:

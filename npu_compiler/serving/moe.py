@@ -60,7 +60,8 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
         if layer.apply_router_weight_on_input:
             if topk_ids.shape[1] != 1:
                 raise NotImplementedError(
-                    f"router weights on the input of {topk_ids.shape[1]} experts a token are not served: with more "
+                    f"{layer.layer_name}: router weights on the input of {topk_ids.shape[1]} experts a token are not "
+                    "served: with more "
                     "than one a token would have several inputs"
                 )
             x = x * topk_weights.to(x.dtype)

@@ -7,8 +7,12 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from npu_compiler.reasons import FIRST_SHAPE
+from npu_compiler.serving.steps import EAGER, FULL, PIECEWISE, Step, StepCounts
 
 IDLE_SECONDS = 1.0
 """A longer gap between two steps means that there was nothing to do; it does not count as serving time."""
@@ -16,7 +20,8 @@ IDLE_SECONDS = 1.0
 
 @dataclasses.dataclass
 class GraphRecord:
-    """One captured graph. `mebibytes` is what the device allocator reserved for it beyond what it had."""
+    """One captured graph. `mebibytes` is what the device allocator reserved for it beyond what it had; `reason` says
+    why it was captured (npu_compiler/reasons.py)."""
 
     mode: str
     tokens: int
@@ -25,18 +30,7 @@ class GraphRecord:
     mebibytes: float
     updated_operators: int = 0
     replays: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One step of the engine. `mode` is FULL, PIECEWISE or NONE (eager); `padded_tokens` includes the padding."""
-
-    decode: bool
-    mode: str
-    tokens: int
-    padded_tokens: int
-    generated: int
-    reason: str | None = None
+    reason: str = FIRST_SHAPE.text
 
 
 @dataclasses.dataclass
@@ -46,13 +40,9 @@ class RunReport:
     device: str = ""
     model: str = ""
     graphs: list[GraphRecord] = dataclasses.field(default_factory=list)
-    decode_steps: Counter[str] = dataclasses.field(default_factory=Counter)
-    other_steps: Counter[str] = dataclasses.field(default_factory=Counter)
-    eager_reasons: Counter[str] = dataclasses.field(default_factory=Counter)
+    steps: StepCounts = dataclasses.field(default_factory=StepCounts)
     not_captured: dict[str, str] = dataclasses.field(default_factory=dict)
     """Sizes that have no graph, such as "FULL 8 tokens", and why."""
-    replayed_tokens: int = 0
-    replayed_padding: int = 0
     generated_tokens: int = 0
     serving_seconds: float = 0.0
     input_waits: int = 0
@@ -65,26 +55,20 @@ class RunReport:
         if self._last_step is not None and now - self._last_step < IDLE_SECONDS:
             self.serving_seconds += now - self._last_step
         self._last_step = now
-        (self.decode_steps if step.decode else self.other_steps)[step.mode] += 1
-        if step.mode != "NONE":
-            self.replayed_tokens += step.padded_tokens
-            self.replayed_padding += step.padded_tokens - step.tokens
-        if step.reason is not None:
-            self.eager_reasons[step.reason] += 1
+        self.steps.add(step)
         self.generated_tokens += step.generated
 
     def clear(self) -> None:
         """Starts counting again; graphs stay, with their replays at 0."""
         for graph in self.graphs:
             graph.replays = 0
-        for counter in (self.decode_steps, self.other_steps, self.eager_reasons):
-            counter.clear()
-        self.replayed_tokens = self.replayed_padding = self.generated_tokens = self.input_waits = 0
+        self.steps.clear()
+        self.generated_tokens = self.input_waits = 0
         self.serving_seconds, self._last_step = 0.0, None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON types; docs/serving.md describes the fields."""
-        eager = self.decode_steps["NONE"]
+        steps = self.steps
         return {
             "model": self.model,
             "device": self.device,
@@ -92,20 +76,10 @@ class RunReport:
             "not_captured": dict(self.not_captured),
             "capture_milliseconds": round(sum(graph.milliseconds for graph in self.graphs), 3),
             "capture_mebibytes": round(sum(graph.mebibytes for graph in self.graphs), 3),
-            "decode_steps": {
-                "total": sum(self.decode_steps.values()),
-                "replayed": self.decode_steps["FULL"],
-                "piecewise": self.decode_steps["PIECEWISE"],
-                "eager": eager,
-            },
-            "other_steps": {
-                "total": sum(self.other_steps.values()),
-                "replayed": self.other_steps["FULL"],
-                "piecewise": self.other_steps["PIECEWISE"],
-                "eager": self.other_steps["NONE"],
-            },
-            "eager_reasons": dict(self.eager_reasons),
-            "padding_waste": self.replayed_padding / self.replayed_tokens if self.replayed_tokens else 0.0,
+            "decode_steps": _by_mode(steps.decode),
+            "other_steps": _by_mode(steps.other),
+            "not_replayed": [group.as_dict() for group in steps.groups.values()],
+            "padding_waste": steps.padding / steps.tokens if steps.tokens else 0.0,
             "generated_tokens": self.generated_tokens,
             "serving_seconds": round(self.serving_seconds, 6),
             "tokens_per_second": self.generated_tokens / self.serving_seconds if self.serving_seconds else 0.0,
@@ -127,7 +101,7 @@ class RunReport:
             *(f"  {size} not captured: {reason}" for size, reason in data["not_captured"].items()),
             f"decode steps: {decode['replayed']} replayed, {decode['piecewise']} piecewise, {decode['eager']} eager",
             f"other steps: {other['replayed']} replayed, {other['piecewise']} piecewise, {other['eager']} eager",
-            *(f"  eager because {reason}: {count}" for reason, count in data["eager_reasons"].items()),
+            self.steps.line(),
             f"padding waste: {data['padding_waste']:.1%} of the replayed tokens",
             f"generated: {data['generated_tokens']} tokens in {data['serving_seconds']:.2f} s, "
             f"{data['tokens_per_second']:.1f} tokens/s",
@@ -149,11 +123,20 @@ class RunReport:
         return list(rows.values())
 
 
-class ReportFile:
-    """Keeps a JSON file up to date. A reader never sees half a report: the file is replaced, not rewritten."""
+def _by_mode(steps: Counter[str]) -> dict[str, int]:
+    return {
+        "total": steps.total(),
+        "replayed": steps[FULL],
+        "piecewise": steps[PIECEWISE],
+        "eager": steps[EAGER],
+    }
 
-    def __init__(self, path: str, interval: float) -> None:
-        self._path = Path(path)
+
+class ReportFile:
+    """Keeps JSON files up to date. A reader never sees half a report: a file is replaced, not rewritten."""
+
+    def __init__(self, paths: Sequence[str], interval: float) -> None:
+        self._paths = [Path(path) for path in paths]
         self._interval = interval
         self._next = time.monotonic() + interval if interval else float("inf")
 
@@ -166,7 +149,9 @@ class ReportFile:
         """Writes the report now."""
         if self._interval:
             self._next = time.monotonic() + self._interval
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
-        temporary.replace(self._path)
+        text = json.dumps(report.as_dict(), indent=2) + "\n"
+        for path in self._paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            temporary.write_text(text)
+            temporary.replace(path)

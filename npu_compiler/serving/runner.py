@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,12 +21,17 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import lock_workspace
 
+from npu_compiler import reasons
+from npu_compiler.reasons import Reason
+from npu_compiler.serving import dump
 from npu_compiler.serving.capture_budget import CaptureBudget, agreed
 from npu_compiler.serving.graph_updates import UpdateResources
 from npu_compiler.serving.graph_wrapper import ACLGraphWrapper
+from npu_compiler.serving.metrics import stat_of
 from npu_compiler.serving.options import ServingOptions
-from npu_compiler.serving.report import ReportFile, RunReport, Step
+from npu_compiler.serving.report import ReportFile, RunReport
 from npu_compiler.serving.seams import cuda_names_mean_npu
+from npu_compiler.serving.steps import Step
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -41,9 +47,10 @@ class NPUModelRunner(GPUModelRunner):
             super().__init__(vllm_config, device)
         options = ServingOptions.of(vllm_config)
         self.report = RunReport(device=str(npu.get_device_name(device)), model=vllm_config.model_config.model)
-        writes = options.report_path is not None and vllm_config.parallel_config.rank == 0
-        self.report_file = ReportFile(str(options.report_path), options.report_interval) if writes else None
-        self._dispatch: dict[str, Any] = {}
+        paths = dump.report_paths(vllm_config)
+        self.report_file = ReportFile(paths, options.report_interval) if paths else None
+        self._step: Step | None = None  # what was decided of the step that is prepared,
+        self._requests = 0  # and how many requests it has
         self._options = options
         self._budget: CaptureBudget | None = None  # while capture_model runs
 
@@ -193,10 +200,14 @@ class NPUModelRunner(GPUModelRunner):
             return super().sample_tokens(grammar_output)
 
     def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
-        """Keeps what was decided, for the report of the step."""
-        result = super()._determine_batch_execution_and_padding(*args, **kwargs)
-        self._dispatch = {**kwargs, "mode": result[0], "descriptor": result[1]}
-        return result
+        """Keeps what was decided, for the report of the step, and sends it along to vLLM's metrics."""
+        mode, descriptor, *between, _ = super()._determine_batch_execution_and_padding(*args, **kwargs)
+        tokens, requests = kwargs["num_tokens"], kwargs["num_reqs"]
+        decode = kwargs["max_num_scheduled_tokens"] == 1 and tokens == requests
+        reason, detail = self._why_no_replay(mode, tokens, decode)
+        self._step = Step(decode, mode.name, tokens, descriptor.num_tokens, reason=reason, detail=detail)
+        self._requests = requests
+        return (mode, descriptor, *between, stat_of(self._step))
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._model_forward(*args, **kwargs)
@@ -204,38 +215,33 @@ class NPUModelRunner(GPUModelRunner):
         return output
 
     def _count_step(self) -> None:
-        tokens, requests = self._dispatch["num_tokens"], self._dispatch["num_reqs"]
-        mode: CUDAGraphMode = self._dispatch["mode"]
-        descriptor: BatchDescriptor = self._dispatch["descriptor"]
-        decode = self._dispatch["max_num_scheduled_tokens"] == 1 and tokens == requests
-        discarded = int(self.discard_request_mask.np[:requests].sum())
-        self.report.add(
-            Step(
-                decode=decode,
-                mode=mode.name,
-                tokens=tokens,
-                padded_tokens=descriptor.num_tokens,
-                generated=requests - discarded,
-                reason=self._why_eager(tokens, decode) if mode == CUDAGraphMode.NONE else None,
-            )
-        )
+        assert self._step is not None, "vLLM decides about a step before it runs it"
+        discarded = int(self.discard_request_mask.np[: self._requests].sum())
+        self.report.add(dataclasses.replace(self._step, generated=self._requests - discarded))
         if self.report_file is not None:
             self.report_file.update(self.report)
 
-    def _why_eager(self, tokens: int, decode: bool) -> str:
-        mode = self.cudagraph_dispatcher.cudagraph_mode
-        if mode == CUDAGraphMode.NONE:
-            return "cudagraph_mode is NONE"
-        if not decode and mode.mixed_mode() == CUDAGraphMode.NONE:
-            return f"the batch holds prefill, which {mode.name} has no graphs for"
+    def _why_no_replay(self, mode: CUDAGraphMode, tokens: int, decode: bool) -> tuple[Reason | None, str]:
+        """Why a step is no replay of one graph, with details."""
+        if mode == CUDAGraphMode.FULL:
+            return None, ""
+        if mode == CUDAGraphMode.PIECEWISE:
+            return reasons.PIECES, ""
+        configured = self.cudagraph_dispatcher.cudagraph_mode
+        if configured == CUDAGraphMode.NONE:
+            return reasons.GRAPHS_OFF, ""
+        if not decode and configured.mixed_mode() == CUDAGraphMode.NONE:
+            return reasons.PREFILL, configured.name
         largest = self.compilation_config.max_cudagraph_capture_size or 0
         if tokens > largest:
-            return f"more tokens than the largest graph ({largest})" if decode else "prefill larger than any graph"
+            return reasons.DECODE_TOO_LARGE if decode else reasons.PREFILL_TOO_LARGE, f"{largest}"
         sizes = self.compilation_config.cudagraph_capture_sizes or []
         size = f"FULL {next((size for size in sorted(sizes) if size >= tokens), largest)} tokens"
         if size in self.report.not_captured:
-            return f"{size} not captured: {self.report.not_captured[size]}"
-        return "no graph for this batch"
+            return reasons.NOT_CAPTURED, f"{size}, {self.report.not_captured[size]}"
+        if self.parallel_config.data_parallel_size > 1:
+            return reasons.OTHER_RANK, ""
+        return reasons.NO_GRAPH, ""
 
 
 def _halves(cache: torch.Tensor) -> list[torch.Tensor]:

@@ -143,6 +143,6 @@ class NPUWorker(Worker):
         runner = getattr(self, "model_runner", None)
         if runner is not None and self.rank == 0:
             logger.info("Run report\n%s", runner.report.text())
-            if runner.report_file is not None:
-                runner.report_file.write(runner.report)
+        if runner is not None and runner.report_file is not None:
+            runner.report_file.write(runner.report)
         super().shutdown()

@@ -98,7 +98,7 @@ def test_least_recently_used_graph_is_evicted() -> None:
     assert [rows(entry.key) for entry in ledger.captures] == ["3", "4", "5", "4"]
     assert [rows(key) for key in ledger.evicted] == ["4", "5"]
     assert ledger.replays == 2
-    assert ledger.captures[-1].reason == "called again after capture_limit=2 drove its graph out"
+    assert ledger.captures[-1].reason == "called again after its graph was driven out: capture_limit=2"
 
 
 def test_only_listed_sizes_are_captured() -> None:

@@ -29,7 +29,7 @@ PASSES = (
 CAPTURE = (
     *("30 graphs 1.4% padding", "[7, 41, 100]", "[16, 32, 48, 64]\n[31, 64]", "evicted s", "2 replays"),
     *("(first shape)", " 3 -> 4)", "11 tokens; 5 replays", "output 0 of an earlier call is still in use"),
-    *("budget: 2 of 3 sizes fit", "of 48 MiB", "=256 does not fit: ", "capture_budget_mib is 48"),
+    *("budget: 2 of 3 sizes fit", "of 48 MiB", "does not fit: ", "=256, ", "capture_budget_mib is 48"),
 )
 INSPECT = (
     *("swiglu              1 rewrites", "aclnnAddRmsNorm", "static: first shape", "as the compiled function: True"),
@@ -47,6 +47,10 @@ BISECT = (
         "before: wrong and after: right",
     ),
 )
+RUNS = (
+    "4 of 6 calls: first call of a shape, before its capture\n  change: nothing: one call a shape",
+    *("moved in memory, once, ", ": cache 0x", "called again after its graph was driven out, once, "),
+)
 FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
 
 
@@ -60,6 +64,7 @@ FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
         ("inspect.md", INSPECT),
         ("page.md", ("one file of ", "added add_rms_norm_default", " tasks, ")),
         ("bisect.md", BISECT),
+        ("runs.md", RUNS),
     ],
 )
 def test_examples(page: str, expected: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,12 +16,12 @@ FOLDERS = {
     "npu_compiler.passes": "passes",
     "npu_compiler.fusion_kernels": "fusion_kernels",
 }
-# The parts that each part may import, itself aside. config and errors are leaves that every part may import.
+# The parts that each part may import, itself aside. config, errors and reasons are leaves that every part may import.
 MAY_IMPORT = {
     "serving": {"backend", "runtime", "doctor"},
     "backend": {"cache", "lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "inspect"},
     "commands": {"inspect", "cache", "doctor"},
-    "inspect": {"lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "runtime"},
+    "inspect": {"cache", "lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "runtime"},
     "cache": {"passes", "graph", "facts", "fusion_kernels"},
     "lowering": {"graph", "facts", "fusion_kernels"},
     "passes": {"graph", "facts", "fusion_kernels"},
@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "fusion_kernels": {"graph", "facts"},
     "config": set(),
     "errors": set(),
+    "reasons": set(),
 }
-LEAVES = {"config", "errors"}
+LEAVES = {"config", "errors", "reasons"}
 
 
 def sources(part: str) -> Iterator[Path]:

@@ -39,7 +39,8 @@ def test_time(folder: Path) -> None:
         data = report(llm)
     assert list(data["not_captured"]) == ["FULL 2 tokens", "FULL 1 tokens"]
     assert all("capture_budget_seconds is 0.0001" in reason for reason in data["not_captured"].values())
-    assert data["eager_reasons"][f"FULL 1 tokens not captured: {data['not_captured']['FULL 1 tokens']}"] >= 4
+    steps = {group["detail"]: group["steps"] for group in data["not_replayed"] if group["reason"] == "not_captured"}
+    assert steps[f"FULL 1 tokens, {data['not_captured']['FULL 1 tokens']}"] >= 4
     assert data["decode_steps"]["replayed"] > 0
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from npu_compiler.serving.report import GraphRecord, ReportFile, RunReport, Step
+from npu_compiler.reasons import DECODE_TOO_LARGE, PIECES, PREFILL
+from npu_compiler.serving.report import GraphRecord, ReportFile, RunReport
+from npu_compiler.serving.steps import Step
 
 
 def step(**changes: object) -> Step:
@@ -18,12 +20,18 @@ def test_counts() -> None:
     report = RunReport()
     report.add(step())
     report.add(step(tokens=4, generated=4))
-    report.add(step(mode="NONE", tokens=9, padded_tokens=9, generated=9, reason="too large"))
-    report.add(step(decode=False, mode="PIECEWISE", tokens=7, padded_tokens=8, generated=1))
+    report.add(step(mode="NONE", tokens=9, padded_tokens=9, generated=9, reason=DECODE_TOO_LARGE, detail="8"))
+    report.add(step(decode=False, mode="PIECEWISE", tokens=7, padded_tokens=8, generated=1, reason=PIECES))
     data = report.as_dict()
     assert data["decode_steps"] == {"total": 3, "replayed": 2, "piecewise": 0, "eager": 1}
     assert data["other_steps"] == {"total": 1, "replayed": 0, "piecewise": 1, "eager": 0}
-    assert data["eager_reasons"] == {"too large": 1}
+    large, pieces = data["not_replayed"]
+    assert (large["reason"], large["detail"], large["steps"], large["first"], large["last"]) == (
+        *("decode_too_large", "8", 1, 2, 2),
+    )
+    assert (pieces["reason"], pieces["kind"], pieces["mode"], pieces["sizes"]) == (
+        *("pieces", "other", "PIECEWISE", [[7, 1]]),
+    )
     assert data["padding_waste"] == pytest.approx(2 / 16)
     assert data["generated_tokens"] == 17
 
@@ -63,13 +71,20 @@ def test_clear_keeps_the_graphs() -> None:
 
 def test_text_names_the_reason() -> None:
     report = RunReport()
-    report.add(step(mode="NONE", reason="the batch holds prefill"))
-    assert "eager because the batch holds prefill: 1" in report.text()
+    for tokens in (257, 300):
+        report.add(step(mode="NONE", tokens=tokens, reason=DECODE_TOO_LARGE, detail="256"))
+    report.add(step())
+    report.add(step(mode="NONE", decode=False, tokens=9, reason=PREFILL, detail="FULL_DECODE_ONLY"))
+    assert (
+        "ascend: 1 of 3 decode steps replayed; 2 not: more tokens than the largest graph: 256 (257 to 300 tokens), "
+        "raise max_cudagraph_capture_size"
+    ) in report.text()
+    assert "; 0 of 1 other steps replayed; 1 not: the batch holds prefill, which the mode has no" in report.text()
 
 
 def test_file_is_written_at_once_and_at_the_interval(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "run.json"
-    file = ReportFile(str(path), interval=3600)
+    file = ReportFile([str(path)], interval=3600)
     report = RunReport(model="m")
     file.update(report)
     assert not path.exists()

@@ -56,6 +56,8 @@ def test_products_summed_by_one_operator_give_the_same_tokens(tmp_path: Path, mo
     ranks = bundle.all_of(tmp_path / "8")
     assert [item.header.environment.rank for item in ranks] == [0, 1]
     for item in ranks:
+        assert item.run is not None and item.run.decode_steps.replayed > 0
+        assert [(entry.mode, entry.tokens) for entry in item.captures] == [("FULL", size) for size in (4, 2, 1)]
         calls = [call for graph in item.graphs for call in graph.program(graph.stage("final")).calls]
         found = [call for call in calls if call.target == "npu_fused.matmul_all_reduce.default"]
         assert len(found) == 2 * checkpoints.Shape().layers, "the attention's output and the MLP's, in each layer"

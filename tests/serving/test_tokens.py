@@ -50,15 +50,16 @@ def test_tokens(family: checkpoints.Family, mode: str, expected: dict[str, list[
 def check_steps(mode: str, data: dict[str, Any]) -> None:
     """Each mode runs the steps it promises to run as graphs, and says why the others were eager."""
     decode, other = data["decode_steps"], data["other_steps"]
-    largest = "more tokens than the largest graph (4)"
     if mode == "NONE":
         assert (decode["replayed"], decode["piecewise"], data["graphs"]) == (0, 0, [])
-        assert set(data["eager_reasons"]) == {"cudagraph_mode is NONE"}
+        assert {group["reason"] for group in data["not_replayed"]} == {"graphs_off"}
         return
     full = mode in ("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
     assert decode["replayed" if full else "piecewise"] > 40
     assert decode["piecewise" if full else "replayed"] == 0
-    assert data["eager_reasons"][largest] == decode["eager"] > 0
+    large = [group for group in data["not_replayed"] if group["reason"] == "decode_too_large"]
+    assert [group["detail"] for group in large] == ["4"]
+    assert large[0]["steps"] == decode["eager"] > 0 and large[0]["smallest"] > 4
     assert 0 < data["padding_waste"] < 0.5
     rows = [(row["mode"], row["tokens"]) for row in data["graphs"]]
     kinds = {"PIECEWISE": ["PIECEWISE"], "FULL_AND_PIECEWISE": ["FULL", "PIECEWISE"]}.get(mode, ["FULL"])

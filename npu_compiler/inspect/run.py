@@ -1,0 +1,101 @@
+"""What a run left behind besides compiled graphs, as data that is checked when it is read: serving's run report and
+vLLM's own captures (npu_compiler/serving/report.py), and the calls of a compiled function."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from npu_compiler.inspect.program import Data
+
+RUN, CALLS = "run.json", "calls.json"
+
+
+class ModelCapture(Data):
+    """A line of a bundle's `captures.jsonl`, and a row of a run report: a graph of the model, or of a piece of it, that
+    vLLM captured.
+
+    Attributes:
+        mode: FULL, or PIECEWISE for a piece.
+        tokens, requests: its size.
+        updated_operators: how many get the lengths of a batch at each replay.
+        reason: why it was captured (npu_compiler/reasons.py).
+    """
+
+    mode: str
+    tokens: int
+    requests: int | None
+    milliseconds: float
+    mebibytes: float
+    updated_operators: int
+    replays: int
+    reason: str
+
+    @property
+    def size(self) -> str:
+        """Its size as text."""
+        return f"{self.mode} {self.tokens} tokens"
+
+
+class StepGroup(Data):
+    """Steps that were no replay of one graph, for one reason.
+
+    Attributes:
+        reason: its name (npu_compiler/reasons.py). `detail`: what is particular to this run.
+        mode: what they ran as: NONE (eager) or PIECEWISE.
+        smallest, largest: of their sizes in tokens. `sizes`: the most frequent ones, with how many steps had them.
+        first, last: numbers of the first and the last such step, of all steps since the start.
+    """
+
+    reason: str
+    detail: str
+    kind: Literal["decode", "other"]
+    mode: str
+    steps: int
+    smallest: int
+    largest: int
+    sizes: tuple[tuple[int, int], ...]
+    first: int
+    last: int
+
+
+class Modes(Data):
+    """Steps by what they ran as: the replay of one graph, replays of pieces, eagerly."""
+
+    total: int
+    replayed: int
+    piecewise: int
+    eager: int
+
+
+class Run(Data):
+    """A run report. docs/serving.md describes the fields."""
+
+    model: str
+    device: str
+    graphs: tuple[ModelCapture, ...]
+    not_captured: dict[str, str]
+    capture_milliseconds: float
+    capture_mebibytes: float
+    decode_steps: Modes
+    other_steps: Modes
+    not_replayed: tuple[StepGroup, ...]
+    padding_waste: float
+    generated_tokens: int
+    serving_seconds: float
+    tokens_per_second: float
+    input_waits: int
+
+
+class Calls(Data):
+    """The calls of a compiled function: replays, and the others by reason; and the graphs that were driven out.
+
+    Attributes:
+        recompiled: the guard that failed, where Dynamo had compiled the function before.
+    """
+
+    replays: int = 0
+    uncaptured: dict[str, int] = Field(default_factory=dict)
+    evicted: tuple[str, ...] = ()
+    recompiled: str = ""

@@ -1,0 +1,151 @@
+"""Which steps of a serving run, and which calls of compiled functions, were no replay, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from npu_compiler import reasons
+from npu_compiler.errors import BundleError
+from npu_compiler.inspect import bundle
+from npu_compiler.inspect.program import Data
+from npu_compiler.inspect.run import Modes, Run
+
+
+class Eager(Data):
+    """Steps, or calls, that were no replay, for one reason.
+
+    Attributes:
+        where: the report or bundle, and the compiled graph where it is one's calls.
+        kind: "decode" and "other" are steps of vLLM, "call" is a call of a compiled function.
+        reason: its name. `text`: what happened. `change`: what to change.
+        count: how many, of `total` of that kind.
+        mode: what steps ran as: NONE (eager) or PIECEWISE.
+        smallest, largest, sizes, first, last: see run.StepGroup; 0 and empty for calls.
+    """
+
+    where: str
+    kind: str
+    reason: str
+    text: str
+    change: str
+    count: int
+    total: int
+    mode: str = "NONE"
+    smallest: int = 0
+    largest: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
+    first: int = 0
+    last: int = 0
+
+    def __str__(self) -> str:
+        kind = "call" if self.kind == "call" else f"{self.kind} step"
+        lines = [f"{self.count:,} of {self.total:,} {kind}s: {self.text}"]
+        if self.kind != "call":
+            most = ", ".join(f"{size} ({count:,}x)" for size, count in self.sizes)
+            lines.append(f"  tokens: {self.smallest} to {self.largest}; most often {most}")
+            lines.append(f"  steps:  {self.first:,} to {self.last:,}")
+        return "\n".join([*lines, f"  change: {self.change}"])
+
+
+def why_eager(path: str | Path) -> list[Eager]:
+    """What was no replay, the most frequent reason first: serving's steps, then calls of compiled functions.
+
+    Args:
+        path: a run report, a bundle, or a folder with the bundles of a run's ranks.
+
+    Raises:
+        BundleError: there is nothing of the kind, or it can't be read.
+    """
+    place = Path(path)
+    if place.is_file() and place.suffix == ".json":
+        return sorted(_steps(str(place), read_report(place)), key=lambda entry: -entry.count)
+    found: list[Eager] = []
+    for one in bundle.all_of(place):
+        if one.run is not None:
+            found += _steps(str(one), one.run)
+        for graph in one.graphs:
+            found += _calls(f"{one}/{graph.name}", graph)
+    return sorted(found, key=lambda entry: (entry.kind == "call", -entry.count))
+
+
+def summary(path: str | Path) -> str:
+    """How many steps and calls there were, as a line each report and graph."""
+    place = Path(path)
+    if place.is_file() and place.suffix == ".json":
+        return _summary(str(place), read_report(place))
+    lines = []
+    for one in bundle.all_of(place):
+        if one.run is not None:
+            lines.append(_summary(str(one), one.run))
+        lines += [
+            f"{one}/{graph.name}: {graph.calls.replays:,} of {_total(graph):,} calls replayed"
+            for graph in one.graphs
+            if _total(graph)
+        ]
+    return "\n".join(lines) or f"{path}: no steps, and no calls of captured functions"
+
+
+def read_report(file: Path) -> Run:
+    """A run report.
+
+    Raises:
+        BundleError: the file is none.
+    """
+    try:
+        return Run.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise BundleError(
+            f"{file} is no run report: {str(error).splitlines()[0]}",
+            rule="a run report is the file that additional_config's report_path names",
+            fix="check the path",
+        ) from error
+
+
+def _steps(where: str, run: Run) -> Iterator[Eager]:
+    for group in run.not_replayed:
+        reason = reasons.named(group.reason)
+        steps: Modes = run.decode_steps if group.kind == "decode" else run.other_steps
+        yield Eager(
+            where=where,
+            kind=group.kind,
+            reason=group.reason,
+            text=reason.said(group.detail),
+            change=reason.change,
+            count=group.steps,
+            total=steps.total,
+            mode=group.mode,
+            smallest=group.smallest,
+            largest=group.largest,
+            sizes=group.sizes,
+            first=group.first,
+            last=group.last,
+        )
+
+
+def _calls(where: str, graph: bundle.StoredGraph) -> Iterator[Eager]:
+    for text, count in graph.calls.uncaptured.items():
+        reason = reasons.of(text)
+        yield Eager(
+            where=where,
+            kind="call",
+            reason=reason.name,
+            text=text,
+            change=reason.change,
+            count=count,
+            total=_total(graph),
+        )
+
+
+def _total(graph: bundle.StoredGraph) -> int:
+    return graph.calls.replays + sum(graph.calls.uncaptured.values())
+
+
+def _summary(where: str, run: Run) -> str:
+    decode, other = run.decode_steps, run.other_steps
+    return (
+        f"{where}: {decode.replayed:,} of {decode.total:,} decode steps replayed, "
+        f"{other.replayed:,} of {other.total:,} other steps"
+    )

@@ -1,0 +1,100 @@
+"""The doctor finds nothing wrong here, names what is wrong elsewhere, and tells no secrets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from npu_compiler import doctor
+from npu_compiler.cli import main
+from npu_compiler.doctor import Finding
+
+
+@pytest.fixture(scope="module")
+def findings() -> list[Finding]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("A_TOKEN", "s3cr3t")
+        patch.setenv("NPU_COMPILER_CASHE", "s3cr3t too")
+        patch.setenv("NPU_COMPILER_CACHE", str(Path.home() / "programs"))
+        return doctor.examine()
+
+
+def topics(findings: list[Finding], state: str) -> set[str]:
+    return {finding.topic for finding in findings if finding.state == state}
+
+
+def test_nothing_is_wrong_here_but_what_the_test_made_up(findings: list[Finding]) -> None:
+    assert [finding for finding in findings if finding.state == "error"] == []
+    assert {"torch", "CANN", "torch.npu", "devices", "self test", "torch.compile", "compiled programs"} <= topics(
+        findings, "ok"
+    )
+    by_topic = {finding.topic: finding for finding in findings}
+    assert "1 capture of " in by_topic["self test"].text and "2 replays" in by_topic["self test"].text
+    assert "npugraph_ex" in by_topic["torch.compile"].text
+    assert by_topic["NPU_COMPILER_CASHE"].text == "nothing reads it"
+    assert 'torch.compile(backend="ascend") works; `vllm serve` works' in by_topic["verdict"].text
+
+
+def test_the_report_is_markdown_without_secrets_and_home(findings: list[Finding]) -> None:
+    text = doctor.as_text(findings)
+    assert "s3cr3t" not in text
+    assert str(Path.home()) not in text and "~/programs" in text
+    title, empty, *lines = text.splitlines()
+    assert title.startswith("### ") and not empty
+    assert all(line.startswith(("- ok `", "- **note** `", "- **ERROR** `", "  - ")) for line in lines)
+
+
+def test_an_error_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: [Finding("torch", "error", "not installed")])
+    assert main(["doctor"]) == 1
+
+
+def test_the_command_prints_it_or_json(
+    findings: list[Finding], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: findings)
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.strip() == doctor.as_text(findings)
+    assert main(["doctor", "--json"]) == 0
+    assert [Finding(**entry) for entry in json.loads(capsys.readouterr().out)] == findings
+
+
+def test_settings_that_forbid_captures_and_plugins_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASK_QUEUE_ENABLE", "2")
+    (wrong,) = [finding for finding in doctor._environment() if finding.state == "error"]
+    assert "refuses every capture" in wrong.text and wrong.advice.startswith("unset TASK_QUEUE_ENABLE")
+    verdict = next(doctor._verdict([wrong]))
+    assert verdict.state == "note" and "`vllm serve` does not work" in verdict.text
+    verdict = next(doctor._verdict([Finding("torch.npu", "error", "")]))
+    assert verdict.state == "error" and 'backend="ascend") does not work' in verdict.text
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    left_out = [finding for finding in doctor._plugins() if "VLLM_PLUGINS leaves ascend out" in finding.text]
+    assert {finding.topic for finding in left_out} == {"vllm.platform_plugins", "vllm.general_plugins"}
+    monkeypatch.setattr(doctor, "ENTRY_POINTS", {"torch_dynamo_backends": {"descend": "no such thing"}})
+    (missing,) = doctor._plugins()
+    assert missing.state == "error" and "descend is not registered" in missing.text
+
+
+def test_what_is_missing_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: "")
+    found = {finding.topic: finding for finding in doctor._packages()}
+    assert found["torch"].state == "error"
+    assert found["vllm"].state == "note" and "can't be served" in found["vllm"].text
+    assert "Triton kernels" in found["triton"].text
+
+
+def test_an_installed_cann_names_its_release_and_what_it_lacks(tmp_path: Path) -> None:
+    libraries = tmp_path / "lib64"
+    libraries.mkdir()
+    (libraries / "libascendcl.so").touch()
+    (tmp_path / "version.cfg").write_text("# version\nruntime_running_version=[8.5.0:8.5.0.alpha1]\n")
+    release, lacks = doctor._installed_cann(libraries)
+    assert "8.5.0" in release.text
+    assert "libopapi.so" in lacks.text and "libascendcl.so" not in lacks.text
+
+
+def test_a_probe_that_fails_gives_the_line_that_says_most() -> None:
+    assert doctor._probe("raise RuntimeError('no device')") == "RuntimeError: no device"
+    assert doctor._probe("print(1); print('[2]')") == [2]

@@ -1,0 +1,151 @@
+"""why-eager and why-recapture on compiled functions; the table of reasons; what the cache did, in bundles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from npu_compiler import reasons
+from npu_compiler.backend import FROM_CACHE, STORED, AscendBackend
+from npu_compiler.cli import main
+from npu_compiler.errors import BundleError
+from npu_compiler.inspect import bundle
+from npu_compiler.inspect.bundle import StoredGraph
+from npu_compiler.inspect.why_eager import why_eager
+from npu_compiler.inspect.why_recapture import why_recapture
+
+
+def test_every_reason_has_advice_and_is_found_by_its_text() -> None:
+    defined = {entry.name for entry in vars(reasons).values() if isinstance(entry, reasons.Reason)}
+    assert {entry.name for entry in reasons.ALL} == defined
+    assert len(defined) == len(reasons.ALL)
+    for entry in reasons.ALL:
+        assert entry.change and entry.text
+        assert reasons.of(entry.said()) == reasons.of(entry.said("4, 5")) == reasons.named(entry.name) == entry
+    assert reasons.of("something else").change == ""
+
+
+def accumulate(cache: Tensor, x: Tensor) -> Tensor:
+    cache += x.sum(0)
+    return x @ cache
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
+    """A function whose cache moved, whose sizes drive each other out, and that was compiled again for another dtype;
+    the folder of its bundle, and the captures' reasons."""
+    torch._dynamo.reset()
+    folder = tmp_path_factory.mktemp("dump")
+    backend = AscendBackend()
+    run = torch.compile(accumulate, backend=backend, dynamic=True, options={"dump": str(folder), "capture_limit": 1})
+    first, second = torch.zeros(4).npu(), torch.zeros(4).npu()
+    with torch.inference_mode():
+        for cache, rows in ((first, 2), (first, 2), (second, 2), (second, 3), (second, 3), (second, 2)):
+            run(cache, torch.ones(rows, 4).npu())
+        run(first.half(), torch.ones(2, 4).half().npu())
+    found = [[capture.reason for capture in entry.ledger.captures] for entry in backend.compiled() if entry.ledger]
+    torch._dynamo.reset()  # the compiled functions go, and their calls are written
+    return folder, found
+
+
+def test_captures_beyond_the_first_are_grouped_with_what_changed(ran: tuple[Path, list[list[str]]]) -> None:
+    folder, captured = ran
+    assert [len(entry) for entry in captured] == [4, 1]
+    found = {entry.reason: entry for entry in why_recapture(folder)}
+    assert set(found) == {"moved", "driven_out", "recompiled"}
+    assert len(found["moved"].keys) == 1 and "=2" in found["moved"].keys[0]
+    assert found["moved"].changed[0].startswith("cache 0x") and " -> 0x" in found["moved"].changed[0]
+    assert found["driven_out"].changed == ("capture_limit=1",)
+    assert "dtype mismatch" in found["recompiled"].changed[0]
+    assert all(entry.change and entry.milliseconds > 0 for entry in found.values())
+
+
+def test_calls_that_were_no_replay_are_counted_to_the_last(ran: tuple[Path, list[list[str]]]) -> None:
+    found = why_eager(ran[0])
+    assert [(entry.kind, entry.reason, entry.count, entry.total) for entry in found] == [
+        ("call", "first_call", 4, 6),
+        ("call", "first_call", 1, 1),
+    ]
+    graph = bundle.open(ran[0]).graphs[0]
+    assert graph.calls.replays == 2 and len(graph.calls.evicted) == 2
+
+
+def test_the_commands_print_the_same(ran: tuple[Path, list[list[str]]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["why-eager", str(ran[0])]) == 0
+    assert "graph_0: 2 of 6 calls replayed" in (printed := capsys.readouterr().out)
+    assert "4 of 6 calls: first call of a shape, before its capture\n  change: nothing: one call" in printed
+    assert main(["why-recapture", str(ran[0])]) == 0
+    assert "called again after its graph was driven out, once" in capsys.readouterr().out
+    for command, function in (("why-eager", why_eager), ("why-recapture", why_recapture)):
+        assert main([command, str(ran[0]), "--json"]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert data == [entry.model_dump(mode="json") for entry in function(ran[0])]
+
+
+def test_a_report_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_text('{"model": "m"}')
+    with pytest.raises(BundleError, match="is no run report"):
+        why_eager(tmp_path / "run.json")
+    assert main(["why-eager", str(tmp_path / "nowhere.json")]) == 2
+    assert "there is no bundle at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "reason"),
+    [
+        (lambda x, y: x + y, {"capture": False}, "capture_off"),
+        (lambda x, y: x + y, {"capture_sizes": [7]}, "size_not_listed"),
+        (lambda x, y: x + y, {"capture_budget_seconds": 1e-9}, "over_budget"),
+        (lambda x, y: x.cpu() + y.cpu(), {}, "nothing_on_device"),
+    ],
+)
+def test_each_reason_of_the_code_is_known(
+    function: Any, options: dict[str, Any], reason: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    torch._dynamo.reset()
+    backend = AscendBackend()
+    run = torch.compile(function, backend=backend, dynamic=True, options=options)
+    for _ in range(2):
+        run(torch.ones(3, 2).npu(), torch.ones(3, 2).npu())
+    (compiled,) = backend.compiled()
+    assert compiled.ledger is not None
+    names = {reasons.of(text).name for text in compiled.ledger.uncaptured} - {"first_call"}
+    assert names == {reason}
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("NPU_COMPILER_CACHE", str(tmp_path / "cache"))
+    yield tmp_path
+
+
+def start(folder: Path, **options: Any) -> StoredGraph:
+    """Compiles in a process that seems new, and reads the bundle."""
+    torch._dynamo.reset()
+    run = torch.compile(
+        lambda x: torch.relu(x) * 2, backend=AscendBackend(), options={"cache": True, "dump": str(folder), **options}
+    )
+    for _ in range(2):
+        run(torch.ones(3).npu())
+    return bundle.open(folder).graph()
+
+
+def test_a_warm_start_has_a_bundle_and_a_miss_its_reason(cache_folder: Path) -> None:
+    cold, warm, other = (
+        start(cache_folder / name, **options) for name, options in (("a", {}), ("b", {}), ("c", {"freeze": True}))
+    )
+    assert cold.plan is not None and warm.plan is not None and other.plan is not None
+    assert (cold.plan.cache, warm.plan.cache, other.plan.cache) == (STORED, FROM_CACHE, STORED)
+    assert [stage.name for stage in warm.stages] == ["final"]
+    assert warm.program(warm.stage("final")) == cold.program(cold.stage("final"))
+    assert len(warm.captures) == len(cold.captures) == 1
+    assert warm.plan.cache_key == cold.plan.cache_key and len(warm.plan.cache_key["graph"]) == 64
+    assert cold.plan.cache_missed == ("nothing is stored yet",)
+    assert other.plan.cache_missed == ("option freeze: False -> True",)
+    assert warm.plan.memory == cold.plan.memory and warm.plan.providers == cold.plan.providers
