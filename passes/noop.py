@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from npu_compiler.facts.sizes import Fact, Truth, equal, known, same_layout, same_shape
+from npu_compiler.facts.sizes import Fact, Truth, equal, known, same_layout
 from npu_compiler.graph.effects import addresses_storage, argument, storage, tensors, value, written_storages
 from npu_compiler.graph.spec import refresh_alias
 from npu_compiler.graph.traffic import is_view
@@ -90,18 +90,14 @@ def same_values(node: fx.Node, source: fx.Node) -> Fact:
     """Whether the result of a call is its argument `source`: values and layout."""
     result, given = _tensor(node), _tensor(source)
     fact = _same_form(result, given, str(node.target))
-    if fact and is_view(node) and storage(result) == storage(given):
-        return equal(result.storage_offset(), given.storage_offset(), f"{node.target}: offset")
     if fact and node.target in RULES:
         return RULES[node.target][1](node)
-    return fact and Fact(Truth.FALSE, f"{node.target}: the result is a copy")
+    return fact and equal(result.storage_offset(), given.storage_offset(), f"{node.target}: offset")
 
 
 def _same_form(result: Tensor, given: Tensor, what: str) -> Fact:
     if result.device != given.device:
         return Fact(Truth.FALSE, f"{what}: from {given.device} to {result.device}")
-    if result.layout != torch.strided or given.layout != torch.strided:
-        return Fact(Truth.FALSE, f"{what}: not a strided tensor")
     if result.is_conj() != given.is_conj() or result.is_neg() != given.is_neg():
         return Fact(Truth.FALSE, f"{what}: it resolves a conjugation or negation")
     return same_layout(result, given, what)
@@ -215,17 +211,8 @@ def _is_empty(tensor: Any) -> bool:
     return any(isinstance(size, int) and size == 0 for size in tensor.shape)
 
 
-def _unpinned(node: fx.Node) -> Fact:
-    return known(not argument(node, "pin_memory"), "it makes a pinned copy")
-
-
 def _pads_nothing(node: fx.Node) -> Fact:
     return known(all(_is_number(pad, 0) for pad in argument(node, 1)), "it moves the values")
-
-
-def _written_whole(node: fx.Node) -> Fact:
-    whole, part = (_tensor(argument(node, index)) for index in (0, 1))
-    return same_shape(whole.shape, part.shape, "a part of the tensor stays")
 
 
 def _strided_whole(node: fx.Node) -> Fact:
@@ -234,9 +221,7 @@ def _strided_whole(node: fx.Node) -> Fact:
     at = whole.storage_offset()
     given = [*size, *stride, at if offset is None else offset]
     places = [*whole.shape, *whole.stride(), at]
-    if len(given) != len(places):
-        return Fact(Truth.FALSE, "a part of the tensor stays")
-    facts = (equal(value(one), two, "a part of the tensor stays") for one, two in zip(given, places, strict=True))  # type: ignore[arg-type]
+    facts = (equal(value(one), two, "it moves the values") for one, two in zip(given, places, strict=True))  # type: ignore[arg-type]
     return next((fact for fact in facts if not fact), SAME)
 
 
@@ -273,13 +258,13 @@ RULES: dict[torch._ops.OpOverload, tuple[Where, When]] = {
     aten.clone.default: (_first, _always),
     aten.lift_fresh_copy.default: (_first, _always),
     aten.copy.default: (_second, _always),
-    aten._to_copy.default: (_first, _unpinned),
+    aten._to_copy.default: (_first, _always),
     prims.convert_element_type.default: (_first, _always),
     prims.device_put.default: (_first, _always),
     aten.cat.default: (_only_filled_part, _always),
     aten.repeat.default: (_first, _always),
     aten.constant_pad_nd.default: (_first, _pads_nothing),
-    aten.slice_scatter.default: (_second, _written_whole),
+    aten.slice_scatter.default: (_second, _always),
     aten.as_strided_scatter.default: (_second, _strided_whole),
     aten.ceil.default: (_integer, _always),
     aten.floor.default: (_integer, _always),
@@ -290,4 +275,5 @@ RULES: dict[torch._ops.OpOverload, tuple[Where, When]] = {
     aten.sub.Tensor: (_and_zero, _positive_zero),
 }
 """For each operator the argument that its result may equal, and what that takes beside an equal layout (shape, strides,
-dtype, device). A copy or a conversion of an equal layout has equal values; so has repeat, and cat of one part."""
+dtype, device). A copy or a conversion of an equal layout has equal values; so has repeat, a cat of one part, and a
+slice_scatter, which has written all if the part is as large as the whole."""

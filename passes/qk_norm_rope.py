@@ -37,6 +37,7 @@ from npu_compiler.facts.sizes import Fact, Size, at_least, equal, known, same_sh
 from npu_compiler.fusion_kernels import register
 from npu_compiler.graph.build import call
 from npu_compiler.passes import qkv_attention
+from npu_compiler.passes.matching import find
 from npu_compiler.passes.norm_patterns import legal_norm, rms_norm
 from npu_compiler.passes.pattern import (
     CASTS,
@@ -49,7 +50,6 @@ from npu_compiler.passes.pattern import (
     OneOf,
     Pattern,
     Viewed,
-    find,
     root_targets,
 )
 from npu_compiler.passes.record import PassRecord

@@ -115,7 +115,7 @@ def _part(value: Any, passed: list[fx.Node]) -> tuple[fx.Node | None, object]:
 
 
 def _legal(packed: Packed, attention: fx.Node) -> Fact:
-    q, k, q_weight, k_weight, q_epsilon, k_epsilon, cos, sin, *_ = packed.fused.args
+    q, k, q_weight, k_weight, q_epsilon, k_epsilon, cos, sin = packed.fused.args
     query, key, value = (attention.kwargs[name].meta["val"] for name in ("query", "key", "value"))  # type: ignore[union-attr]
     q, k, cos, sin, q_weight, k_weight = (item.meta["val"] for item in (q, k, cos, sin, q_weight, k_weight))  # type: ignore[union-attr]
     dtypes = {item.dtype for item in (q, k, value, cos, sin, q_weight, k_weight)}
@@ -125,7 +125,6 @@ def _legal(packed: Packed, attention: fx.Node) -> Fact:
         & known(packed.qkv.meta["val"].dim() == 2, "the projection is not [tokens, columns]")
         & known(q_epsilon == k_epsilon, f"the norms' epsilons {q_epsilon} and {k_epsilon} differ")
         & equal(cos.shape[-1], HEAD_SIZE, "rotated part of the head")
-        & known(packed.fused.args[8:] in ((), (False,)), "neighbouring elements are rotated, not halves")
         & known(cos.dim() == 3, f"cos has {cos.dim()} dimensions")
         & equal(cos.shape[0], query.shape[0], "cos along the tokens")
         & same_shape(query.shape, q.shape, "heads of the query")
@@ -139,7 +138,7 @@ def _legal(packed: Packed, attention: fx.Node) -> Fact:
 
 
 def _rewrite(graph: fx.Graph, attention: fx.Node, packed: Packed, record: PassRecord) -> None:
-    _, _, q_weight, k_weight, epsilon, _, cos, sin, *_ = packed.fused.args
+    _, _, q_weight, k_weight, epsilon, _, cos, sin = packed.fused.args
     record.fire(NAME, attention, [*packed.nodes, attention], Saving.between([packed.fused], []))
     with graph.inserting_before(attention):
         cos, sin = (

@@ -13,7 +13,7 @@ from npu_compiler.graph.source import TIMES, where
 from npu_compiler.graph.traffic import launches, moved_bytes
 
 if TYPE_CHECKING:
-    from npu_compiler.passes.pattern import Miss
+    from npu_compiler.passes.matching import Miss
     from npu_compiler.passes.rewrite import Rule
 
 

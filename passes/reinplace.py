@@ -25,6 +25,7 @@ gets a copy to read, an output that would lie in an input's memory is a copy.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -288,15 +289,24 @@ def _drop_final_writes(graph: fx.Graph) -> None:
 
 def _keep_outputs(graph: fx.Graph) -> list[fx.Node]:
     """Clones, where they are made, the outputs that a write in place may leave in an input's memory, which the program
-    writes again at its end: `x[0] = 1; y = x.clone(); x[0] = 2; return y` must return neither x nor what x is then."""
+    writes again at its end: `x[0] = 1; y = x.clone(); x[0] = 2; return y` must return neither x nor what x is then.
+
+    Not where clones would not do: the caller gets several views of one memory, or one with gaps. Such an output holds
+    what it views, and the writes that would be noticed stay functional (graph/holders.py)."""
     inputs = _storages(graph.find_nodes(op="placeholder"))
     written = _storages(node for node in graph.nodes if _may_be_in_place(node)) - inputs
     output = graph.output_node()
+    returned = Counter(key for node in output.all_input_nodes for key in _storages([node]))
     copies: dict[fx.Node, fx.Node] = {}
     for node in output.all_input_nodes:
-        if _storages([node]) & written:
+        memory = _storages([node])
+        if memory & written and all(returned[key] == 1 for key in memory):
             with graph.inserting_after(node):
-                copies[node] = call(graph, aten.clone.default, (node,), replaces=[node], made_by=NAME)
+                copy = call(graph, aten.clone.default, (node,), replaces=[node], made_by=NAME)
+            if same_layout(value(node), value(copy), "a copy"):  # type: ignore[arg-type]
+                copies[node] = copy
+            else:
+                graph.erase_node(copy)
     output.args = fx.node.map_arg(output.args, lambda node: copies.get(node, node))
     return list(copies.values())
 

@@ -26,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from npu_compiler.facts.sizes import Fact, known
 from npu_compiler.graph.effects import value
-from npu_compiler.passes.pattern import Any, Call, Exactly, Match, Number, Pattern, Size, Together, find
+from npu_compiler.passes.matching import find
+from npu_compiler.passes.pattern import Any, Call, Exactly, Match, Number, Pattern, Size, Together
 from npu_compiler.passes.rewrite import Build, NearMiss, Rule
 
 Function = Callable[..., Anything]

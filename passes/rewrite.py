@@ -27,7 +27,8 @@ from npu_compiler.graph.effects import is_pure, storage, tensors, value, written
 from npu_compiler.graph.source import where
 from npu_compiler.graph.spec import infer
 from npu_compiler.graph.traffic import is_view
-from npu_compiler.passes.pattern import Match, Miss, Pattern, find, root_targets
+from npu_compiler.passes.matching import Miss, find
+from npu_compiler.passes.pattern import Match, Pattern, root_targets
 from npu_compiler.passes.record import PassRecord, Saving
 
 NEAR_MISS = 3

@@ -51,9 +51,7 @@ class Holders:
             written: the part of that memory that is written, as a view of it.
             new: the values after the call.
         """
-        tensor, new = value(old), list(new)
-        if not isinstance(tensor, Tensor):
-            return f"{old.name} is no tensor"
+        tensor, new = _tensor(old), list(new)
         holders = self._at[storage(tensor)]
         owners = [node for node in holders if node.op in ("placeholder", "get_attr")]
         last = self._last_write.get(owners[0]) if len(owners) == 1 else None
@@ -62,6 +60,7 @@ class Holders:
         return (
             self._other_layout(tensor, new)
             or self._read_later(call, holders, written, last)
+            or self._returned(new, last)
             or self._read_behind_last_write(old, new, last)
         )
 
@@ -103,12 +102,24 @@ class Holders:
                 return f"the old value is read later, by {user.name}"
         return ""
 
+    def _returned(self, new: Iterable[fx.Node], last: fx.Node | None) -> str:
+        """Which output would lie in the memory of an input."""
+        if last is None:
+            return ""
+        for holder in self._holding(new):
+            if any(user.op == "output" for user in holder.users):
+                return f"{holder.name} is returned, and would share memory with {last.args[0]}"
+        return ""
+
+    def _holding(self, new: Iterable[fx.Node]) -> Iterator[fx.Node]:
+        """The values in the memory of `new`."""
+        return (node for key in {storage(_tensor(one)) for one in new} for node in self._at.get(key, ()))
+
     def _read_behind_last_write(self, old: fx.Node, new: list[fx.Node], last: fx.Node | None) -> str:
         """Who reads the new value behind the last write to the input that it would lie in."""
         if last is None or (same_place(last.args[0], old) and last.args[1] in new):  # that write goes: it is done
             return ""
-        keys = {storage(_tensor(node)) for node in new}
-        for holder in (node for key in keys for node in self._at.get(key, ())):
+        for holder in self._holding(new):
             for user in holder.users:
                 if last < user:
                     return f"{holder.name} is read by {user.name}, behind the last write to {last.args[0]}"

@@ -10,7 +10,7 @@ from npu_compiler.inspect.contents import Attempt, Fire, PassInfo, RuleInfo, Sta
 from npu_compiler.inspect.program import Data
 
 WANTS = ", the rule wants "
-"""What stands in a reason between what is there and what the pattern has (passes/pattern.py)."""
+"""What stands in a reason between what is there and what the pattern has (passes/matching.py)."""
 
 
 class Miss(Data):

@@ -10,11 +10,14 @@ import torch
 from hypothesis import strategies as st
 
 from tests.properties.fragments import HALVES, Fragment, fragments
-from tests.properties.graph_steps import COMPUTE, NOTHING, STEPS, VIEW, WRITE
-from tests.properties.graphs import COLUMNS, LAYOUTS, Built, Draft, Overlap, Own, Taken, example
+from tests.properties.graph_steps import COMPUTE, NOTHING, STEPS, VIEW
+from tests.properties.graph_writes import WRITE
+from tests.properties.graphs import COLUMNS, LAYOUTS, PARTS, Built, Draft, Overlap, Own, Taken, example
 
 Code = tuple[int, int, int, int, int]
 """A step as numbers: its table, its place there, and its operands."""
+End = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
+"""How a program ends, as numbers: the values that it returns, and the inputs that it writes with values."""
 INPUT, FRAGMENT, MISS = "input", "fragment", "near miss"
 WEIGHTS = (
     NOTHING,
@@ -28,6 +31,7 @@ WEIGHTS = (
     WRITE,
     WRITE,
     INPUT,
+    INPUT,
     FRAGMENT,
     FRAGMENT,
     MISS,
@@ -38,44 +42,51 @@ DTYPES = (torch.float32,) * 12 + HALVES
 
 @dataclass(frozen=True)
 class Drawn:
-    """A program as numbers. Any numbers are a program, and so is any part of the lists.
+    """Programs as numbers: one for each end. Any numbers are a program, and so is any part of the lists.
 
     Attributes:
         disabled: picks, among the passes that change the program, the one to leave out.
     """
 
     codes: tuple[Code, ...]
-    outputs: tuple[int, ...]
-    writes: tuple[tuple[int, int], ...]
+    ends: tuple[End, ...]
     dtype: torch.dtype
     dynamic: bool
     disabled: int
 
 
-def drawn(most_steps: int, dtypes: Sequence[torch.dtype] = DTYPES) -> st.SearchStrategy[Drawn]:
+def drawn(most_steps: int, dtypes: Sequence[torch.dtype] = DTYPES, ends: int = 1) -> st.SearchStrategy[Drawn]:
     """Numbers for programs of up to `most_steps` steps; those in half precision run on the device."""
+    end = st.tuples(
+        st.lists(NUMBERS, max_size=3).map(tuple), st.lists(st.tuples(NUMBERS, NUMBERS), max_size=2).map(tuple)
+    )
     codes = st.tuples(st.integers(0, len(WEIGHTS) - 1), NUMBERS, NUMBERS, NUMBERS, NUMBERS)
     return st.builds(
         Drawn,
         codes=st.lists(codes, min_size=2, max_size=most_steps).map(tuple),
-        outputs=st.lists(NUMBERS, max_size=3).map(tuple),
-        writes=st.lists(st.tuples(NUMBERS, NUMBERS), max_size=2).map(tuple),
+        ends=st.lists(end, min_size=ends, max_size=ends).map(tuple),
         dtype=st.sampled_from(dtypes),
         dynamic=st.booleans(),
         disabled=NUMBERS,
     )
 
 
-def decode(numbers: Drawn) -> Built:
-    """The program of some numbers; its last value is always returned."""
+def decode(numbers: Drawn) -> list[Built]:
+    """The programs of some numbers. The first one returns the last value; all have the same steps."""
     draft = Draft(numbers.dtype, numbers.dynamic)
     draft.add(Own(4))
     for code in numbers.codes:
         _decode(draft, *code)
     last = len(draft.values) - 1
     given = [index for index, node in enumerate(draft.values) if node.op == "placeholder"]
-    writes = [(given[target % len(given)], _late(draft, source)) for target, source in numbers.writes]
-    return draft.finish([last, *(_late(draft, index) for index in numbers.outputs)], writes)
+    found = []
+    for place, (outputs, writes) in enumerate(numbers.ends):
+        returned = [] if place else [last]
+        returned += [_late(draft, index) for index in outputs]
+        found.append(
+            draft.finish(returned, [(given[target % len(given)], _late(draft, source)) for target, source in writes])
+        )
+    return found
 
 
 def _decode(draft: Draft, table: int, place: int, *operands: int) -> None:
@@ -95,7 +106,7 @@ def _input(draft: Draft, place: int, number: int) -> Own | Overlap:
         index for index, entry in enumerate(draft.inputs) if isinstance(entry, Own) and entry.columns == COLUMNS
     ]
     if place % 8 == 7:
-        return Overlap(matrices[number % len(matrices)])
+        return Overlap(matrices[number % len(matrices)], list(PARTS)[(place // 8) % len(PARTS)])
     columns = 6 if place % 8 == 6 else COLUMNS
     return Own(2 + number % 4, columns, LAYOUTS[(place // 8) % len(LAYOUTS)])
 

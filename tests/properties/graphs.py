@@ -18,17 +18,27 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_leaves, tree_map
 
 from npu_compiler.graph.effects import storage
 from tests.properties.compare import Lowered
 from tests.properties.fragments import HALVES, fragments
-from tests.properties.graph_steps import STEPS, WRITES, Kind, kind_of
+from tests.properties.graph_kinds import Kind, kind_of
+from tests.properties.graph_steps import STEPS
 from tests.properties.programs import alone
 
 COLUMNS = 8
-LAYOUTS = ("dense", "transposed", "offset")
+LAYOUTS = ("dense", "transposed", "offset", "strided", "gaps", "expanded")
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "later_rows": lambda x: x[1:],
+    "whole": lambda x: x[:],
+    "transposed": lambda x: x.t(),
+    "even_columns": lambda x: x[:, ::2],
+    "first_row_again": lambda x: x[:1].expand(x.shape[0], -1),
+}
+"""What an input may be of an earlier one; `whole` is the same argument twice."""
 Lengths: TypeAlias = Mapping[int, int]
 """For a size as drawn the size to run with."""
 SAME: Lengths = {}
@@ -57,6 +67,10 @@ class Own:
                 return drawn(rows + 2, columns)[2:]
             case "strided":
                 return drawn(rows, 2 * columns)[:, ::2]
+            case "gaps":
+                return drawn(rows, columns + 3)[:, :columns]
+            case "expanded":
+                return drawn(1, columns).expand(rows, columns)
         return drawn(rows, columns)
 
     def grows(self, dtype: torch.dtype) -> tuple[bool, ...]:
@@ -65,12 +79,13 @@ class Own:
 
 @dataclass(frozen=True)
 class Overlap:
-    """An input: an earlier input from its second row on, in the same memory."""
+    """An input: a part of an earlier one, in the same memory."""
 
     of: int
+    part: str = "later_rows"
 
     def make(self, dtype: torch.dtype, seed: int, lengths: Lengths, earlier: Sequence[Tensor]) -> Tensor:
-        return earlier[self.of][1:]
+        return PARTS[self.part](earlier[self.of])
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,7 @@ class Built:
     Attributes:
         module: the program as lowering would leave it: sizes first, then tensors.
         environment: of its symbols. `symbols`: each one's size as drawn.
+        layout: how to read off the arguments the symbols of strides and offsets.
         inputs: of the tensors.
         fragments: the name, operands and results of each.
     """
@@ -132,6 +148,7 @@ class Built:
     module: fx.GraphModule
     environment: ShapeEnv
     symbols: Mapping[sympy.Symbol, int]
+    layout: Mapping[sympy.Symbol, Callable[[Sequence[Any]], int]]
     inputs: tuple[Input, ...]
     fragments: tuple[tuple[str, tuple[fx.Node, ...], tuple[fx.Node, ...]], ...]
 
@@ -145,6 +162,9 @@ class Built:
     def serves(self, lengths: Lengths) -> bool:
         """Whether the guards of building hold for these sizes."""
         values = {symbol: lengths.get(size, size) for symbol, size in self.symbols.items()}
+        if self.layout:
+            arguments = self.arguments(0, lengths)[len(self.symbols) :]
+            values |= {symbol: read(arguments) for symbol, read in self.layout.items()}
         return all(guard.expr.xreplace(values) == sympy.true for guard in self.environment.guards)
 
     def exact(self, arguments: Sequence[Any]) -> list[Tensor]:
@@ -179,11 +199,11 @@ class Draft:
         self._mode = FakeTensorMode(shape_env=self._environment)
         self._mode.cache_enabled = not dynamic  # entries belong to an environment: none would be found again
         self._symbols: dict[sympy.Symbol, int] = {}
+        self._layout: dict[sympy.Symbol, Callable[[Sequence[Any]], int]] = {}
         self._sizes: dict[sympy.Symbol, fx.Node] = {}
         self._tensors: list[fx.Node] = []
         self._drawn: list[Tensor] = []
         self._memory: list[int] = []
-        self._made_by_write: set[int] = set()
         self._fragments: list[tuple[str, tuple[fx.Node, ...], tuple[fx.Node, ...]]] = []
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -219,35 +239,38 @@ class Draft:
         self._steps.append(step)
 
     def finish(self, outputs: Sequence[int], writes: Sequence[tuple[int, int]]) -> Built:
-        """Writes inputs and returns values, of those given all that AOTAutograd would: each input once, what has memory
-        of its own; no view of a written input."""
+        """A program of the steps so far that writes inputs and returns values, of those given all that AOTAutograd
+        would: each input once, what has memory of its own; no view of a written input. The draft stays as it is, so
+        that it can be finished in another way too."""
         done = {target: source for target, source in reversed(writes) if self._may_be_written(target, source)}
-        copies = [(self.values[target], self._apart(self.values[source])) for target, source in sorted(done.items())]
-        for node, value in copies:
+        graph, drafted, copies = fx.Graph(), self._graph, dict[fx.Node, fx.Node]()
+        graph.graph_copy(drafted, copies)
+        self._graph = graph
+        values = [(copies[self.values[target]], copies[self.values[source]]) for target, source in sorted(done.items())]
+        for node, value in [(node, self._apart(value)) for node, value in values]:
             self(torch.ops.aten.copy_.default, node, value)
-        written = {storage(node.meta["val"]) for node, _ in copies}
-        kept = list(self._returned(outputs, written))
-        self._graph.output(tuple(self.values[index] for index in kept))
+        self._graph = drafted
+        written = {storage(node.meta["val"]) for node, _ in values}
+        kept = [index for index in outputs if storage(self.values[index].meta["val"]) not in written]
+        graph.output(tuple(copies[self.values[index]] for index in kept))
         program = Graph(tuple(self._steps), tuple(kept), tuple(sorted(done.items())), self.dtype, self.dynamic)
-        module = fx.GraphModule({}, self._graph)
-        return Built(program, module, self._environment, self._symbols, tuple(self.inputs), tuple(self._fragments))
-
-    def _returned(self, outputs: Sequence[int], written: set[int]) -> Iterator[int]:
-        """What can be returned. Of memory that a functional write makes, or of any where inputs are written, one dense
-        output: where it comes to lie in an input, reinplace copies each output by itself."""
-        taken: dict[int, int] = {}
-        for index in outputs:
-            memory = storage(self.values[index].meta["val"])
-            if memory in written:
-                continue
-            alone = self.kinds[index].contiguous and taken.setdefault(memory, index) == index
-            if (written or memory in self._made_by_write) and not alone:
-                continue
-            yield index
+        fragments = tuple(
+            (name, tuple(copies[node] for node in operands), tuple(copies[node] for node in results))
+            for name, operands, results in self._fragments
+        )
+        return Built(
+            program,
+            _LazyGraphModule({}, graph),
+            self._environment,
+            self._symbols,
+            self._layout,
+            tuple(self.inputs),
+            fragments,
+        )
 
     def _may_be_written(self, target: int, source: int) -> bool:
         node, kind = self.values[target], self.kinds[target]
-        shared = self._memory.count(storage(node.meta["val"])) > 1
+        shared = self._memory.count(storage(node.meta["val"])) > 1 or kind.overlaps
         return node.op == "placeholder" and kind.key == self.kinds[source].key and not shared
 
     def _apart(self, node: fx.Node) -> fx.Node:
@@ -258,7 +281,7 @@ class Draft:
         real = entry.make(self.dtype, 0, SAME, self._drawn)
         if isinstance(entry, Overlap):
             with self._mode:
-                fake = self._tensors[entry.of].meta["val"][1:]
+                fake = PARTS[entry.part](self._tensors[entry.of].meta["val"])
         else:
             grows = [
                 DimDynamic.DYNAMIC if one and self.dynamic else DimDynamic.STATIC for one in entry.grows(self.dtype)
@@ -270,12 +293,23 @@ class Draft:
             if isinstance(size, torch.SymInt) and size.node.expr.is_symbol and size.node.expr not in self._sizes:
                 node = self._placeholder(f"size_{len(self._sizes)}", list(self._sizes.values()), size)
                 self._sizes[size.node.expr], self._symbols[size.node.expr] = node, drawn
+        self._note_layout(len(self.inputs), fake)
         node = self._placeholder(f"x{len(self.inputs)}", [*self._sizes.values(), *self._tensors], fake)
         self.inputs.append(entry)
         self._tensors.append(node)
         self._drawn.append(real)
         self._memory.append(storage(fake))
         self._value(node)
+
+    def _note_layout(self, place: int, fake: Tensor) -> None:
+        """Notes how to find the values of the symbols in an input's strides and offset."""
+        found = [
+            (fake.storage_offset(), lambda given: given[place].storage_offset()),
+            *((stride, lambda given, at=at: given[place].stride(at)) for at, stride in enumerate(fake.stride())),
+        ]
+        for number, read in found:
+            if isinstance(number, torch.SymInt) and number.node.expr.is_symbol:
+                self._layout.setdefault(number.node.expr, read)
 
     def _placeholder(self, name: str, before: Sequence[fx.Node], value: object) -> fx.Node:
         with self._graph.inserting_after(before[-1]) if before else self._graph.inserting_before():
@@ -292,8 +326,6 @@ class Draft:
             self._fragments.append((name, tuple(nodes), tuple(results)))
         for node in results:
             self._value(node)
-            if name in WRITES:
-                self._made_by_write.add(storage(node.meta["val"]))
 
     @contextmanager
     def _undone(self) -> Iterator[None]:

@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-from hypothesis import HealthCheck, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 from tests.properties.decode import Drawn
 
 SEED = int(os.environ.get("NPU_COMPILER_SEED", "0"))
+PHASES = (Phase.generate, Phase.shrink)
+"""Without `explain`: it traces every line of torch, and a failure takes minutes; the shrunk program is a value."""
 
 
 def try_all(
@@ -34,6 +36,7 @@ def try_all(
         deadline=None,
         database=None,
         print_blob=True,
+        phases=PHASES,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, *suppress],
     )
     @given(programs)

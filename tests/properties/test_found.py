@@ -56,6 +56,13 @@ GRAPHS = {
     "result of a writing operator is written and read": Graph(
         (Own(4), ("add_one", (0,)), ("accumulate", (1, 1)), ("add_to_row", (3,)), ("addcmul", (3, 3, 2))), (5, 4)
     ),
+    # reinplace copied each output of such a memory by itself: two that shared memory did not, and gaps were closed
+    "two returned views of what lands in an input": Graph(
+        (Own(4), ("add_to_row", (0,)), ("first_row", (1,)), ("later_rows", (1,))), (2, 3), writes=((0, 1),)
+    ),
+    "returned columns of what lands in an input": Graph(
+        (Own(4), ("add_to_row", (0,)), ("even_columns", (1,))), (2,), writes=((0, 1),)
+    ),
     # the rotation keeps to the strides that lowering promises; torch_npu's own kernels don't
     "rotation of transposed halves": Graph(
         (

@@ -20,8 +20,8 @@ from tests.properties.graphs import Graph, Taken, build, example
 from tests.properties.seeded import try_all
 from tests.properties.stages import Stages, check_all
 
-PARTS, PROGRAMS = 4, 250
-"""How many programs are tried, and in how many tests."""
+PARTS, STEPS, ENDS = 4, 250, 2
+"""In how many tests how many lists of steps are tried, each with how many ends: 2,000 graphs."""
 MANY = 20
 """How many times as many the long matrix tries."""
 CHECKED, PLANNED = 3, 6
@@ -43,20 +43,20 @@ def few_collections() -> Iterator[None]:
 
 
 def check(numbers: Drawn) -> None:
-    """One program, at all stages."""
-    built = decode(numbers)
-    note(repr(built.program))
-    note(built.module.code)
-    number = numbers.disabled
-    stages = check_all(built, number, plan=number % PLANNED == 0, check=number % CHECKED == 0)
-    FIRED.update(stages.fired)
-    CHANGED.update(stages.changed.keys())
-    LEFT_OUT.update(stages.left_out)
+    """The programs of some numbers, at all stages."""
+    for place, built in enumerate(decode(numbers)):
+        note(repr(built.program))
+        note(built.module.code)
+        number = numbers.disabled + place
+        stages = check_all(built, number, plan=number % PLANNED == 0, check=number % CHECKED == 0)
+        FIRED.update(stages.fired)
+        CHANGED.update(stages.changed.keys())
+        LEFT_OUT.update(stages.left_out)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_programs(part: int) -> None:
-    try_all(check, drawn(most_steps=10), PROGRAMS, part)
+    try_all(check, drawn(most_steps=10, ends=ENDS), STEPS, part)
 
 
 @pytest.mark.parametrize("name", [name for name, one in fragments().items() if not one.miss])
@@ -80,7 +80,7 @@ def test_each_rule_alone(name: str) -> None:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("part", range(PARTS, PARTS * (1 + MANY)))
 def test_many_programs(part: int) -> None:
-    try_all(check, drawn(most_steps=16), PROGRAMS, part)
+    try_all(check, drawn(most_steps=16, ends=ENDS), STEPS, part)
 
 
 def test_every_rule_fired() -> None:

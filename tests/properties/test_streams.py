@@ -38,7 +38,7 @@ FOUND: Counter[str] = Counter()
 
 def planned(numbers: Drawn) -> tuple[Built, fx.GraphModule, StreamPlan]:
     """A program behind the passes, on as many streams as it can use; one that can't use two is given up."""
-    built = decode(numbers)
+    (built,) = decode(numbers)
     note(repr(built.program))
     module = built.module
     for entry in PASSES:
