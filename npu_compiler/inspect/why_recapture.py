@@ -18,7 +18,7 @@ class Recapture(Data):
         where: the bundle, and the compiled graph.
         reason: its name. `change`: what to change.
         keys: the sizes that were captured again, each as often as it was.
-        changed: what changed, a text each time.
+        changed: what changed, a text each time; empty where the reason says all.
         milliseconds: what they took together.
     """
 
@@ -33,7 +33,7 @@ class Recapture(Data):
     def __str__(self) -> str:
         times = "once" if len(self.keys) == 1 else f"{len(self.keys)} times"
         lines = [f"{self.where}: {self.text}, {times}, {self.milliseconds:.1f} ms"]
-        lines += [f"  {key}: {text}" for key, text in zip(self.keys, self.changed, strict=True)]
+        lines += [f"  {key}: {text}" if text else f"  {key}" for key, text in zip(self.keys, self.changed, strict=True)]
         return "\n".join([*lines, f"  change: {self.change}"])
 
 
@@ -65,7 +65,7 @@ def _grouped(where: str, captures: Iterator[tuple[str, str, float]] | list[tuple
     for key, text, milliseconds in captures:
         reason = reasons.of(text)
         if reason not in reasons.NEW_CAPTURES:
-            groups[reason].append((key, text.removeprefix(f"{reason.text}: "), milliseconds))
+            groups[reason].append((key, text.removeprefix(reason.text).removeprefix(": "), milliseconds))
     return [
         Recapture(
             where=where,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from npu_compiler import reasons
-from npu_compiler.backend import FROM_CACHE, STORED, AscendBackend
+from npu_compiler.backend import FROM_CACHE, STORED, AscendBackend, CompiledGraph, compile_fx, load_fx
 from npu_compiler.cli import main
+from npu_compiler.config import Options
 from npu_compiler.errors import BundleError
 from npu_compiler.inspect import bundle
 from npu_compiler.inspect.bundle import StoredGraph
@@ -149,3 +150,25 @@ def test_a_warm_start_has_a_bundle_and_a_miss_its_reason(cache_folder: Path) -> 
     assert cold.plan.cache_missed == ("nothing is stored yet",)
     assert other.plan.cache_missed == ("option freeze: False -> True",)
     assert warm.plan.memory == cold.plan.memory and warm.plan.providers == cold.plan.providers
+
+
+def test_a_program_that_was_loaded_has_a_bundle(tmp_path: Path) -> None:
+    """As vLLM's second start does it."""
+    kept: list[bytes] = []
+
+    def compiled(data: bytes | None) -> CompiledGraph:
+        graph = torch.fx.symbolic_trace(lambda x: torch.relu(x) * 2)
+        example = [torch.ones(3).npu()]
+        options = Options(capture=False, dump=str(tmp_path / ("warm" if data else "cold")))
+        if data is None:
+            return compile_fx(graph, example, options, keep=kept.append)
+        return load_fx(data, graph, example, options=options)
+
+    compiled(None)
+    result = compiled(kept[0])
+    assert torch.equal(result(torch.ones(3).npu()).cpu(), torch.full((3,), 2.0))
+    cold, warm = (bundle.open(tmp_path / name).graph() for name in ("cold", "warm"))
+    assert warm.plan is not None and warm.plan.cache == FROM_CACHE and warm.plan.cache_key["sources"]
+    # Without Dynamo's symbols the one has a size of its own making, the other the number.
+    calls = [[(call.name, call.target) for call in one.program(one.stage("final")).calls] for one in (cold, warm)]
+    assert calls[0] == calls[1] and ("relu", "aten.relu.default") in calls[0]
