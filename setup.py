@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import urllib.request
 from pathlib import Path
 
 from setuptools import Distribution, Extension, find_packages, setup
@@ -21,6 +25,11 @@ PACKAGE_ROOTS = {
     "npu_compiler.fusion_kernels": "fusion_kernels",
     "npu_compiler.runtime": "runtime",
 }
+
+# The library that lays out the graph of `npu-compiler inspect`: MIT licence, which is installed beside it.
+DAGRE = "https://registry.npmjs.org/@dagrejs/dagre/-/dagre-3.1.3.tgz"
+DAGRE_SHA256 = "12441833c8af49e5a241d94bfd53159875965876b3f4f3214abafe1ed6a9ee4c"
+DAGRE_FILES = {"package/dist/dagre.min.js": "dagre.min.js", "package/LICENSE": "dagre.LICENSE"}
 
 
 def all_packages() -> list[str]:
@@ -41,11 +50,32 @@ def package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
+def fetch_dagre(folder: Path) -> None:
+    """Puts dagre into `folder`, unless it is there. A page that is opened from disk can load nothing: it carries it."""
+    if all((folder / name).exists() for name in DAGRE_FILES.values()):
+        return
+    try:
+        archive = urllib.request.urlopen(DAGRE, timeout=60).read()
+    except OSError as error:
+        raise SystemExit(
+            f"npu-compiler: can't download {DAGRE}: {error}; let this machine reach it, or put the archive's "
+            f"{' and '.join(DAGRE_FILES)} into {folder} as {' and '.join(DAGRE_FILES.values())}"
+        ) from error
+    if hashlib.sha256(archive).hexdigest() != DAGRE_SHA256:
+        raise SystemExit(f"npu-compiler: {DAGRE} is not the file it was: its SHA-256 differs from the one in setup.py")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        for path, name in DAGRE_FILES.items():
+            (folder / name).write_bytes(files.extractfile(path).read())
+
+
 class BuildHostRuntime(build_ext):
-    """Runs CMake; the libraries go beside the loader, as `npu_compiler/runtime/lib/*.so`."""
+    """Runs CMake; the libraries go beside the loader, as `npu_compiler/runtime/lib/*.so`. Fetches dagre."""
 
     def build_extension(self, ext: Extension) -> None:
         in_tree = self.inplace or self.editable_mode
+        modules = ROOT if in_tree else Path(self.build_lib)
+        fetch_dagre(modules / "npu_compiler" / "inspect" / "page" / "static" / "vendor")
         package = ROOT / "runtime" if in_tree else Path(self.build_lib) / "npu_compiler" / "runtime"
         output = package / "lib"
         # A wheel has a CMake tree of its own: the one of an editable install must go on writing into the sources.
