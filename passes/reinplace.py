@@ -320,14 +320,17 @@ def _storages(nodes: Iterable[fx.Node]) -> set[int]:
 
 
 def _drop_needless(graph: fx.Graph, copies: Iterable[fx.Node], record: PassRecord) -> None:
-    """Drops those of `_keep_outputs`'s clones whose source is the program's own and is not written any more."""
-    inputs = _storages(graph.find_nodes(op="placeholder"))
+    """Drops those of `_keep_outputs`'s clones whose source is the program's own, is not written any more, and shares
+    memory with no other output."""
+    inputs, output = _storages(graph.find_nodes(op="placeholder")), graph.output_node()
     for copy in copies:
         source = copy.args[0]
         assert isinstance(source, fx.Node)
         shared = _storages([source])
-        if shared & inputs or any(written_storages(node) & shared for node in _behind(copy)):
-            record.refuse(NAME, source, "an output became an input's memory, or is written again; it got a copy")
+        taken = inputs | _storages(node for node in output.all_input_nodes if node is not copy)
+        if shared & taken or any(written_storages(node) & shared for node in _behind(copy)):
+            text = "an output became an input's memory or another's, or is written again; it got a copy"
+            record.refuse(NAME, source, text)
         else:
             copy.replace_all_uses_with(source)
             graph.erase_node(copy)

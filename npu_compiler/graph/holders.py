@@ -60,7 +60,7 @@ class Holders:
         return (
             self._other_layout(tensor, new)
             or self._read_later(call, holders, written, last)
-            or self._returned(new, last)
+            or self._returned(holders, new, last)
             or self._read_behind_last_write(old, new, last)
         )
 
@@ -102,14 +102,11 @@ class Holders:
                 return f"the old value is read later, by {user.name}"
         return ""
 
-    def _returned(self, new: Iterable[fx.Node], last: fx.Node | None) -> str:
-        """Which output would lie in the memory of an input."""
-        if last is None:
-            return ""
-        for holder in self._holding(new):
-            if any(user.op == "output" for user in holder.users):
-                return f"{holder.name} is returned, and would share memory with {last.args[0]}"
-        return ""
+    def _returned(self, holders: Iterable[fx.Node], new: Iterable[fx.Node], last: fx.Node | None) -> str:
+        """Which output would come to lie in the memory of an input, or of another output."""
+        other = next(filter(_is_returned, holders), None) if last is None else last.args[0]
+        found = next(filter(_is_returned, self._holding(new)), None)
+        return f"{found.name} is returned, and would share memory with {other}" if found and other else ""
 
     def _holding(self, new: Iterable[fx.Node]) -> Iterator[fx.Node]:
         """The values in the memory of `new`."""
@@ -141,6 +138,10 @@ def same_place(one: object, other: object) -> bool:
         return False
     offset = equal(left.storage_offset(), right.storage_offset(), "offset")
     return bool(offset and same_layout(left, right, "layout"))
+
+
+def _is_returned(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in node.users)
 
 
 def _tensor(node: fx.Node) -> Tensor:

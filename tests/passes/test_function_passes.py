@@ -286,7 +286,7 @@ IN_PLACE: tuple[NearMiss, ...] = (
     (lambda x, y: (y * 2).masked_fill(x > 5, 1.0) + 1, (ones(4, 8), Y), "before and after: shape"),
     (old_value_read, (ones(4, 8), Y), "the old value is read later, by add"),
     (offset_counts, (ones(4, 8), Y), "offset before and after: 16 is not 0"),
-    (returned_between, (ones(4, 8), Y), "an output became an input's memory, or is written again; it got a copy"),
+    (returned_between, (ones(4, 8), Y), "an output became an input's memory or another's"),
     (returned_twice, (ones(4, 8), Y), "is returned, and would share memory with"),
     (read_behind_the_last_write, (ones(4, 8), Y), ", behind the last write to"),
     (reads_what_it_writes, (ones(4, 8), Y), "is read from memory that the same call writes; it got a copy"),

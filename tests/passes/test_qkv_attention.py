@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import _encode_layer_name
 
+from npu_compiler.fusion_kernels import registry
 from npu_compiler.passes import qkv_attention
 from npu_compiler.passes.record import Pass
 from npu_compiler.serving import qkv_attention as qkv_attention_operator
@@ -75,6 +76,13 @@ def test_can_be_switched_off() -> None:
 
 
 TOKENS, QUERY, KV, SIZE = 5, 4, 2, 128
+
+
+@pytest.fixture(autouse=True, scope="module")
+def operators() -> None:
+    """Those that the programs below call."""
+    registry.register()
+    qkv_attention_operator.register()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +177,6 @@ def test_near_miss(block: Block, changed: dict[str, Tensor], reason: str) -> Non
 
 
 def test_what_the_near_misses_differ_from() -> None:
-    qkv_attention_operator.register()
     program = lowered(Block(), *arguments().values()).graph
     record = apply(Pass(qkv_attention.NAME, "", qkv_attention.run), program)
     assert [entry.rule for entry in record.fired] == [qkv_attention.NAME]

@@ -338,7 +338,7 @@ def narrowed_broadcast(x: Tensor, y: Tensor) -> Tensor:
         (input_that_stays, "is not the program's own, and must not change"),
         (two_inputs_from_one, ""),
         (transposed_back, ""),
-        (returned_between, "an output became an input's memory, or is written again; it got a copy"),
+        (returned_between, "an output became an input's memory or another's, or is written again; it got a copy"),
         (narrowed_broadcast, "before and after: shape: 1 and 2 dimensions"),
     ],
 )

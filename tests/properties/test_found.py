@@ -63,6 +63,13 @@ GRAPHS = {
     "returned columns of what lands in an input": Graph(
         (Own(4), ("add_to_row", (0,)), ("even_columns", (1,))), (2,), writes=((0, 1),)
     ),
+    # reinplace wrote one half where the other half, returned too, is not read: two outputs came to share memory
+    "half written beside a returned half": Graph(
+        (Own(4), ("add_one", (0,)), ("split", (1,)), ("slice_scatter", (3, 3))), (4, 2)
+    ),
+    "half written beside a returned half and returned as a view": Graph(
+        (Own(4), ("add_one", (0,)), ("split", (1,)), ("slice_scatter", (3, 3)), ("even_columns", (4,))), (5, 2)
+    ),
     # the rotation keeps to the strides that lowering promises; torch_npu's own kernels don't
     "rotation of transposed halves": Graph(
         (
