@@ -64,10 +64,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "1e9")  # the test says when
     handler, logger = Lines(), logging.getLogger("vllm.npu_compiler.serving.metrics")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     model = checkpoints.cached(checkpoints.Shape(family="qwen3"))
     with engine(model, disable_log_stats=False, **settings) as llm:
+        logger.addHandler(handler)  # an engine configures vLLM's loggers anew as it starts
+        logger.setLevel(logging.INFO)
         manager = llm.llm_engine.logger_manager
         manager.stat_loggers.append(PerEngineStatLoggerAdapter(llm.llm_engine.vllm_config, [0], StepMetrics))
         for requests in (1, 3, 6):
@@ -80,6 +80,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
         worker.model_runner.capture_model()
         generate(llm, [PROMPT], 4)
     logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
     monkeypatch.undo()
     samples = [sample for metric in REGISTRY.collect() for sample in metric.samples if sample.name == STEPS]
     counted = {tuple(sample.labels[name] for name in ("kind", "mode", "reason")): sample.value for sample in samples}
