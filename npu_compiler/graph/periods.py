@@ -287,6 +287,7 @@ def _stamp(
     for call in rest:
         node = call.node
         node.args, node.kwargs = map_aggregate(node.args, leaf), map_aggregate(node.kwargs, leaf)  # type: ignore[assignment]
+        node.meta.update(origins.of(node, layers.left_out))
     for node in graph.nodes:
         node.meta.pop(TIMES, None)
     refresh_aliases(graph)

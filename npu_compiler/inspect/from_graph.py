@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -56,7 +57,8 @@ def constants_of(graph: fx.Graph) -> dict[str, torch.Tensor]:
             constant = getattr(constant, part, None)
         # a subclass is a fake tensor, or one whose values torch does not hand out
         if type(constant) in (torch.Tensor, torch.nn.Parameter) and constant.nbytes <= LARGEST_CONSTANT:
-            found[node.target] = constant.detach().cpu().contiguous().clone()
+            with unset_fake_temporarily():  # the compiler works on fake values meanwhile
+                found[node.target] = constant.detach().cpu().contiguous().clone()
     return found
 
 

@@ -13,6 +13,7 @@ from benchmarks import models
 from npu_compiler.backend import CompiledGraph, ascend, compile_fx
 from npu_compiler.graph import periods
 from npu_compiler.graph.effects import storage, tensors
+from npu_compiler.graph.source import place
 from npu_compiler.passes.pipeline import LAYERS_ONCE
 from tests.passes.lowered import lowered
 
@@ -21,7 +22,7 @@ NPU = torch.device("npu", 0)
 
 
 def program(graph: fx.Graph) -> list[str]:
-    """A program call by call: operators, arguments by position, layouts, and which values share memory."""
+    """A program call by call: operators, arguments by position, layouts, which values share memory, and places."""
     number = {node: index for index, node in enumerate(graph.nodes)}
     memory: dict[int, int] = {}
     lines = []
@@ -32,7 +33,7 @@ def program(graph: fx.Graph) -> list[str]:
             for tensor in tensors(node)
         ]
         target = node.target if node.op != "placeholder" else node.name
-        lines.append(f"{node.op} {target} {arguments} {values} {node.meta.get('stack_trace')}")
+        lines.append(f"{node.op} {target} {arguments} {values} {place(node)!r}")
     return lines
 
 
