@@ -190,7 +190,7 @@ def _unwrapped(member: object) -> object:
 def _module(module: types.ModuleType) -> Iterator[str]:
     yield f"{module.__name__} {_version(module.__name__)}"
     file = getattr(module, "__file__", None)
-    if file and not _installed(module.__name__):
+    if file and Path(file).is_file() and not _installed(module.__name__):  # torch.ops names files that do not exist
         yield hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 

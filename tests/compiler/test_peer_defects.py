@@ -211,7 +211,7 @@ def test_every_option_is_part_of_the_cache_key() -> None:
     """torchair: custom passes count by the text of their byte code, or by a constant; a pass switch that is not in the
     key serves a graph compiled with the other setting."""
     plain = fingerprint()
-    decide_nothing = {"dump": "/elsewhere", "dump_inputs": "all", "check": True, "cache": True}
+    decide_nothing = {"dump": "/elsewhere", "dump_inputs": "all", "check": True, "cache": True, "print_pipeline": True}
     for name, value in decide_nothing.items():
         assert fingerprint({name: value}) == plain, name
     all_on = {"matmul_all_reduce": 1}  # a pass that does not run cannot be switched off
