@@ -324,9 +324,11 @@ def _first_write(start: fx.Node, end: fx.Node, storages: set[int] | None = None)
 
 def _movable(node: fx.Node, point: fx.Node, gone: set[fx.Node], moves: dict[fx.Node, None]) -> bool:
     """Whether `node` can be computed before `point`; adds what has to move for it to `moves`."""
+    if node in gone:
+        return False
     if node < point or node in moves:
         return True
-    if node in gone or node is point or not is_pure(node):
+    if node is point or not is_pure(node):
         return False
     if all(_movable(item, point, gone, moves) for item in node.all_input_nodes):
         moves[node] = None

@@ -70,6 +70,25 @@ GRAPHS = {
     "half written beside a returned half and returned as a view": Graph(
         (Own(4), ("add_one", (0,)), ("split", (1,)), ("slice_scatter", (3, 3)), ("even_columns", (4,))), (5, 2)
     ),
+    # an operand was moved before the result of the match that it is made of
+    "weight of a norm made of what it norms": Graph(
+        steps=(
+            Own(rows=4, columns=8, layout="dense"),
+            ("clone", (0,)),
+            ("clone", (1,)),
+            ("clone", (2,)),
+            ("clone", (3,)),
+            Taken(fragment="add_layer_norm_miss_1", place=0),
+            Taken(fragment="add_layer_norm_miss_1", place=2),
+            Taken(fragment="add_layer_norm_miss_1", place=3),
+            ("add_layer_norm_miss_1", (5, 5, 6, 7)),
+            ("add_rms_norm_miss_3", (5, 5)),
+        ),
+        outputs=(10,),
+        writes=(),
+        dtype=torch.float16,
+        dynamic=False,
+    ),
     # the rotation keeps to the strides that lowering promises; torch_npu's own kernels don't
     "rotation of transposed halves": Graph(
         (
