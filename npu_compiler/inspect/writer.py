@@ -165,6 +165,7 @@ class GraphWriter:
     ) -> None:
         self._prints = prints
         self._compile_id = str(CompileContext.current_compile_id() or "")
+        self._started = time.time()
         self.place = _new_folder(parent, re.sub(r"[^\w.-]+", "_", name)[:80] or "graph")
         self._start = time.perf_counter()
         self._programs = 0
@@ -180,7 +181,7 @@ class GraphWriter:
         graph = contents.Graph(
             format=FORMAT,
             name=name,
-            started=time.time(),
+            started=self._started,
             options={key: repr(value) for key, value in values.items()},
             given=tuple(key for key, value in values.items() if value != getattr(DEFAULTS, key)),
             passes=tuple(_pass_info(entry, options) for entry in passes),
@@ -276,8 +277,13 @@ class GraphWriter:
 
     def _why_recompiled(self) -> str:
         """The guard that failed, which Dynamo tells when a compilation has ended; empty for a first compilation."""
-        found = (entry for entry in get_compilation_metrics() if entry.compile_id == self._compile_id)
-        return next((entry.recompile_reason or "" for entry in found), "") if self._compile_id else ""
+        # After torch._dynamo.reset() the ids begin anew: it is the last such compilation that began before this bundle.
+        found = [
+            entry.recompile_reason or ""
+            for entry in get_compilation_metrics()
+            if entry.compile_id == self._compile_id and (entry.start_time or 0.0) <= self._started
+        ]
+        return found[-1] if found and self._compile_id else ""
 
     def keep_inputs(self, run: Callable[..., Any], stable: Sequence[int]) -> Callable[..., Any]:
         """`run`, which at its first call writes down its inputs, as far as they are asked for; `stable` as in

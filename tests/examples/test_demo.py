@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from examples import demo
+from npu_compiler import reasons
 from npu_compiler.serving.report import GraphRecord, RunReport, Step
 
 # A server like vLLM's in what matters here: it answers /health after a while, and has a child that ignores SIGINT.
@@ -118,13 +119,13 @@ def test_stream_is_timed_from_its_pieces() -> None:
 def test_report_of_the_server_is_rendered() -> None:
     report = RunReport(graphs=[GraphRecord("FULL", 4, 4, 12.5, 0.75, replays=7)])
     report.add(Step(decode=True, mode="FULL", tokens=3, padded_tokens=4, generated=3))
-    report.add(Step(decode=False, mode="NONE", tokens=9, padded_tokens=9, generated=1, reason="prefill"))
+    report.add(Step(decode=False, mode="NONE", tokens=9, padded_tokens=9, generated=1, reason=reasons.PREFILL))
     text = demo.render(json.loads(json.dumps(report.as_dict())))
     for part in (
         "captured    1 in 12 ms, 0.75 MiB",
         "7 replays",
         "1 replayed",
-        "eager because prefill: 1",
+        "1 other steps not replayed whole: prefill",
         "25.0%",
         "4 tokens",
     ):

@@ -42,6 +42,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]
     """A function whose cache moved, whose sizes drive each other out, and that was compiled again for another dtype;
     the folder of its bundle, and the captures' reasons."""
     torch._dynamo.reset()
+    other = torch.compile(torch.square, backend="eager", dynamic=False)  # its compilation 0/1 is not the one below
+    other(torch.ones(2)), other(torch.ones(3))
+    torch._dynamo.reset()
     folder = tmp_path_factory.mktemp("dump")
     backend = AscendBackend()
     run = torch.compile(accumulate, backend=backend, dynamic=True, options={"dump": str(folder), "capture_limit": 1})
