@@ -53,13 +53,22 @@ VARIABLES = (
 """Variables of others that change what happens here; none holds a secret."""
 UNCAPTURABLE = {"TASK_QUEUE_ENABLE": "2", "ASCEND_LAUNCH_BLOCKING": "1"}
 """Settings under which torch_npu refuses every capture."""
-METRICS = "vllm.stat_logger_plugins"
+METRICS, COMMAND = "vllm.stat_logger_plugins", "console_scripts"
 ENTRY_POINTS = {
-    "torch_dynamo_backends": {"ascend": 'torch.compile(backend="ascend")'},
-    "vllm.platform_plugins": {"ascend": "vLLM's device `npu`"},
-    "vllm.general_plugins": {"ascend": "vLLM's attention on npu"},
-    METRICS: {"ascend_metrics": "replayed and eager steps in vLLM's metrics and log"},
+    COMMAND: {"npu-compiler": ("npu_compiler.cli:main", "the command `npu-compiler`")},
+    "torch_dynamo_backends": {"ascend": ("npu_compiler.backend:ascend", 'torch.compile(backend="ascend")')},
+    "vllm.platform_plugins": {"ascend": ("npu_compiler.serving:platform_plugin", "vLLM's device `npu`")},
+    "vllm.general_plugins": {"ascend": ("npu_compiler.serving:general_plugin", "vLLM's attention on npu")},
+    METRICS: {
+        "ascend_metrics": (
+            "npu_compiler.serving.metrics:StepMetrics",
+            "replayed and eager steps in vLLM's metrics and log",
+        )
+    },
 }
+"""What an installation registers: group, name, what it stands for, what it is good for. Python reads them from the
+installed metadata, which stays as it is when the sources of an editable installation get another one."""
+OLD = "install npu-compiler again (`make setup`): what is installed is older than its sources"
 # Each runs in a process of its own: a broken torch_npu must not end the doctor. The last line is JSON.
 DEVICE_PROBE = """
 import json, torch
@@ -248,12 +257,15 @@ def _plugins() -> Iterator[Finding]:
         if group.startswith("vllm") and not _version("vllm"):
             continue
         found = importlib.metadata.entry_points(group=group)
-        for name, purpose in wanted.items():
-            ours = [entry for entry in found if entry.name == name and entry.value.startswith("npu_compiler")]
+        for name, (target, purpose) in wanted.items():
+            ours = [entry.value for entry in found if entry.name == name and entry.value.startswith("npu_compiler")]
+            state = "note" if group in (METRICS, COMMAND) else "error"
+            instead = "; `python -m npu_compiler.cli` is the same" if group == COMMAND else ""
             if not ours:
-                advice = "install npu-compiler again (`make setup`): what is installed is older than its sources"
-                state = "note" if group == METRICS else "error"
-                yield Finding(group, state, f"{name} is not registered: no {purpose}", advice)
+                yield Finding(group, state, f"{name} is not registered: no {purpose}{instead}", OLD)
+            elif target not in ours:
+                text = f"{name} is registered as {ours[0]}, which is {target} now: no {purpose}{instead}"
+                yield Finding(group, state, text, OLD)
             elif group.startswith("vllm") and not _allowed(name):
                 yield Finding(group, "note", f"VLLM_PLUGINS leaves {name} out: no {purpose}", f"add {name} to it")
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -72,9 +73,39 @@ def test_settings_that_forbid_captures_and_plugins_left_out(monkeypatch: pytest.
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     left_out = [finding for finding in doctor._plugins() if "VLLM_PLUGINS leaves ascend out" in finding.text]
     assert {finding.topic for finding in left_out} == {"vllm.platform_plugins", "vllm.general_plugins"}
-    monkeypatch.setattr(doctor, "ENTRY_POINTS", {"torch_dynamo_backends": {"descend": "no such thing"}})
-    (missing,) = doctor._plugins()
-    assert missing.state == "error" and "descend is not registered" in missing.text
+
+
+def test_the_doctor_knows_every_entry_point() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    groups = {"console_scripts": project["scripts"], **project["entry-points"]}
+    known = {
+        group: {name: target for name, (target, _) in names.items()} for group, names in doctor.ENTRY_POINTS.items()
+    }
+    assert known == groups
+
+
+def test_an_installation_that_is_older_than_its_sources_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = tmp_path / "npu_compiler-0.1.0.dist-info"
+    older.mkdir()
+    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: npu-compiler\nVersion: 0.1.0\n")
+    (older / "entry_points.txt").write_text(
+        "[torch_dynamo_backends]\nascend = npu_compiler.backend:compile\n\n"
+        "[vllm.platform_plugins]\nascend = npu_compiler.serving:platform_plugin\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))  # of two distributions of one name, the first is the installed one
+    found = {finding.topic: finding for finding in doctor._plugins() if finding.state != "ok"}
+    assert {topic: finding.state for topic, finding in found.items()} == {
+        "console_scripts": "note",
+        "torch_dynamo_backends": "error",
+        "vllm.general_plugins": "error",
+        "vllm.stat_logger_plugins": "note",
+    }
+    assert all("`make setup`" in finding.advice for finding in found.values())
+    assert "npu-compiler is not registered" in found["console_scripts"].text
+    assert "python -m npu_compiler.cli" in found["console_scripts"].text
+    assert "ascend is registered as npu_compiler.backend:compile, which is" in found["torch_dynamo_backends"].text
 
 
 def test_what_is_missing_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
