@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from npu_compiler.graph.effects import value
 
+DTYPE_CASTS = frozenset({"npu::npu_dtype_cast", "npu::_npu_dtype_cast"})
 NO_KERNEL = (NotImplementedError, RuntimeError, ValueError)
 """What torch raises where the CPU has no kernel for a call, or none for float64."""
 
@@ -37,6 +38,8 @@ class Reference(fx.Interpreter):
         if n.op != "call_function" or not isinstance(n.target, torch._ops.OperatorBase):
             return super().run_node(n)
         args, kwargs = tree_map(_on_cpu, self.fetch_args_kwargs_from_env(n), is_leaf=_is_leaf)
+        if _casts_to_float(n):
+            return args[0].double()
         draws = isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
         if not draws:
             try:
@@ -68,6 +71,13 @@ def run(program: fx.GraphModule, arguments: Sequence[Any]) -> tuple[list[Any], l
     with torch.no_grad():
         outputs = reference.run(*arguments)
     return list(outputs), reference.on_device
+
+
+def _casts_to_float(node: fx.Node) -> bool:
+    """Whether a call is torch_npu's own conversion to a floating dtype, for which the CPU has no kernel."""
+    target, found = node.target, value(node)
+    named = isinstance(target, torch._ops.OpOverload) and target._schema.name in DTYPE_CASTS
+    return named and isinstance(found, Tensor) and found.dtype.is_floating_point
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -96,6 +96,14 @@ def test_the_reference_is_float64(dtype: torch.dtype) -> None:
     assert torch.equal(given[2], expected_given[2])
 
 
+def test_a_conversion_of_torch_npu_stays_wide() -> None:
+    graph = lowered(lambda x: torch.ops.npu.npu_dtype_cast(x, torch.bfloat16) * 2, torch.rand(4, 8).npu()).graph
+    x = torch.rand(4, 8, dtype=torch.float64)
+    (found,), on_device = reference.run(graph, [x])
+    assert not on_device
+    assert torch.equal(found, x * 2)
+
+
 BASE = torch.tensor([1.0, -2.0, 4.0, float("inf")])
 
 
