@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from npu_compiler.backend import report
     from npu_compiler.config import Options
     from npu_compiler.errors import NpuCompilerError
+    from npu_compiler.inspect.trace import trace
     from npu_compiler.passes.record import Pass
     from npu_compiler.passes.rewrite import Rule
 
@@ -22,8 +23,9 @@ _HOMES = {
     "Pass": "npu_compiler.passes.record",
     "Rule": "npu_compiler.passes.rewrite",
     "report": "npu_compiler.backend",
+    "trace": "npu_compiler.inspect.trace",
 }
-__all__ = ["NpuCompilerError", "Options", "Pass", "Rule", "__version__", "report"]
+__all__ = ["NpuCompilerError", "Options", "Pass", "Rule", "__version__", "report", "trace"]
 
 
 def __getattr__(name: str) -> Any:

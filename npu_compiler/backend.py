@@ -29,6 +29,7 @@ import npu_compiler
 from npu_compiler import cache, fusion_kernels
 from npu_compiler.aclgraph import npugraph_ex
 from npu_compiler.aclgraph.buckets import buckets as buckets  # serving chooses its capture sizes by it
+from npu_compiler.aclgraph.labels import LabelledCall, Labels
 from npu_compiler.aclgraph.ledger import Ledger
 from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.cache import CacheNote, Program
@@ -215,9 +216,7 @@ def compile_fx(
         before_lowering(gm.graph)
         gm.recompile()
     keep_program = None if keep is None else lambda program: keep(cache.write(program))
-    return _compile(
-        compiled, gm, example_inputs, lambda functional: functional.graph.forward, after_passes, keep=keep_program
-    )
+    return _compile(compiled, gm, example_inputs, _labelled(name), after_passes, keep=keep_program)
 
 
 def load_fx(
@@ -241,7 +240,12 @@ def load_fx(
             found, where=name, rule="a stored program is used only where it fits", fix="compile again"
         )
     compiled = CompiledGraph(name, options)
-    return _compile(compiled, gm, example_inputs, lambda functional: functional.graph.forward, found=found)
+    return _compile(compiled, gm, example_inputs, _labelled(name), found=found)
+
+
+def _labelled(name: str) -> Callable[[Functional], Callable[..., Any]]:
+    """Serves calls by the program itself, whose tasks say in a timeline which call of it they belong to."""
+    return lambda functional: LabelledCall(functional.graph, Labels(name))
 
 
 def _compile(

@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from npu_compiler import __version__
-from npu_compiler.errors import BundleError, OptionError
+from npu_compiler.errors import BundleError, OptionError, TraceError
 
 COMMANDS = (
     "doctor",
@@ -21,11 +21,12 @@ COMMANDS = (
     "bisect",
     "minify",
     "inspect",
+    "trace",
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit code; 2 is a bundle that can't be read, or an unknown argument."""
+    """Runs one subcommand and returns its exit code; 2 is a file that can't be read, or an unknown argument."""
     parser = argparse.ArgumentParser(prog="npu-compiler", description="Tools of the ascend backend of torch.compile.")
     parser.add_argument("--version", action="version", version=f"npu-compiler {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         return int(parsed.run(parsed))
-    except (BundleError, OptionError) as error:
+    except (BundleError, OptionError, TraceError) as error:
         print(error, file=sys.stderr)
         return 2
 

@@ -67,6 +67,10 @@ class BundleError(NpuCompilerError):
     """A bundle can't be read, or what it holds can't be done here."""
 
 
+class TraceError(NpuCompilerError):
+    """A timeline can't be recorded or read."""
+
+
 class TrainingWarning(UserWarning):
     """A compiled function needs gradients, so it runs without passes and without capture."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from npu_compiler.aclgraph.labels import Labels
 from npu_compiler.aclgraph.streams import StreamRunner
 from npu_compiler.errors import CaptureError
 from npu_compiler.graph.effects import host_dependence
@@ -32,12 +33,14 @@ class Captured:
     Attributes:
         graph: the NPUGraph. `outputs`: what the program returned, in the graph's memory.
         milliseconds, mebibytes: what the capture cost.
+        graph_id: by which runtime.trace.nodes knows it; 0 where CANN tells no such thing.
     """
 
     graph: Any
     outputs: list[Any]
     milliseconds: float
     mebibytes: float
+    graph_id: int = 0
 
 
 def refuse_uncapturable(graph: fx.Graph) -> None:
@@ -62,6 +65,7 @@ def capture(
     streams: Sequence[Any],
     error_mode: str,
     plan: StreamPlan | None = None,
+    labels: Labels | None = None,
     room: int = 0,
 ) -> Captured:
     """Records one run of `program`. Nothing is executed.
@@ -70,6 +74,7 @@ def capture(
         arguments: tensors at the addresses every replay will use, and sizes.
         streams: the stream to capture, and those that `plan` uses beside it.
         plan: what runs on which stream (plan/schedule.py); None: everything on the first.
+        labels: what the tasks say of themselves in a timeline, where that was made before.
         pool: memory pool of the compiled function (torch.npu.graph_pool_handle()).
         room: bytes to get for the pool in one piece before anything else takes from it, for larger shapes to come. A
             pool gives back nothing while it has graphs, and can't join pieces: without this, each larger shape than
@@ -80,7 +85,8 @@ def capture(
         torch.OutOfMemoryError: the device has no memory left.
     """
     with EXCLUSIVE:
-        return _capture(StreamRunner(program, plan, streams), arguments, name, pool, streams[0], error_mode, room)
+        runner = StreamRunner(program, labels or Labels(name), plan, streams)
+        return _capture(runner, arguments, name, pool, streams[0], error_mode, room)
 
 
 def _capture(
@@ -110,7 +116,7 @@ def _capture(
             ) from error
         graph.capture_end()
     milliseconds = (time.perf_counter() - start) * 1e3
-    return Captured(graph, list(outputs), milliseconds, (npu.memory_reserved() - reserved) / MIB)
+    return Captured(graph, list(outputs), milliseconds, (npu.memory_reserved() - reserved) / MIB, runner.graph_id)
 
 
 def _make_room(size: int) -> None:

@@ -25,6 +25,7 @@ class Capture:
         mebibytes: by how much the device memory reserved by this process grew.
         calls: how many operators were recorded.
         streams: what several streams are estimated to save; empty where one is used.
+        graph_id: by which runtime.trace.nodes knows the captured graph; 0 where CANN tells no such thing.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Capture:
     mebibytes: float
     calls: int
     streams: str = ""
+    graph_id: int = 0
 
     def __str__(self) -> str:
         price = f"{self.calls} calls, {self.milliseconds:.1f} ms, {self.mebibytes:.1f} MiB"

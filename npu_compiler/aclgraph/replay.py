@@ -22,6 +22,7 @@ from npu_compiler.aclgraph.budget import Budget
 from npu_compiler.aclgraph.capture import EXCLUSIVE, capture, refuse_uncapturable
 from npu_compiler.aclgraph.forecast import Forecast
 from npu_compiler.aclgraph.inputs import Buffers, InputPlan, writable
+from npu_compiler.aclgraph.labels import LabelledCall, Labels
 from npu_compiler.aclgraph.ledger import Capture, Ledger
 from npu_compiler.aclgraph.outputs import OutputPlan
 from npu_compiler.aclgraph.sizes import NumberOutputs
@@ -86,6 +87,8 @@ class Replayer:
     ) -> None:
         self.ledger = Ledger()
         self._program = program
+        self._labels = Labels(name)
+        self._call = LabelledCall(program, self._labels)
         self._options = options
         self._name = name
         self._plan = InputPlan.of(program.graph, stable, names)
@@ -155,7 +158,7 @@ class Replayer:
 
     def _uncaptured(self, args: Sequence[Any], reason: Why) -> Any:
         self.ledger.uncaptured[reason] += 1
-        return self._program(*args)
+        return self._call(*args)
 
     def _first(self, key: Key, args: Sequence[Any], reason: Why) -> Any:
         """Runs the call, then captures its shape."""
@@ -214,13 +217,23 @@ class Replayer:
             streams=self._streams.of(plan),
             error_mode=self._options.capture_error_mode,
             plan=plan,
+            labels=self._labels,
             room=room,
         )
         streams = plan.streams if plan is not None else 1
         self._budget.add(made.milliseconds / 1e3, made.mebibytes, new_buffers, streams)
         self._captured = key
         self.ledger.add(
-            Capture(self._key_text(key), reason, made.milliseconds, made.mebibytes, self._calls, summary(plan)), plan
+            Capture(
+                self._key_text(key),
+                reason,
+                made.milliseconds,
+                made.mebibytes,
+                self._calls,
+                summary(plan),
+                made.graph_id,
+            ),
+            plan,
         )
         owners = [args[position] for position in bound]
         return Replayable(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from npu_compiler.aclgraph.labels import Labeller, Labels
 from npu_compiler.plan.dependencies import Dependencies
 from npu_compiler.plan.estimate import sizes_of
 from npu_compiler.plan.happens_before import verify
@@ -52,21 +53,18 @@ class Streams:
         return self._streams
 
 
-class StreamRunner(fx.Interpreter):
+class StreamRunner(Labeller):
     """Runs the program call by call, each on the stream that the plan gives it, so that a refused call can be named.
-
-    Attributes:
-        current: the node being run.
 
     Args:
         plan: None runs everything on the current stream.
         streams: the plan's streams; the first is the one that is captured.
     """
 
-    def __init__(self, program: fx.GraphModule, plan: StreamPlan | None = None, streams: Sequence[Any] = ()) -> None:
-        super().__init__(program)
-        self.current: fx.Node | None = None
-        self.extra_traceback = False
+    def __init__(
+        self, program: fx.GraphModule, labels: Labels, plan: StreamPlan | None, streams: Sequence[Any]
+    ) -> None:
+        super().__init__(program, labels, streams[MAIN])
         self._plan, self._streams = plan, streams
         if plan is not None:
             self._steps = {step.node: step for step in plan.steps}
@@ -83,16 +81,16 @@ class StreamRunner(fx.Interpreter):
             self._streams[MAIN].wait_event(self._events[event])
         return result
 
-    def run_node(self, n: fx.Node) -> Any:
-        self.current = n
+    def call(self, n: fx.Node) -> Any:
+        """Runs a node on its stream, behind what the plan says it waits for."""
         step = self._steps.get(n) if self._plan is not None else None
         if step is None:
-            return super().run_node(n)
+            return super().call(n)
         stream = self._streams[step.stream]
         for event in step.waits:
             stream.wait_event(self._events[event])
         with torch.npu.stream(stream):
-            result = super().run_node(n)
+            result = super().call(n)
         if step.record:
             self._events[step.record].record(stream)
         return result

@@ -240,11 +240,21 @@ class Step(Data):
     end: float = 0.0
 
 
+class Task(Data):
+    """A task of a captured graph: its name, the stream of the graph, and the call of the final program it belongs to;
+    empty for what copies or waits between the calls."""
+
+    name: str
+    stream: int
+    node: str = ""
+
+
 class Captured(Data):
     """A line of `captures.jsonl`: a capture (aclgraph.ledger.Capture), and what had happened before it.
 
     Attributes:
         steps, joins: the plan of streams; empty where one is used.
+        tasks: what was captured, in order; empty where CANN does not tell.
         replays, uncaptured, evicted: of the compiled graph so far.
     """
 
@@ -256,6 +266,7 @@ class Captured(Data):
     streams: str = ""
     steps: tuple[Step, ...] = ()
     joins: tuple[int, ...] = ()
+    tasks: tuple[Task, ...] = ()
     replays: int = 0
     uncaptured: dict[str, int] = Field(default_factory=dict)
     evicted: tuple[str, ...] = ()

@@ -59,7 +59,7 @@ from npu_compiler.plan.estimate import Sizes
 from npu_compiler.plan.memory import MemoryPlan
 from npu_compiler.plan.order import Arrangement
 from npu_compiler.plan.schedule import StreamPlan
-from npu_compiler.runtime import loader
+from npu_compiler.runtime import loader, trace
 
 VERSIONED = ("npu-compiler", "torch", "torch_npu", "vllm", "transformers", "triton", "sympy", "numpy")
 OWN = "NPU_COMPILER_"
@@ -441,7 +441,12 @@ def _captured(ledger: Ledger, capture: Capture, plan: StreamPlan | None) -> cont
         capture,
         steps=tuple(_data(contents.Step, step, node=step.node.name) for step in steps),
         joins=() if plan is None else plan.joins,
+        tasks=tuple(_task(entry) for entry in trace.nodes(capture.graph_id)),
         replays=ledger.replays,
         uncaptured=dict(ledger.uncaptured),
         evicted=tuple(ledger.evicted),
     )
+
+
+def _task(node: Mapping[str, Any]) -> contents.Task:
+    return contents.Task.model_construct(name=node["name"], stream=node["stream"], node=node.get("node", ""))

@@ -38,6 +38,12 @@ class ServingOptions:
     capture_budget_mib: float = 0.0
     """MiB of device memory that captures may take, likewise."""
 
+    trace_dir: str | None = None
+    """Folder for a timeline of some steps, a file each rank. None: only /start_profile makes one."""
+
+    trace_steps: tuple[int, int] = (100, 109)
+    """The first and the last step of it: steps of the engine after its start, counted from 1."""
+
     compile: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the `ascend` compile backend (npu_compiler.config), without those of its capture: vLLM captures."""
 
@@ -95,6 +101,14 @@ class ServingOptions:
                     f"additional_config: {name} must be a number >= 0, got {value!r}; 0 sets no limit, and "
                     "cudagraph_mode NONE captures nothing"
                 )
+        if self.trace_dir is not None and not isinstance(self.trace_dir, str):
+            raise ValueError(f"additional_config: trace_dir must be a folder, got {self.trace_dir!r}")
+        steps = self.trace_steps
+        whole = isinstance(steps, (list, tuple)) and len(steps) == 2 and all(type(step) is int for step in steps)
+        if not whole or not 1 <= steps[0] <= steps[1]:
+            raise ValueError(
+                f"additional_config: trace_steps must be the first and the last step, counted from 1, got {steps!r}"
+            )
         if not isinstance(self.compile, dict):
             raise ValueError(f"additional_config: compile must be a JSON object of options, got {self.compile!r}")
         compile_options(self.compile)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch_npu import npu
-from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.config.profiler import ProfilerConfig
 from vllm.distributed import get_pp_group
+from vllm.distributed.utils import get_worker_rank_suffix
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.gc_utils import freeze_gc_heap, maybe_attach_gc_debug_callback
@@ -20,6 +23,7 @@ from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from npu_compiler.serving import moe  # noqa: F401  # gives vLLM its experts
+from npu_compiler.serving.options import ServingOptions
 from npu_compiler.serving.platform import NPUPlatform
 from npu_compiler.serving.runner import NPUModelRunner
 
@@ -30,6 +34,11 @@ class NPUWorker(Worker):
     """One rank: one npu, its HCCL groups and its model runner."""
 
     model_runner: NPUModelRunner
+    profiler: Any
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(_without_profiler(vllm_config), *args, **kwargs)
+        self.vllm_config, self.profiler_config = vllm_config, vllm_config.profiler_config
 
     def init_device(self) -> None:
         """Takes the device of this rank, joins the groups and makes the model runner.
@@ -97,6 +106,7 @@ class NPUWorker(Worker):
         set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)
         freeze_gc_heap()
         maybe_attach_gc_debug_callback()
+        self._start_trace()
         compilation = self.compilation_config
         return CompilationTimes(
             language_model=compilation.compilation_time, encoder=compilation.encoder_compilation_time
@@ -139,6 +149,23 @@ class NPUWorker(Worker):
         """Starts the report's counters again."""
         self.model_runner.report.clear()
 
+    # -- timelines ----------------------------------------------------------------------------------------------------
+
+    def profile(self, is_start: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Starts or ends a timeline (POST /start_profile, LLM.start_profile). See vLLM's Worker for the arguments."""
+        if is_start and self.profiler_config.profiler is not None and not (self.profiler and self.profiler.busy):
+            from npu_compiler.serving.profiler import TimelineProfiler
+
+            self.profiler = TimelineProfiler(self.profiler_config, self.profiler_config.torch_profiler_dir, "")
+        super().profile(is_start, *args, **kwargs)
+
+    def _start_trace(self) -> None:
+        options = ServingOptions.of(self.vllm_config)
+        if options.trace_dir is not None:
+            from npu_compiler.serving import profiler
+
+            self.profiler = profiler.of_options(options, get_worker_rank_suffix(global_rank=self.rank))
+
     def shutdown(self) -> None:
         runner = getattr(self, "model_runner", None)
         if runner is not None and self.rank == 0:
@@ -146,3 +173,20 @@ class NPUWorker(Worker):
         if runner is not None and runner.report_file is not None:
             runner.report_file.write(runner.report)
         super().shutdown()
+
+
+def _without_profiler(config: VllmConfig) -> VllmConfig:
+    """`config` for vLLM's own worker, which knows the profilers of a few devices only and refuses to start on others.
+
+    Raises:
+        ValueError: another profiler than "torch" is asked for.
+    """
+    kind = config.profiler_config.profiler
+    if kind not in (None, "torch"):
+        raise ValueError(
+            f"--profiler-config: profiler {kind!r} is of other devices; npu has 'torch', which writes a timeline to "
+            "torch_profiler_dir"
+        )
+    quiet = copy.copy(config)
+    quiet.profiler_config = ProfilerConfig()
+    return quiet

@@ -135,7 +135,9 @@ Node* Capture::record(Member& member, TaskPtr task, aclmdlRITaskType type) {
   while (&members[index] != &member) ++index;
   ++at(member.clock, index);
   count(Counter::kCapturedTasks);
-  return &graph->add_node(index, std::move(task), type);
+  Node& node = graph->add_node(index, std::move(task), type);
+  node.label = label;
+  return &node;
 }
 
 bool Capture::unjoined(std::string* which) const {

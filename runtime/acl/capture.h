@@ -36,6 +36,7 @@ class Capture {
   std::deque<Member> members;  ///< the first is the stream the capture began on
   std::string invalid;         ///< why the capture cannot succeed any more; empty while it can
   bool active = true;
+  uint32_t label = 0;  ///< of the tasks to come (trace.h)
 
  private:
   static uint64_t& at(std::vector<uint64_t>& clock, size_t index);

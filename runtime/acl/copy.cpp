@@ -155,6 +155,7 @@ aclError copy_now(const char* function, const CopyShape& shape, size_t room, acl
     if (require_context(function) == nullptr) return last_error();
     if (const aclError error = refuse_unsafe(function)) return error;
     count(Counter::kHostSynchronizations);
+    const trace::Call call(function);
     check::host_access(function, shape.source, extent(shape, shape.source_pitch), shape.destination,
                        extent(shape, shape.destination_pitch));
     copy_rows(shape);
@@ -198,6 +199,7 @@ aclError fill_now(const char* function, void* address, size_t room, int32_t valu
     if (const aclError error = check_end(function, "devPtr", address, bytes)) return error;
     if (const aclError error = refuse_unsafe(function)) return error;
     count(Counter::kHostSynchronizations);
+    const trace::Call call(function);
     check::host_access(function, nullptr, 0, address, bytes);
     FillTask::fill(address, value, bytes);
     return ACL_SUCCESS;

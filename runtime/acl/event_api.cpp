@@ -45,6 +45,7 @@ aclError synchronize_event(aclrtEvent handle, int64_t timeout_ms, const char* fu
     if (!event) return last_error();
     if (const aclError error = refuse_captured_event(*event, function)) return error;
     count(Counter::kHostSynchronizations);
+    const trace::Call call(function);
     if (event->kind == Event::Kind::kExternal) {
       event->wait_flag();
       check::synchronized(*event);

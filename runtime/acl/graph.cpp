@@ -3,6 +3,7 @@
 #include "runtime/acl/check.h"
 #include "runtime/acl/counters.h"
 #include "runtime/acl/handles.h"
+#include "runtime/acl/trace.h"
 
 namespace host_runtime {
 namespace {
@@ -27,6 +28,13 @@ std::shared_ptr<Graph> find_graph(aclmdlRI handle, const char* function) {
          std::string(function) + ": this graph does not exist (destroyed, or not a graph)");
   }
   return graph;
+}
+
+std::shared_ptr<Graph> find_graph_by_id(uint32_t id) {
+  for (auto& graph : graphs().all()) {
+    if (graph->id == id) return std::move(graph);
+  }
+  return nullptr;
 }
 
 aclmdlRI register_graph(std::shared_ptr<Graph> graph) { return graphs().add(std::move(graph)); }
@@ -57,7 +65,7 @@ std::shared_ptr<GraphStream> Graph::add_stream(int32_t origin_id) {
 }
 
 Node& Graph::add_node(size_t stream, TaskPtr task, aclmdlRITaskType type) {
-  nodes.push_back(Node{std::move(task), stream, nodes.size(), type, -1, nullptr, "", true});
+  nodes.push_back(Node{std::move(task), stream, nodes.size(), type, -1, nullptr, "", true, 0});
   streams[stream]->nodes.push_back(nodes.back().index);
   return nodes.back();
 }
@@ -95,13 +103,16 @@ void Graph::rethrow(size_t index) const {
 
 void Graph::run_range(size_t from, size_t to) {
   const bool checked = check::on();
+  const bool traced = trace::on();
   size_t i = from;
   try {
     for (; i < to; ++i) {
       Task* task = order_[i].load(std::memory_order_acquire);
       if (task == nullptr) continue;
       if (checked) check::before_node(*this, nodes[i], *task);
+      const int64_t start = traced ? trace::now() : 0;
       task->run();
+      if (traced) trace::node(*this, nodes[i], *task, start);
       if (checked) check::after_node(*this, nodes[i], *task);
     }
   } catch (...) {

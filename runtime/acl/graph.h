@@ -39,6 +39,7 @@ struct Node {
   std::shared_ptr<TaskGroup> group;
   std::string operator_info;
   bool enabled = true;
+  uint32_t label = 0;  ///< what it belongs to, by the capture's labels (trace.h)
 };
 
 /// A stream of the graph's own: captured streams go on living without the graph.
@@ -126,6 +127,8 @@ class UpdateTask final : public Task {
 
 /// Null, with the error set, when the handle names no graph.
 std::shared_ptr<Graph> find_graph(aclmdlRI handle, const char* function);
+/// Null when no live graph has this id.
+std::shared_ptr<Graph> find_graph_by_id(uint32_t id);
 aclmdlRI register_graph(std::shared_ptr<Graph> graph);
 std::shared_ptr<Graph> unregister_graph(aclmdlRI handle);
 

@@ -60,7 +60,9 @@ aclError Stream::enqueue(TaskPtr task) {
     if (auto* control = dynamic_cast<ControlTask*>(task.get())) control->skip(*failure);
     return fail(failure->code, failure->message);
   }
-  Entry entry{std::move(task), check::submitted()};
+  trace::Call call(*task);
+  Entry entry{std::move(task), check::submitted(), trace::Launch::next(label.load())};
+  call.launched(entry.launch);
   {
     std::lock_guard lock(queue_mutex_);
     if (closing_) {
@@ -92,7 +94,7 @@ void Stream::work() {
     }
     if (batch.empty() && stop_.load()) return;
     for (Entry& entry : batch) {
-      run_one(*entry.task, entry.submitted.get());
+      run_one(entry);
       entry.task.reset();
       completed_.fetch_add(1);
       work_done_.notify();
@@ -101,14 +103,16 @@ void Stream::work() {
   }
 }
 
-void Stream::run_one(Task& task, const VectorClock* submitted) {
+void Stream::run_one(const Entry& entry) {
+  Task& task = *entry.task;
   if (failed_.load() && stop_on_failure.load()) {
     count(Counter::kSkippedTasks);
     if (auto* control = dynamic_cast<ControlTask*>(&task)) control->skip(*failure());
     return;
   }
   try {
-    check::before(*this, task, submitted);
+    check::before(*this, task, entry.submitted.get());
+    const trace::Running running(*this, task, entry.launch);
     task.run();
     check::after(*this, task);
   } catch (const TaskError& error) {
@@ -136,6 +140,7 @@ std::optional<StreamFailure> Stream::failure() const {
 
 aclError Stream::synchronize(const Deadline& deadline, const char* function) {
   count(Counter::kHostSynchronizations);
+  const trace::Call call(function);
   const uint64_t target = submitted_.load();
   if (!work_done_.wait([&] { return completed_.load() >= target; }, deadline)) {
     return fail(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,

@@ -11,6 +11,7 @@
 #include "runtime/acl/device.h"
 #include "runtime/acl/shadow.h"
 #include "runtime/acl/task.h"
+#include "runtime/acl/trace.h"
 #include "runtime/acl/wait.h"
 
 namespace host_runtime {
@@ -65,6 +66,7 @@ class Stream {
   std::atomic<uint32_t> overflow_switch{0};
   std::atomic<uint32_t> custom_tag{0};
   std::atomic<uint32_t> cache_operator_info{0};
+  std::atomic<uint32_t> label{0};  ///< of the tasks to come (trace.h)
   std::mutex limits_mutex;
   std::map<int, uint32_t> core_limits;
 
@@ -79,11 +81,12 @@ class Stream {
   struct Entry {
     TaskPtr task;
     std::unique_ptr<VectorClock> submitted;  // of the checking mode
+    trace::Launch launch;
   };
 
   void start_worker();
   void work();
-  void run_one(Task& task, const VectorClock* submitted);
+  void run_one(const Entry& entry);
   void record_failure(aclError code, const std::string& message);
 
   std::mutex queue_mutex_;

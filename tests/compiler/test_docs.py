@@ -51,6 +51,7 @@ RUNS = (
     "4 of 6 calls: first call of a shape, before its capture\n  change: nothing: one call a shape",
     *("moved in memory, once, ", ": cache 0x", "called again after its graph was driven out, once, "),
 )
+TRACE = ("critical path: ", "['step ", " swiglu\n")
 FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
 
 
@@ -65,6 +66,7 @@ FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
         ("page.md", ("one file of ", "added add_rms_norm_default", " tasks, ")),
         ("bisect.md", BISECT),
         ("runs.md", RUNS),
+        ("trace.md", TRACE),
     ],
 )
 def test_examples(page: str, expected: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

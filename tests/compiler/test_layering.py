@@ -18,14 +18,14 @@ FOLDERS = {
 }
 # The parts that each part may import, itself aside. config, errors and reasons are leaves that every part may import.
 MAY_IMPORT = {
-    "serving": {"backend", "runtime", "doctor"},
+    "serving": {"backend", "runtime", "doctor", "inspect"},
     "backend": {"cache", "lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "inspect"},
     "commands": {"inspect", "cache", "doctor"},
     "inspect": {"cache", "lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "runtime"},
     "cache": {"passes", "graph", "facts", "fusion_kernels"},
     "lowering": {"graph", "facts", "fusion_kernels"},
     "passes": {"graph", "facts", "fusion_kernels"},
-    "aclgraph": {"plan", "graph", "facts", "fusion_kernels"},
+    "aclgraph": {"plan", "graph", "facts", "fusion_kernels", "runtime"},
     "plan": {"graph", "facts", "fusion_kernels"},
     "graph": {"facts"},
     "facts": set(),
