@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from npu_compiler.fusion_kernels import watched
 from npu_compiler.fusion_kernels.geglu import GEGLU
 from npu_compiler.fusion_kernels.gelu import FAST_GELU
 from npu_compiler.fusion_kernels.layer_norm import ADD_LAYER_NORM
@@ -60,4 +61,5 @@ def register() -> torch.library.Library:
         library.define(entry.schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(entry.name, entry, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{entry.name}", entry.fake, lib=library)
+    watched.register(library)
     return library

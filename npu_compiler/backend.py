@@ -35,12 +35,15 @@ from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.cache import CacheNote, Program
 from npu_compiler.config import DECIDE_NOTHING, Options, refuse_mode
 from npu_compiler.errors import OptionError, StoredProgramError
+from npu_compiler.fusion_kernels import watched as watching
 from npu_compiler.fusion_kernels.chosen import providers
+from npu_compiler.fusion_kernels.watched import Seen as Seen
 from npu_compiler.graph import digest, once, serialized
 from npu_compiler.graph.source import where
 from npu_compiler.lowering.floats import specialize_module_floats
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
+from npu_compiler.passes import watch as watch_places
 from npu_compiler.passes.record import PassRecord, report_lines
 from npu_compiler.plan import memory
 from npu_compiler.plan.memory import MemoryPlan
@@ -78,6 +81,7 @@ class CompiledGraph:
         key: what decides about the result, part by part: the key of the cache. Empty without a cache.
         missed: what differed from the nearest program that was stored before, where this one had to be stored.
         dumped: where its part of a bundle is, and how large; empty without a dump.
+        points: the memory of what the option `watch` names.
     """
 
     def __init__(self, name: str, options: Options) -> None:
@@ -92,6 +96,7 @@ class CompiledGraph:
         self.key: dict[str, str] = {}
         self.missed: list[str] = []
         self.dumped = ""
+        self.points: list[watching.Point] = []
         self._call: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -182,6 +187,18 @@ def report() -> str:
     """What became of the graphs torch.compile(backend="ascend") has compiled in this process and that are alive: each
     pass with what it did and left out and why, each capture with its price, the count of replays."""
     return "\n".join(str(entry) for entry in ascend.compiled()) or "nothing compiled"
+
+
+def is_watched(graph: fx.Graph, options: Options) -> bool:
+    """Whether the option `watch` names something in a dynamo graph, so that one that looks like it is another."""
+    return watch_places.concerns(graph, options.watch)
+
+
+def watched() -> list[Seen]:
+    """What the values that the option `watch` names held in the calls since this was asked last, by graph, call and
+    place in the program: of the entries of `nan`, the first of a call is where the NaN came from. Waits for the device,
+    so it can't be called during a capture."""
+    return watching.read()
 
 
 def compile_fx(
@@ -371,10 +388,13 @@ def _serve_once(
 ) -> Callable[..., Any]:
     """`serve`, with what is computed once taken out of the program and handed to it as inputs."""
     part = compiled.constants = once.split(functional.graph)
-    call = serve(functional) if part is None else _with_values(part, functional, serve)
     _show_code("ascend final", functional.graph)
     if watch is not None:
         watch("final", functional.graph, None)
+    if compiled.options.watch:
+        compiled.points = watching.bind(functional.graph.graph, compiled.name, compiled.options.watch_keep)
+        functional.graph.recompile()
+    call = serve(functional) if part is None else _with_values(part, functional, serve)
     if dump is None:
         return call
     dump.plan(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from npu_compiler.errors import OptionError
 MULTISTREAM = ("off", "auto")
 CAPTURERS = ("ascend", "npugraph_ex")
 DUMP_INPUTS = ("off", "call", "all")
+WATCHES = ("stats", "values", "nan", "inf")
+WATCH = "NPU_COMPILER_WATCH"
+"""Environment variable with entries of the option `watch`, separated by commas; the option comes first."""
 CAPTURE_ERROR_MODES = ("global", "thread_local", "relaxed")
 
 
@@ -79,6 +83,12 @@ class Options:
     """Run the passes on a few of a model's equal layers and repeat what they made of one (graph/periods.py)."""
     check: bool = False
     """Check the program after every pass (graph/spec.py); a pass that breaks it is named in a SpecError."""
+    watch: tuple[str, ...] = ()
+    """Values to look at while the program runs, captured or not: "PLACE:WHAT", with a module path
+    ("model.layers.3.mlp", "model.layers.*"), a line ("model.py:88") or "*" (what is behind the passes) for PLACE, and
+    stats, values, nan or inf for WHAT. `npu_compiler.watched()` reads them. Empty: $NPU_COMPILER_WATCH."""
+    watch_keep: int = 16
+    """How many calls a watched value is kept until it is read."""
     dump: str = ""
     """Folder for a bundle of everything that was done (npu_compiler/inspect). Empty: $NPU_COMPILER_DUMP, or no dump."""
     dump_inputs: str = "off"
@@ -100,6 +110,12 @@ class Options:
                 f"capture_sizes={self.capture_sizes} can't work",
                 rule="sizes are positive and named once",
                 fix="list each dynamic size to capture once, for example capture_sizes=(1, 2, 4, 8)",
+            )
+        for entry in self.watch:
+            watched(entry)
+        if self.watch_keep < 1:
+            raise OptionError(
+                f"watch_keep={self.watch_keep} keeps nothing", rule="watch_keep is at least 1", fix="leave it out"
             )
         if self.matmul_all_reduce < 0:
             raise OptionError(
@@ -147,7 +163,31 @@ class Options:
                 )
         values = {name: _typed(name, getattr(DEFAULTS, name), value) for name, value in given.items()}
         _refuse_contradictions(values)
+        if not values.get("watch") and os.environ.get(WATCH):
+            values["watch"] = tuple(os.environ[WATCH].split(","))
         return cls(**values)
+
+
+def watched(entry: str) -> tuple[str, str]:
+    """The place and the kind of an entry of the option `watch`.
+
+    Raises:
+        OptionError: it is none.
+    """
+    place, _, what = entry.strip().rpartition(":")
+    if not place or what not in WATCHES:
+        raise OptionError(
+            f"watch names {entry!r}",
+            rule=f"it is PLACE:WHAT, with {', '.join(WATCHES)} for WHAT",
+            fix="write for example watch=['model.layers.3.mlp:stats', 'model.py:88:values', '*:nan']",
+        )
+    if place == "*" and what not in ("nan", "inf"):
+        raise OptionError(
+            f"watch names {entry!r}: every value of a program",
+            rule="all values can be watched for NaN and infinite ones only; to keep them all would take their memory",
+            fix="name a module or a line, or write '*:nan'",
+        )
+    return place, what
 
 
 DEFAULTS = Options()
@@ -173,6 +213,7 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
         sides.append(("capture=False", (*OF_CAPTURES, "capture_with", "npugraph_ex"), "capture=False makes none"))
     if values.get("capture_with") == "npugraph_ex":
         sides.append(("capture_with='npugraph_ex'", OF_CAPTURES, "npugraph_ex has options of its own for that"))
+        sides.append(("capture_with='npugraph_ex'", ("watch",), "npugraph_ex's own passes don't know the notes"))
     elif values.get("npugraph_ex"):
         sides.append(("capture_with='ascend'", ("npugraph_ex",), "only npugraph_ex reads them"))
     for side, others, why in sides:

@@ -41,7 +41,9 @@ from npu_compiler.passes import (
     swiglu_quant,
     transpose_bmm,
     users,
+    watch_all,
 )
+from npu_compiler.passes import watch as watch_places
 from npu_compiler.passes.record import EnoughRewrites, Pass, PassRecord
 from npu_compiler.passes.rewrite import apply
 
@@ -148,6 +150,24 @@ def run(
         watch(LOWERED, module, None)
     if until is not None:
         return _run_all(module, options, after_rules, watch, until)
+    first, last = watch_places.pass_of(options.watch), watch_all.pass_of(options.watch)
+    records = [_run_alone(first, module, options, watch)] if first is not None else []
+    records += _run_layers(module, options, after_rules, watch)
+    return [*records, _run_alone(last, module, options, watch)] if last is not None else records
+
+
+def _run_alone(entry: Pass, module: fx.GraphModule, options: Options, watch: Watch | None) -> PassRecord:
+    """Runs a pass that every layer of the program is shown to."""
+    record = run_pass(entry, module, options, SpecCheck(module) if options.check else None)
+    if watch is not None:
+        watch(entry.name, module, record)
+    return record
+
+
+def _run_layers(
+    module: fx.GraphModule, options: Options, after_rules: Hook | None, watch: Watch | None
+) -> list[PassRecord]:
+    """Runs the passes, on a few of a program's equal layers where it has such."""
     record = PassRecord(LAYERS_ONCE, nodes_before=count_calls(module.graph), nodes_after=count_calls(module.graph))
     records = _run_once(module, options, after_rules, watch, record) if _is_local(options, after_rules) else None
     if records is None:

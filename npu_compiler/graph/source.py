@@ -65,10 +65,22 @@ def beginning(graph: fx.Graph) -> str:
     return next((str(place(node)) for node in calls if str(place(node))), "")
 
 
-def _module_path(node: fx.Node) -> str:
+def lines(node: fx.Node) -> list[tuple[str, int]]:
+    """The lines of code, file and number, that led to `node`, outermost first."""
+    return [(file, int(line)) for file, line, *_ in _FRAME.findall(node.meta.get("stack_trace") or "")]
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """The paths of the modules that `node` lies in, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
-    entries = [entry[0] for entry in stack.values() if isinstance(entry, tuple) and entry and entry[0]]
-    path = entries[-1] if entries else ""
+    return [_plain(entry[0]) for entry in stack.values() if isinstance(entry, tuple) and entry and entry[0]]
+
+
+def _module_path(node: fx.Node) -> str:
+    return next(reversed(module_paths(node)), "")
+
+
+def _plain(path: str) -> str:
     for prefix in ("L['self'].", "L['fn'].", "L['self']", "L['fn']"):
         path = path.removeprefix(prefix)
     return path.replace("_modules['", "").replace("']", "")

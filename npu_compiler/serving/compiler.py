@@ -20,7 +20,7 @@ from vllm.config.utils import Range
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from npu_compiler.backend import STORED, compile_fx, fingerprint, load_fx
+from npu_compiler.backend import STORED, compile_fx, fingerprint, is_watched, load_fx
 from npu_compiler.errors import StoredProgramError
 from npu_compiler.serving import dump, qkv_attention
 from npu_compiler.serving.options import compile_options
@@ -67,7 +67,8 @@ class AscendCompiler(CompilerInterface):
 
     vLLM captures by itself (graph_wrapper.py), so this is the backend without its capture. What was compiled lies in
     vLLM's compile cache, one file a piece: the next start with the same settings loads it and skips lowering and
-    passes. Pieces that are equal but for names, as those of a model's layers, are compiled once.
+    passes. Pieces that are equal but for names, as those of a model's layers, are compiled once, if nothing in them is
+    watched.
     """
 
     name = "ascend"
@@ -95,7 +96,8 @@ class AscendCompiler(CompilerInterface):
         key: str | None = None,
     ) -> tuple[Callable[..., Any] | None, Any | None]:
         """See CompilerInterface. `graph` is left as it is: vLLM compiles it once a range."""
-        tell_vllm_the_key(graph, example_inputs)
+        if not is_watched(graph.graph, self._options):
+            tell_vllm_the_key(graph, example_inputs)
         name = key or f"vllm_{compile_range.start}_{compile_range.end}"
         file = None if self._folder is None else self._folder / f"{name}.program"
         compiled = compile_fx(

@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from npu_compiler.backend import Seen, watched
 from npu_compiler.serving import moe  # noqa: F401  # gives vLLM its experts
 from npu_compiler.serving.options import ServingOptions
 from npu_compiler.serving.platform import NPUPlatform
@@ -144,6 +145,11 @@ class NPUWorker(Worker):
     def report(self) -> dict[str, Any]:
         """What this rank did so far (docs/serving.md). `LLM.collective_rpc("report")` returns one a rank."""
         return self.model_runner.report.as_dict()
+
+    def watched(self) -> list[Seen]:
+        """What watched values held since the last time (docs/watch.md); of LLM.collective_rpc("watched") a list each
+        rank."""
+        return watched()
 
     def clear_report(self) -> None:
         """Starts the report's counters again."""

@@ -52,6 +52,7 @@ RUNS = (
     *("moved in memory, once, ", ": cache 0x", "called again after its graph was driven out, once, "),
 )
 TRACE = ("critical path: ", "['step ", " swiglu\n")
+WATCH = ("gate at ", " of 64", "tensor([[", " NaN")
 FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
 
 
@@ -67,6 +68,7 @@ FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
         ("bisect.md", BISECT),
         ("runs.md", RUNS),
         ("trace.md", TRACE),
+        ("watch.md", WATCH),
     ],
 )
 def test_examples(page: str, expected: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
