@@ -9,11 +9,11 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from npu_compiler import __version__
 from npu_compiler.errors import TraceError
 from npu_compiler.runtime import loader
 from npu_compiler.runtime import trace as recording
@@ -101,7 +101,8 @@ class Recorder:
 
 def _write(file: Path, events: Sequence[recording.Event]) -> None:
     choice = loader.choose()
-    about = {"made_by": f"npu-compiler {__version__}", "cann": f"{choice.runtime}, because {choice.reason}"}
+    version = metadata.version("npu-compiler")
+    about = {"made_by": f"npu-compiler {version}", "cann": f"{choice.runtime}, because {choice.reason}"}
     text = json.dumps({"traceEvents": events, "displayTimeUnit": "ns", "otherData": about}).encode()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

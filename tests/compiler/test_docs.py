@@ -51,7 +51,7 @@ RUNS = (
     "4 of 6 calls: first call of a shape, before its capture\n  change: nothing: one call a shape",
     *("moved in memory, once, ", ": cache 0x", "called again after its graph was driven out, once, "),
 )
-TRACE = ("critical path: ", "['step ", " swiglu\n")
+TRACE = ("critical path: ", "['step ", " swiglu_default\n")
 WATCH = ("gate at ", " of 64", "tensor([[", " NaN")
 FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
 
