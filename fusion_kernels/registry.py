@@ -23,6 +23,7 @@ from npu_compiler.fusion_kernels.norms import (
 from npu_compiler.fusion_kernels.operator import FusedOperator
 from npu_compiler.fusion_kernels.rope import QK_NORM_ROPE, QK_ROPE
 from npu_compiler.fusion_kernels.rope_cached import QK_ROPE_CACHED
+from npu_compiler.fusion_kernels.row_collectives import ALL_GATHER_ROWS, REDUCE_SCATTER_ROWS, SHARD_ROWS
 from npu_compiler.fusion_kernels.swiglu import SILU_MUL, SWIGLU
 from npu_compiler.fusion_kernels.swiglu_quant import SWIGLU_DYNAMIC_QUANT, SWIGLU_QUANT
 from npu_compiler.fusion_kernels.transpose_bmm import TRANSPOSE_BMM
@@ -49,6 +50,9 @@ OPERATORS: tuple[FusedOperator, ...] = (
     FAST_GELU,
     TRANSPOSE_BMM,
     MATMUL_ALL_REDUCE,
+    REDUCE_SCATTER_ROWS,
+    ALL_GATHER_ROWS,
+    SHARD_ROWS,
     MUL_ADD,
 )
 

@@ -45,7 +45,7 @@ from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
 from npu_compiler.passes import watch as watch_places
 from npu_compiler.passes.record import PassRecord, report_lines
-from npu_compiler.plan import memory
+from npu_compiler.plan import agreement, memory
 from npu_compiler.plan.memory import MemoryPlan
 from npu_compiler.plan.order import Arrangement, arrange
 
@@ -387,6 +387,7 @@ def _serve_once(
     dump: GraphWriter | None,
 ) -> Callable[..., Any]:
     """`serve`, with what is computed once taken out of the program and handed to it as inputs."""
+    plans = agreement.planned(functional.graph.graph)
     part = compiled.constants = once.split(functional.graph)
     _show_code("ascend final", functional.graph)
     if watch is not None:
@@ -395,6 +396,7 @@ def _serve_once(
         compiled.points = watching.bind(functional.graph.graph, compiled.name, compiled.options.watch_keep)
         functional.graph.recompile()
     call = serve(functional) if part is None else _with_values(part, functional, serve)
+    call = agreement.agreed(call, plans)
     if dump is None:
         return call
     dump.plan(

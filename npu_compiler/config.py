@@ -71,6 +71,10 @@ class Options:
     matmul_all_reduce: int = 0
     """Fewest rows at which a matrix product and its sum over the ranks are one operator, which CANN has for Atlas A2
     only and advises for prompts, not for decode steps. 0: never. Give all ranks the same number."""
+    sequence_parallel: int = 0
+    """Fewest rows at which the sums of tensor parallelism become a reduce-scatter and an all-gather, with norms between
+    the two on a rank's own rows. A program is rewritten where it is proven to have as many; 1: always. 0: never. Give
+    all ranks the same number."""
     cache: bool = False
     """Keep compiled programs on disk (npu_compiler/cache.py); the next process that compiles the same function for the
     same inputs skips everything behind Dynamo. $NPU_COMPILER_CACHE names the folder."""
@@ -122,6 +126,18 @@ class Options:
                 f"matmul_all_reduce={self.matmul_all_reduce} is no number of rows",
                 rule="matmul_all_reduce is the fewest rows that are worth one operator, or 0",
                 fix="use for example 256, or leave the option out",
+            )
+        if self.sequence_parallel < 0:
+            raise OptionError(
+                f"sequence_parallel={self.sequence_parallel} is no number of rows",
+                rule="sequence_parallel is the fewest rows at which it is worth it, or 0",
+                fix="use for example 1000, 1 for all programs, or leave the option out",
+            )
+        if self.sequence_parallel and self.matmul_all_reduce:
+            raise OptionError(
+                "sequence_parallel and matmul_all_reduce both want the sums over the ranks",
+                rule="a sum is joined with its product, or taken apart",
+                fix="leave one of the two out",
             )
         for name in ("capture_budget_seconds", "capture_budget_mib", "capture_budget_streams"):
             if not 0 <= getattr(self, name) < math.inf:

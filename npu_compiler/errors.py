@@ -51,6 +51,10 @@ class PlanError(NpuCompilerError):
     """A plan of streams would let two calls race, reuse memory too early or leave a stream unjoined."""
 
 
+class RankError(NpuCompilerError):
+    """The ranks of a group planned different collectives, or have different values where they need the same ones."""
+
+
 class CaptureError(NpuCompilerError):
     """A graph holds something that can't be captured, or the capture itself failed."""
 

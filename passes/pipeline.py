@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +39,7 @@ from npu_compiler.passes import (
     qk_norm_rope,
     reinplace,
     scale_by_one,
+    sequence_parallel,
     swiglu,
     swiglu_quant,
     transpose_bmm,
@@ -98,6 +101,11 @@ PASSES: tuple[Pass, ...] = (
         "behind matmul_bias, whose bias it takes along; only with the option of its name",
         rules=matmul_all_reduce.RULES,
     ),
+    Pass(
+        sequence_parallel.NAME,
+        "behind the norms and quantizations, which it takes along; only with the option of its name",
+        sequence_parallel.run,
+    ),
     Pass(masked_embedding.NAME, "before mul_add, which would take its arithmetic apart", rules=masked_embedding.RULES),
     Pass(mul_add.NAME, "last of the rules: it would take arithmetic apart that others look for", rules=mul_add.RULES),
     Pass(common.NAME, "again: the rules repeat small work, such as widening cos, in every layer", common.run),
@@ -126,7 +134,17 @@ def selected(options: Options) -> tuple[Pass, ...]:
         raise OptionError(f"rule {twice!r} exists already", rule="names are used once", fix="choose another name")
     check_names("disabled_rules", options.disabled_rules, known)
     order = users.with_rules(order, matmul_all_reduce.NAME, matmul_all_reduce.rules(options.matmul_all_reduce))
+    order = _with_rows(order, options.sequence_parallel)
     return tuple(entry for entry in order if entry.name not in options.disabled_passes)
+
+
+def _with_rows(passes: Sequence[Pass], rows: int) -> tuple[Pass, ...]:
+    """`passes` with sequence_parallel for programs of `rows` rows or more, or without it for 0."""
+    run = functools.partial(sequence_parallel.run, rows=rows)
+    filled = (
+        dataclasses.replace(entry, run=run) if entry.name == sequence_parallel.NAME else entry for entry in passes
+    )
+    return tuple(entry for entry in filled if rows or entry.name != sequence_parallel.NAME)
 
 
 def run(

@@ -12,7 +12,7 @@ HELP = "why a rule did not fire: how far it got, where, and what stopped it"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which bundle, rule and place."""
     parser.add_argument("bundle", help=BUNDLE)
-    parser.add_argument("rule", help="the rule's name")
+    parser.add_argument("rule", help="the rule's name, or that of a pass without rules")
     parser.add_argument("node", nargs="?", default="", help="only at this call, or at places that contain this text")
     add_graph(parser)
 

@@ -124,6 +124,15 @@ def _product_summed(add: Add, node: fx.Node, ranks: int) -> fx.Node:
     return add(aten.mul.Tensor, product, ranks)
 
 
+def _rows_summed(add: Add, node: fx.Node, ranks: int) -> fx.Node:
+    """All rows instead of a rank's: what is done to them before they are gathered is done to each row by itself."""
+    return add(aten.mul.Tensor, node.args[0], ranks)
+
+
+def _rows_gathered(add: Add, node: fx.Node, ranks: int) -> fx.Node:
+    return add(aten.slice.Tensor, node.args[0], 0, 0, node.args[3])
+
+
 def _sums(node: fx.Node) -> bool:
     """Whether a reduction is a sum; vLLM's name no other."""
     return len(node.args) < 3 or node.args[1] == "sum"
@@ -139,4 +148,7 @@ _ALONE: dict[str, Alone] = {
     "_c10d_functional::wait_tensor": _waited,
     "vllm::all_reduce": _summed,
     "npu_fused::matmul_all_reduce": _product_summed,
+    "npu_fused::reduce_scatter_rows": _rows_summed,
+    "npu_fused::all_gather_rows": _rows_gathered,
+    "npu_fused::shard_rows": _copied,
 }

@@ -35,6 +35,8 @@ class Miss(Data):
     advice: str = ""
 
     def __str__(self) -> str:
+        if not self.calls:  # of a pass without patterns
+            return f"left out at {self.place}\n  then: {self.reason}"
         lines = [f"matched {self.matched} of {self.calls} calls at {self.node}: {self.place}"]
         lines.append(f"  then: {self.reason or 'nothing fits its first argument'}")
         if self.stopper:
@@ -72,11 +74,14 @@ def why(graph: StoredGraph, rule: str, node: str = "") -> Why:
     """Where `rule` fired in a compilation, where it did not, and why.
 
     Args:
+        rule: a rule, or a pass that has none, such as `reinplace`.
         node: only at calls of this name, or at places that contain this text (`model.layers.3`, `model.py:88`).
 
     Raises:
         BundleError: the compilation had no such rule.
     """
+    if any(entry.name == rule and not entry.rules for entry in graph.about.passes):
+        return _why_pass(graph, rule, node)
     passes = [entry for entry in graph.about.passes if any(known.name == rule for known in entry.rules)]
     if not passes:
         raise _unknown(graph, rule)
@@ -94,6 +99,15 @@ def why(graph: StoredGraph, rule: str, node: str = "") -> Why:
         misses=tuple(sorted(misses, key=lambda miss: -miss.matched)),
         note="" if fired or misses else _not_tried(graph, passes, about, stages, node),
     )
+
+
+def _why_pass(graph: StoredGraph, name: str, node: str) -> Why:
+    stages = [stage for stage in graph.stages if stage.name == name]
+    fired = [fire for stage in stages for fire in stage.fired if not node or node in fire.nodes or node in fire.place]
+    refused = [entry for stage in stages for entry in stage.refused if not node or node in entry.place]
+    misses = [Miss(stage=name, node="", place=e.place, matched=0, calls=0, reason=e.reason) for e in refused]
+    note = "" if fired or misses else "it found nothing to do" if stages else "it was not run: the compilation ended"
+    return Why(rule=name, passes=(name,), fired=tuple(fired), misses=tuple(misses), note=note)
 
 
 def _miss(stage: str, found: Attempt, rule: RuleInfo) -> Miss:
@@ -136,7 +150,7 @@ def _not_tried(graph: StoredGraph, passes: list[PassInfo], rule: RuleInfo, stage
 
 
 def _unknown(graph: StoredGraph, rule: str) -> BundleError:
-    known = [entry.name for info in graph.about.passes for entry in info.rules]
+    known = [name for info in graph.about.passes for name in [entry.name for entry in info.rules] or [info.name]]
     close = difflib.get_close_matches(rule, known, n=1)
     return BundleError(
         f"no pass of {graph.name} has a rule {rule!r}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from npu_compiler.backend import STORED, compile_fx, fingerprint, is_watched, load_fx
+from npu_compiler.config import Options
 from npu_compiler.errors import StoredProgramError
 from npu_compiler.serving import dump, qkv_attention
 from npu_compiler.serving.options import compile_options
@@ -103,7 +105,7 @@ class AscendCompiler(CompilerInterface):
         compiled = compile_fx(
             copy.deepcopy(graph),
             example_inputs,
-            self._options,
+            for_range(self._options, compile_range),
             before_lowering=compiler_config["pre_grad_custom_pass"],
             after_passes=compiler_config[current_platform.pass_key],
             keep=None if file is None else functools.partial(_write, file),
@@ -128,6 +130,13 @@ class AscendCompiler(CompilerInterface):
         except (OSError, StoredProgramError) as error:
             logger.warning("The stored program %s is compiled again: %s", file, error)
             return None
+
+
+def for_range(options: Options, tokens: Range) -> Options:
+    """The options for a range of token counts, which a program's sizes do not show: the pass that asks for a number of
+    rows is on where there are always as many."""
+    enough = options.sequence_parallel <= max(tokens.start, 2)
+    return dataclasses.replace(options, sequence_parallel=int(bool(options.sequence_parallel) and enough))
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -190,7 +190,7 @@ class NPUPlatform(Platform):
 
         from npu_compiler.serving.options import ServingOptions
 
-        ServingOptions.of(vllm_config)
+        _split_compile_ranges(vllm_config, ServingOptions.of(vllm_config).compile.get("sequence_parallel", 0))
         _refuse_unserved(vllm_config)
         _refuse_missing_devices(vllm_config)
         if vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
@@ -233,6 +233,13 @@ def _choose_graphs(vllm_config: VllmConfig) -> None:
     elif compilation.max_cudagraph_capture_size is None:
         sizes = default_capture_sizes(scheduler.max_num_seqs, query_length, scheduler.max_num_batched_tokens)
         compilation.cudagraph_capture_sizes = sizes
+
+
+def _split_compile_ranges(vllm_config: VllmConfig, rows: int) -> None:
+    """Lets vLLM compile twice: for fewer tokens than `rows`, and for as many or more (serving/compiler.py)."""
+    if rows > 2:
+        compilation = vllm_config.compilation_config
+        compilation.compile_ranges_endpoints = [*(compilation.compile_ranges_endpoints or ()), rows - 1]
 
 
 def _refuse_unserved(vllm_config: VllmConfig) -> None:

@@ -69,11 +69,12 @@ FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
         ("runs.md", RUNS),
         ("trace.md", TRACE),
         ("watch.md", WATCH),
+        ("parallel.md", ("group '0' has one rank",)),
     ],
 )
 def test_examples(page: str, expected: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 3
+    assert blocks
     file = tmp_path / "example.py"
     file.write_text("\n".join(blocks))  # a real file, so that messages can show its lines
     with torch.enable_grad():

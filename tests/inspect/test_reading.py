@@ -18,6 +18,7 @@ from npu_compiler.inspect import bundle
 from npu_compiler.inspect.bundle import Bundle
 from npu_compiler.inspect.diff import differences
 from npu_compiler.inspect.why import why
+from tests.one_rank import one_rank
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -87,6 +88,22 @@ def test_why_a_rule_fired_or_was_not_tried(folder: Path) -> None:
     assert "the program has none before transpose_bmm" in why(graph, idle).note
     with pytest.raises(BundleError, match="did you mean 'rms_norm'"):
         why(graph, "rms_nrom")
+
+
+def test_why_a_pass_without_rules_left_something_out(tmp_path: Path) -> None:
+    def summed(x: Tensor, weight: Tensor) -> Tensor:
+        total = torch.ops._c10d_functional.all_reduce(x, "sum", "0")
+        return torch.ops._c10d_functional.wait_tensor(total) * weight
+
+    with one_rank():
+        graph = dump(tmp_path, summed, (4, 16), (16,), sequence_parallel=1).graph()
+    (miss,) = why(graph, "sequence_parallel").misses
+    assert miss.reason == "group '0' has one rank"
+    assert "left out at " in str(miss) and "test_reading.py" in miss.place
+    assert why(graph, "sequence_parallel", "no such place").misses == ()
+    assert why(graph, "common").note == "it found nothing to do"
+    with pytest.raises(BundleError, match="did you mean 'sequence_parallel'"):
+        why(graph, "sequence_paralel")
 
 
 def test_equal_compilations_do_not_differ(folder: Path) -> None:

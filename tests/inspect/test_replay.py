@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from npu_compiler import fusion_kernels
 from npu_compiler.config import Options
 from npu_compiler.inspect import bundle, collectives, partly, reference
 from npu_compiler.inspect.from_graph import program_of
@@ -19,11 +22,13 @@ from npu_compiler.inspect.program import Program
 from npu_compiler.inspect.rerun import rerun
 from npu_compiler.inspect.to_graph import graph_of
 from npu_compiler.inspect.values import Values
-from npu_compiler.passes import pipeline
+from npu_compiler.passes import pipeline, sequence_parallel
+from npu_compiler.passes.record import PassRecord
 from npu_compiler.plan.dependencies import Dependencies
 from npu_compiler.plan.estimate import Device
 from npu_compiler.plan.happens_before import verify
 from npu_compiler.plan.schedule import place
+from tests import world
 from tests.inspect.planted import defects
 from tests.passes.lowered import lowered
 
@@ -169,6 +174,27 @@ def test_collectives_run_alone_as_where_all_ranks_have_equal_values() -> None:
         (exchanged, x),
     ):
         assert torch.equal(got.cpu(), wanted)
+
+
+def scattered(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    total = torch.ops._c10d_functional.all_reduce(x, "sum", "0")
+    total = torch.ops._c10d_functional.wait_tensor(total)
+    return torch.ops.npu_fused.add_rms_norm(total, residual * 2, weight, 1e-6)[0]
+
+
+def test_rows_in_parts_run_alone_as_the_sums_did() -> None:
+    fusion_kernels.register()
+    given = torch.rand(5, 3), torch.rand(5, 3), torch.rand(3)
+    with world.group_of(2):
+        before = make_fx(scattered, tracing_mode="fake")(*given)
+        after = copy.deepcopy(before)
+        sequence_parallel.run(after, PassRecord("sequence_parallel"))
+    assert not collectives.disorder(after.graph, collectives.in_order(before.graph))
+    for module in (before, after):
+        assert collectives.in_order(module.graph)
+        collectives.replace(module, 2)
+        assert not collectives.in_order(module.graph)
+    assert torch.equal(after(*given), before(*given))
 
 
 def behind(until: pipeline.Until) -> tuple[fx.GraphModule, int]:

@@ -1,4 +1,4 @@
-"""docs/rules.md from the passes and rules themselves: `python -m tests.passes.rules_page > docs/rules.md`."""
+"""docs/rules.md from the passes and rules themselves: `python -m tests.passes.rules_page` writes it anew."""
 
 from __future__ import annotations
 
@@ -54,4 +54,4 @@ def _of_rule(rule: Rule, module: ModuleType) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    PAGE.write_text(page())

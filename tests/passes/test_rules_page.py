@@ -6,7 +6,7 @@ from tests.passes.rules_page import PAGE, page
 
 
 def test_page_is_as_the_rules_are() -> None:
-    assert PAGE.read_text() == page(), "write it anew: python -m tests.passes.rules_page > docs/rules.md"
+    assert PAGE.read_text() == page(), "write it anew: python -m tests.passes.rules_page"
 
 
 def test_its_programs_are_python() -> None:

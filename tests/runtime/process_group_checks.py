@@ -1,23 +1,20 @@
 """Checks that run inside rank processes of torch.distributed with backend "hccl":
-`python -m tests.runtime.process_group_checks FOLDER RANK RANKS [SCENARIO]`.
-
-Every `check_*` runs; `FOLDER/results.RANK.json` maps its name to "" or to what went wrong.
+`python -m tests.runtime.process_group_checks FOLDER RANK RANKS [SCENARIO]` (tests/ranks.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
 import time
-import traceback
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch_npu
 from torch.distributed import ReduceOp
+
+from tests.ranks import main
 
 RANK = int(sys.argv[2]) if len(sys.argv) > 2 else 0
 RANKS = int(sys.argv[3]) if len(sys.argv) > 3 else 1
@@ -459,37 +456,5 @@ def scenario_mismatch() -> None:
     torch.npu.synchronize()
 
 
-def run_checks() -> dict[str, str]:
-    results = {}
-    for name, check in list(globals().items()):
-        if name.startswith("check_"):
-            try:
-                check()
-                torch.npu.synchronize()
-                results[name] = ""
-            except Exception:  # noqa: BLE001  every failure is reported by name, whatever it is
-                results[name] = traceback.format_exc()
-    return results
-
-
-def run_scenario(name: str) -> dict[str, str]:
-    try:
-        globals()[f"scenario_{name}"]()
-    except RuntimeError as error:
-        return {"error": str(error)}
-    return {"error": ""}
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.npu.set_device(RANK)
-    dist.init_process_group("hccl", init_method=f"file://{folder / 'store'}", rank=RANK, world_size=RANKS)
-    results = run_scenario(sys.argv[4]) if len(sys.argv) > 4 else run_checks()
-    (folder / f"results.{RANK}.json").write_text(json.dumps(results))
-    if len(sys.argv) > 4:
-        os._exit(0)  # the communicator has failed: an orderly end would report that once more
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    main(globals())

@@ -30,3 +30,15 @@ def test_defaults() -> None:
 def test_refused(given: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ServingOptions.parse(given)
+
+
+def test_sequence_parallel_is_on_where_a_range_has_as_many_tokens() -> None:
+    from vllm.config.utils import Range
+
+    from npu_compiler.config import Options
+    from npu_compiler.serving.compiler import for_range
+
+    small, large = Range(1, 999), Range(1000, 8192)
+    assert [for_range(Options(sequence_parallel=1000), tokens).sequence_parallel for tokens in (small, large)] == [0, 1]
+    assert [for_range(Options(sequence_parallel=1), tokens).sequence_parallel for tokens in (small, large)] == [1, 1]
+    assert [for_range(Options(), tokens).sequence_parallel for tokens in (small, large)] == [0, 0]

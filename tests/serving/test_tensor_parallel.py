@@ -65,3 +65,31 @@ def test_products_summed_by_one_operator_give_the_same_tokens(tmp_path: Path, mo
     without = [entry for item in bundle.all_of(tmp_path / "0") for graph in item.graphs for entry in graph.about.passes]
     assert without
     assert "matmul_all_reduce" not in [entry.name for entry in without]
+
+
+@pytest.mark.parametrize(
+    "mode", ["FULL_DECODE_ONLY", *(pytest.param(mode, marks=pytest.mark.full) for mode in ("FULL", "PIECEWISE"))]
+)
+def test_rows_in_parts_give_the_same_tokens(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and decode steps, also those whose rows two ranks don't divide. Of the pieces
+    between attentions only the last is rewritten: at the end of the others the residual would have to be gathered."""
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")  # a program that is loaded is not dumped
+    folder = checkpoints.cached(checkpoints.Shape(family="llama"))
+    prompts = oracle.prompts()
+    expected = [oracle.greedy(folder, prompt, TOKENS) for prompt in prompts]
+    options = {"dump": str(tmp_path), "sequence_parallel": 1}
+    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **graphs(mode)}
+    with engine(folder, additional_config={"compile": options}, **settings) as llm:
+        assert generate(llm, prompts, TOKENS) == expected
+        shortened = [tokens[:count] for tokens, count in zip(expected, ENDING_ONE_BY_ONE, strict=True)]
+        assert generate(llm, prompts, ENDING_ONE_BY_ONE) == shortened
+        reports = llm.collective_rpc("report")
+    for data in reports:
+        check_steps(mode, data)
+    expected_sums = 2 if mode == "PIECEWISE" else 2 * checkpoints.Shape().layers + 1  # the first is the embedding's
+    names = [f"npu_fused.{name}_rows.default" for name in ("reduce_scatter", "all_gather")]
+    for item in bundle.all_of(tmp_path):
+        programs = [graph.program(graph.stage("final")) for graph in item.graphs]
+        targets = [call.target for program in programs for call in program.calls]
+        assert [targets.count(name) for name in names] == [expected_sums] * 2
+        assert ("vllm.all_reduce.default" in targets) == (mode == "PIECEWISE")

@@ -1,0 +1,91 @@
+"""Collectives over the rows of a tensor, for programs whose ranks each work on their part of the rows.
+
+Rank r of n has rows r*s to (r+1)*s with s = ceil(rows / n); where that is more than there are, the last ranks' parts
+are filled up with zeros. Nothing is padded, and no copy made, where n divides the rows.
+
+CANN: HcclReduceScatter and HcclAllGather, which take equal parts from all ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from npu_compiler.fusion_kernels.operator import FusedOperator, Provider
+
+
+def reduce_scatter_rows_reference(x: Tensor, group: str, ranks: int) -> Tensor:
+    """This rank's rows of the sum over `group` of x [rows, ...]; the result is [ceil(rows / ranks), ...].
+
+    Args:
+        group: name of a process group, as `torch.ops._c10d_functional` takes it.
+        ranks: its size.
+    """
+    whole = _filled_up(x, ranks)
+    part = x.new_empty((whole.shape[0] // ranks, *x.shape[1:]))
+    dist.reduce_scatter_tensor(part, whole, group=_resolve_process_group(group))
+    return part
+
+
+def all_gather_rows_reference(x: Tensor, group: str, ranks: int, rows: int) -> Tensor:
+    """The first `rows` rows of all ranks' parts, [rows, ...]; x [ceil(rows / ranks), ...] is this rank's."""
+    whole = x.new_empty((x.shape[0] * ranks, *x.shape[1:]))
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=_resolve_process_group(group))
+    return whole[:rows]
+
+
+def shard_rows_reference(x: Tensor, group: str, ranks: int) -> Tensor:
+    """This rank's rows of x [rows, ...], which all ranks have: [ceil(rows / ranks), ...]. Nothing is communicated."""
+    whole = _filled_up(x, ranks)
+    size = whole.shape[0] // ranks
+    start = _resolve_process_group(group).rank() * size
+    return whole[start : start + size].clone()
+
+
+def part_of(rows: int, ranks: int) -> int:
+    """How many rows a rank has."""
+    return (rows + ranks - 1) // ranks
+
+
+def _filled_up(x: Tensor, ranks: int) -> Tensor:
+    missing = -x.shape[0] % ranks
+    return torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) if missing else x.contiguous()
+
+
+def _fake_part(x: Tensor, group: str, ranks: int) -> Tensor:
+    return torch.empty((part_of(x.shape[0], ranks), *x.shape[1:]), dtype=x.dtype, device=x.device)
+
+
+def _fake_whole(x: Tensor, group: str, ranks: int, rows: int) -> Tensor:
+    return torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
+
+
+def _example(dtype: torch.dtype) -> tuple[Any, ...]:
+    return torch.randn(5, 32, dtype=dtype), "0", 1  # "0" is the name of the default group
+
+
+REDUCE_SCATTER_ROWS = FusedOperator(
+    "reduce_scatter_rows(Tensor x, str group, int ranks) -> Tensor",
+    reference=reduce_scatter_rows_reference,
+    fake=_fake_part,
+    providers=(Provider("composition", reduce_scatter_rows_reference),),
+    example=_example,
+)
+ALL_GATHER_ROWS = FusedOperator(
+    "all_gather_rows(Tensor x, str group, int ranks, SymInt rows) -> Tensor",
+    reference=all_gather_rows_reference,
+    fake=_fake_whole,
+    providers=(Provider("composition", all_gather_rows_reference),),
+    example=lambda dtype: (*_example(dtype), 5),
+)
+SHARD_ROWS = FusedOperator(
+    "shard_rows(Tensor x, str group, int ranks) -> Tensor",
+    reference=shard_rows_reference,
+    fake=_fake_part,
+    providers=(Provider("composition", shard_rows_reference),),
+    example=_example,
+)

@@ -1,0 +1,189 @@
+"""What the ranks of a group have to agree on before they run a program together.
+
+Ranks that call different collectives, or the same ones in another order, wait for one another until a timeout says
+nothing about the cause. And what `sequence_parallel` makes of a program is exact only if some inputs are the same on
+all ranks. Both are compared over the ranks, once, in front of a program's first call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from npu_compiler.errors import RankError
+from npu_compiler.facts.sizes import expression
+from npu_compiler.graph.effects import tensors, value
+from npu_compiler.graph.source import where
+from npu_compiler.plan.engines import Engine, engine_of
+
+PARTS = frozenset({"npu_fused::reduce_scatter_rows", "npu_fused::shard_rows"})
+WHOLE = "npu_fused::all_gather_rows"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What one rank has planned for a group.
+
+    Attributes:
+        collectives: operator, dtype and shape of each, in order.
+        places: where in the model each is.
+        equal: which inputs have to be equal: position and name.
+    """
+
+    collectives: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
+    equal: tuple[tuple[int, str], ...] = ()
+
+
+def planned(graph: fx.Graph) -> dict[str, Planned]:
+    """What a program asks of each group of ranks, by the group's name."""
+    names: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        group = _group(node)
+        if group is not None:
+            names.setdefault(group, []).append(node)
+    inputs = {node: index for index, node in enumerate(graph.find_nodes(op="placeholder"))}
+    return {
+        group: Planned(
+            tuple(map(_text, nodes)),
+            tuple(map(where, nodes)),
+            tuple((inputs[node], node.name) for node in sorted(_beside_parts(graph, group))),
+        )
+        for group, nodes in names.items()
+    }
+
+
+def agreed(call: Callable[..., Any], plans: Mapping[str, Planned]) -> Callable[..., Any]:
+    """`call`, which at its first call compares over the ranks what they planned; `call` itself where nothing is sent.
+
+    Args:
+        plans: of this rank, by group (planned).
+
+    Raises:
+        RankError: from the call, on all ranks: they differ.
+    """
+    shared = {group: plan for group, plan in plans.items() if _size(group) > 1}
+    if not shared:
+        return call
+    waiting = True
+
+    def with_check(*args: Any) -> Any:
+        nonlocal waiting
+        if waiting:
+            waiting = False
+            for group, plan in sorted(shared.items()):
+                compare(group, plan, args)
+        return call(*args)
+
+    return with_check
+
+
+def compare(group: str, plan: Planned, args: Sequence[Any]) -> None:
+    """Compares this rank's plan with those of the others; all of the group's ranks have to call it.
+
+    Raises:
+        RankError: they differ; names the first two ranks that do, and what differs first.
+    """
+    handle = _resolve_process_group(group)
+    mine = (plan, [_digest(args[index]) for index, _ in plan.equal])
+    found: list[Any] = [None] * handle.size()
+    dist.all_gather_object(found, mine, group=handle)
+    for rank, (other, digests) in enumerate(found[1:], start=1):
+        _same_plan(group, found[0][0], other, rank)
+        for (_, name), left, right in zip(plan.equal, found[0][1], digests, strict=True):
+            if left != right:
+                raise RankError(
+                    f"input {name} is not the same on ranks 0 and {rank} of group {group!r}",
+                    rule="sequence_parallel: what stands beside the rows is the same on all ranks",
+                    fix='leave the option sequence_parallel out, or options={"disabled_passes": ["sequence_parallel"]}',
+                )
+
+
+def _same_plan(group: str, first: Planned, other: Planned, rank: int) -> None:
+    pairs = itertools.zip_longest(first.collectives, other.collectives, fillvalue="none")
+    for index, (left, right) in enumerate(pairs):
+        if left != right:
+            longer = first if len(first.places) > index else other
+            raise RankError(
+                f"ranks 0 and {rank} of group {group!r} planned different collectives: number {index + 1} is {left} on "
+                f"rank 0 and {right} on rank {rank}",
+                where=longer.places[index],
+                rule="all ranks of a group call the same collectives in the same order",
+                fix="give all ranks the same model, options, versions and sizes; `npu-compiler diff` compares bundles",
+            )
+
+
+def _group(node: fx.Node) -> str | None:
+    """The name of the group that a call communicates with."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return None
+    if engine_of(node) is not Engine.LINK or "wait_tensor" in target._schema.name:
+        return None
+    for index, entry in enumerate(target._schema.arguments):
+        if entry.name in ("group", "group_name"):
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(entry.name)
+            return given if isinstance(given, str) else None
+    return None
+
+
+def _text(node: fx.Node) -> str:
+    """A collective as text that is equal on all ranks: symbols have other names on each."""
+    found = next(tensors(node), None)
+    shape = "" if found is None else f" {str(found.dtype).removeprefix('torch.')}[{_shape(found)}]"
+    return f"{node.target}{shape}"
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return ", ".join(str(size) if expression(size).is_Integer else "*" for size in tensor.shape)
+
+
+def _beside_parts(graph: fx.Graph, group: str) -> set[fx.Node]:
+    """The program's inputs that meet a rank's part of the rows, or are cut into parts."""
+    parts: set[fx.Node] = set()
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+        if name in PARTS and node.args[1] == group:
+            parts.add(node)
+            if name == "npu_fused::shard_rows":
+                found |= set(_inputs(node.all_input_nodes, parts))
+        elif name != WHOLE and parts.intersection(node.all_input_nodes):
+            parts.add(node)
+            found |= set(_inputs([item for item in node.all_input_nodes if item not in parts], parts))
+    return found
+
+
+def _inputs(nodes: Sequence[fx.Node], parts: set[fx.Node]) -> Iterator[fx.Node]:
+    """The tensors among a program's inputs that `nodes` are made of."""
+    todo, seen = list(nodes), set()
+    while todo:
+        node = todo.pop()
+        if node in seen or node in parts:
+            continue
+        seen.add(node)
+        if node.op == "placeholder" and isinstance(value(node), torch.Tensor):
+            yield node
+        todo += node.all_input_nodes
+
+
+def _digest(given: Any) -> str:
+    if not isinstance(given, torch.Tensor):
+        return repr(given)
+    host = given.detach().cpu().contiguous().view(-1).view(torch.uint8) if given.numel() else given.cpu()
+    return hashlib.blake2b(host.numpy().tobytes(), digest_size=16).hexdigest() + str(tuple(given.shape))
+
+
+def _size(group: str) -> int:
+    try:
+        return _resolve_process_group(group).size()
+    except RuntimeError:
+        return 0

@@ -1,0 +1,129 @@
+"""Compiled programs on several ranks: `python -m tests.compiler.rank_checks FOLDER RANK RANKS` (tests/ranks.py)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_compiler.backend import AscendBackend
+from npu_compiler.errors import RankError
+from tests.ranks import main
+
+RANK, RANKS = (int(sys.argv[2]), int(sys.argv[3])) if len(sys.argv) > 3 else (0, 1)
+WIDTH, INNER = 32, 16
+SCATTER, GATHER = ("npu_fused.reduce_scatter_rows.default", "npu_fused.all_gather_rows.default")
+
+
+def summed(partial: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(partial, "sum", "0"))
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.rms_norm(x, (WIDTH,), weight, 1e-6)
+
+
+def layer(x: Tensor, row: Tensor, column: Tensor, weight: Tensor) -> Tensor:
+    residual = summed(x @ row)
+    mlp = summed((norm(residual, weight) @ column).relu() @ row)
+    return norm(mlp + residual, weight)
+
+
+def operands(rows: int, rank: int = RANK) -> list[Tensor]:
+    """x and the weight are the same on all ranks, the two matrices are a rank's own."""
+    shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + rank)
+    return [
+        torch.randn(rows, INNER, generator=shared),
+        torch.randn(INNER, WIDTH, generator=own),
+        torch.randn(WIDTH, INNER, generator=own),
+        torch.rand(WIDTH, generator=shared),
+    ]
+
+
+def expected(rows: int) -> Tensor:
+    """`layer` on all ranks in float64, where a sum over ranks is one over a list."""
+    each = [[item.double() for item in operands(rows, rank)] for rank in range(RANKS)]
+    weight = each[0][3]
+    residual = torch.stack([x @ row for x, row, *_ in each]).sum(0)
+    mlp = torch.stack([(norm(residual, weight) @ column).relu() @ row for _, row, column, _ in each]).sum(0)
+    return norm(mlp + residual, weight)
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], AscendBackend]:
+    torch._dynamo.reset()
+    backend = AscendBackend()
+    return torch.compile(function, backend=backend, dynamic=True, options={"check": True, **options}), backend
+
+
+def same(found: Tensor, rows: int) -> None:
+    torch.testing.assert_close(found.cpu(), expected(rows).float(), rtol=1e-5, atol=1e-5)
+
+
+def operators(backend: AscendBackend) -> list[str]:
+    (graph,) = (entry.graph for entry in backend.compiled())
+    assert graph is not None
+    return [str(node.target) for node in graph.graph.nodes]
+
+
+def check_rows_in_parts_captured() -> None:
+    """Rows that the ranks divide and rows that they don't: called, captured and replayed."""
+    run, backend = compiled(layer, sequence_parallel=1)
+    with torch.no_grad():
+        for _ in range(3):
+            for rows in (4, 5, 2):
+                same(run(*(item.npu() for item in operands(rows))), rows)
+    found = operators(backend)
+    assert [found.count(name) for name in (SCATTER, GATHER)] == [2, 2], found
+    (entry,) = backend.compiled()
+    assert entry.ledger is not None and entry.ledger.replays > 0
+
+
+def check_equal_to_the_program_with_sums() -> None:
+    """Bit by bit: the host runtime adds the ranks in one order in both, as HCCL does where it is asked to."""
+    given = [item.npu() for item in operands(6)]
+    with torch.no_grad():
+        whole, parts = (compiled(layer, **options)[0](*given) for options in ({}, {"sequence_parallel": 1}))
+    assert torch.equal(whole.cpu(), parts.cpu())
+
+
+def check_a_weight_that_differs_is_refused() -> None:
+    run, _ = compiled(layer, sequence_parallel=1)
+    x, row, column, weight = operands(4)
+    try:
+        with torch.no_grad():
+            run(*(item.npu() for item in (x, row, column, weight + RANK)))
+    except RankError as error:
+        assert "is not the same on ranks 0 and 1" in str(error), error
+        assert "sequence_parallel" in str(error), error
+    else:
+        raise AssertionError("nothing was refused")
+
+
+def check_other_collectives_are_refused() -> None:
+    """Every rank hears of it, and where."""
+
+    def one_more(x: Tensor, row: Tensor, column: Tensor, weight: Tensor) -> Tensor:
+        return summed(layer(x, row, column, weight))
+
+    run, _ = compiled(layer if RANK == 0 else one_more)
+    try:
+        with torch.no_grad():
+            run(*(item.npu() for item in operands(4)))
+    except RankError as error:
+        assert "ranks 0 and 1 of group '0' planned different collectives: number 3 is none on rank 0" in str(error)
+        assert "rank_checks.py" in str(error), error
+    else:
+        raise AssertionError("nothing was refused")
+
+
+def check_ranks_can_go_on_after_a_refusal() -> None:
+    run, _ = compiled(layer)
+    with torch.no_grad():
+        same(run(*(item.npu() for item in operands(4))), 4)
+
+
+if __name__ == "__main__":
+    main(globals())

@@ -1,0 +1,238 @@
+"""sequence_parallel: which regions it takes, what it leaves and why.
+
+Ranks are simulated (tests/world.py). Two real ones: tests/compiler/rank_checks.py, and
+tests/serving/test_tensor_parallel.py through vLLM.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from npu_compiler import fusion_kernels
+from npu_compiler.config import Options
+from npu_compiler.errors import OptionError
+from npu_compiler.passes import pipeline, sequence_parallel
+from npu_compiler.passes.record import Pass, PassRecord
+from tests import world
+from tests.passes.lowered import apply, calls
+
+RANKS, ROWS, WIDTH, INNER = 2, 6, 8, 4
+SCATTER, GATHER, SHARD = (
+    f"npu_fused.{name}.default" for name in ("reduce_scatter_rows", "all_gather_rows", "shard_rows")
+)
+SUM = ["_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.default"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ranks() -> Iterator[None]:
+    fusion_kernels.register()
+    with world.group_of(RANKS), torch.no_grad():
+        yield
+
+
+def summed(partial: Tensor, reduction: str = "sum") -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(partial, reduction, "0"))
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.npu_fused.rms_norm(x, weight, 1e-6)
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.npu_fused.add_rms_norm(x, residual, weight, 1e-6)
+
+
+def inputs(rank: int, rows: int = ROWS, width: int = WIDTH) -> dict[str, Tensor]:
+    """`shared` ones are the same on all ranks; `x`, `row` and `column` are a rank's own."""
+    shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + rank)
+    draw = torch.float64
+    return {
+        "x": torch.randn(rows, INNER, generator=own, dtype=draw),
+        "row": torch.randn(INNER, width, generator=own, dtype=draw),
+        "column": torch.randn(width, INNER, generator=own, dtype=draw),
+        "weight": torch.randn(width, generator=shared, dtype=draw),
+        "other": torch.randn(width, generator=shared, dtype=draw),
+        "embedded": torch.randn(rows, width, generator=shared, dtype=draw),
+    }
+
+
+def rewritten(
+    function: Callable[..., Any], rows: int = 1, dynamic: bool = False, sizes: tuple[int, ...] = (ROWS,)
+) -> tuple[fx.GraphModule, PassRecord]:
+    """The program of `function` behind the pass, which means what it meant before: compared at these sizes."""
+    example = inputs(0)
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    program = make_fx(function, tracing_mode="symbolic" if dynamic else "fake")(*(example[name] for name in names))
+    before = copy.deepcopy(program)
+    record = apply(
+        Pass("sequence_parallel", "", lambda module, record: sequence_parallel.run(module, record, rows)), program
+    )
+    for size in sizes:
+        given = [[inputs(rank, size)[name] for name in names] for rank in range(RANKS)]
+        for got, expected in zip(world.run(program, given), world.run(before, given), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    return program, record
+
+
+def layer(x, row, column, weight, other):  # type: ignore[no-untyped-def]
+    residual = summed(x @ row)
+    normed = norm(residual, weight)
+    normed, residual = add_norm(summed((normed @ column).relu() @ row), residual, other)
+    normed, residual = add_norm(summed((normed @ column).relu() @ row), residual, weight)
+    return (normed,)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_region_with_its_residual_is_worked_on_in_parts(dynamic: bool) -> None:
+    program, record = rewritten(layer, dynamic=dynamic, sizes=(6, 7, 2) if dynamic else (ROWS,))
+    (fired,) = record.fired
+    padding = "padded where the ranks do not divide the rows" if dynamic else "no padding"
+    assert fired.rule == f"sequence_parallel: 3 sums, 3 gathers over 2 ranks, {padding}"
+    assert fired.saves is not None and fired.saves.kernels == -3
+    found = calls(program)
+    assert [found.count(name) for name in (SCATTER, GATHER, SHARD, *SUM)] == [3, 3, 0, 0, 0]
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.npu_fused.add_rms_norm.default):
+        assert node.meta["val"][0].shape[0] == (ROWS // 2 if not dynamic else (node.args[0].meta["val"].shape[0]))
+    (output,) = program.graph.output_node().args[0]
+    assert str(output.target) == GATHER
+
+
+def test_rows_that_no_rank_has_are_zero() -> None:
+    """Fewer rows than ranks: the last rank norms a row of zeros, which nobody reads."""
+    program, _ = rewritten(layer, dynamic=True, sizes=(1, 3))
+    assert SCATTER in calls(program)
+
+
+def test_a_whole_residual_is_cut_into_parts() -> None:
+    """Embedded on every rank alike, as where the vocabulary is not split."""
+
+    def first_layer(x, row, column, weight, embedded):  # type: ignore[no-untyped-def]
+        return add_norm(summed(x @ row), embedded * 2, weight)[0] @ column
+
+    program, _ = rewritten(first_layer)
+    assert [calls(program).count(name) for name in (SCATTER, SHARD, GATHER)] == [1, 1, 1]
+
+
+def test_what_is_quantized_is_gathered_quantized() -> None:
+    """One byte an element instead of eight; the scale of a row goes with it."""
+
+    def quantized(x, row, weight):  # type: ignore[no-untyped-def]
+        partial, weight = (x @ row).to(torch.float16), weight.to(torch.float16)
+        total = summed(partial)
+        rows, scale, _ = torch.ops.npu_fused.add_rms_norm_dynamic_quant(total, total, weight, None, None, 1e-6)
+        return rows, scale
+
+    program, record = rewritten(quantized)
+    assert record.fired
+    gathered = program.graph.find_nodes(op="call_function", target=torch.ops.npu_fused.all_gather_rows.default)
+    assert [node.meta["val"].dtype for node in gathered] == [torch.int8, torch.float32]
+
+
+def test_a_wider_result_is_computed_from_what_was_gathered() -> None:
+    def widened(x, row, weight):  # type: ignore[no-untyped-def]
+        return norm(summed((x @ row).float()), weight.float()).double()
+
+    program, _ = rewritten(widened)
+    (gather,) = program.graph.find_nodes(op="call_function", target=torch.ops.npu_fused.all_gather_rows.default)
+    assert gather.meta["val"].dtype is torch.float32
+    assert calls(program)[-1].startswith("aten._to_copy")
+
+
+def both_kept(x, row, weight, embedded):  # type: ignore[no-untyped-def]
+    return add_norm(summed(x @ row), embedded, weight)
+
+
+def sum_kept(x, row, weight):  # type: ignore[no-untyped-def]
+    total = summed(x @ row)
+    return norm(total, weight), total
+
+
+def nothing_behind(x, row, column):  # type: ignore[no-untyped-def]
+    return summed(x @ row) @ column
+
+
+def across_rows(x, row, column):  # type: ignore[no-untyped-def]
+    return summed(x @ row).softmax(0) @ column
+
+
+def own_factor(x, row, column):  # type: ignore[no-untyped-def]
+    return summed(x @ row) * column.sum(1) + 1
+
+
+def own_rows(x, row):  # type: ignore[no-untyped-def]
+    return summed(x @ row) + x @ row
+
+
+def largest(x, row, weight):  # type: ignore[no-untyped-def]
+    return norm(summed(x @ row, "max"), weight)
+
+
+def a_vector(x, row, weight):  # type: ignore[no-untyped-def]
+    return summed((x @ row).sum(0)) + weight
+
+
+def per_row_factor(x, row, embedded):  # type: ignore[no-untyped-def]
+    return summed(x @ row)[None] * embedded
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (both_kept, "2 results would be gathered for 1 sums: 384 bytes more"),
+        (sum_kept, ""),
+        (nothing_behind, ""),
+        (across_rows, ""),
+        (own_factor, "is computed, and may differ between the ranks"),
+        (own_rows, "may differ between the ranks"),
+        (largest, ""),
+        (a_vector, "the sum has 1 dimensions, rows need two"),
+        (per_row_factor, ""),
+    ],
+    ids=lambda item: getattr(item, "__name__", "reason"),
+)
+def test_left_as_it_is(function: Callable[..., Any], reason: str) -> None:
+    program, record = rewritten(function)
+    assert not record.fired
+    assert SCATTER not in calls(program)
+    assert [reason in entry.reason for entry in record.refused] == [True] * bool(reason), record
+
+
+def test_fewer_rows_than_asked_for() -> None:
+    _, record = rewritten(layer, rows=ROWS + 1)
+    (refused,) = record.refused
+    assert "option sequence_parallel=7" in refused.reason
+    assert rewritten(layer, rows=ROWS)[1].fired
+    assert not rewritten(layer, rows=3, dynamic=True)[1].fired, "3 rows can't be proven"
+
+
+def test_fewer_rows_than_ranks() -> None:
+    with_one = make_fx(layer, tracing_mode="fake")(*(inputs(0, 1)[name] for name in list(inputs(0))[:5]))
+    record = apply(Pass("sequence_parallel", "", sequence_parallel.run), with_one)
+    assert [entry.reason for entry in record.refused] == ["1 rows for 2 ranks"]
+
+
+def test_another_group_is_not_known_here() -> None:
+    def elsewhere(x, row, weight):  # type: ignore[no-untyped-def]
+        total = torch.ops._c10d_functional.all_reduce(x @ row, "sum", "7")
+        return norm(torch.ops._c10d_functional.wait_tensor(total), weight)
+
+    names = ("x", "row", "weight")
+    program = make_fx(elsewhere, tracing_mode="fake")(*(inputs(0)[name] for name in names))
+    record = apply(Pass("sequence_parallel", "", sequence_parallel.run), program)
+    assert [entry.reason for entry in record.refused] == ["there is no process group '7' in this process"]
+
+
+def test_the_option_switches_it_on() -> None:
+    assert "sequence_parallel" not in pipeline.names(pipeline.selected(Options()))
+    assert "sequence_parallel" in pipeline.names(pipeline.selected(Options(sequence_parallel=1)))
+    with pytest.raises(OptionError, match="no number of rows"):
+        Options(sequence_parallel=-1)
+    with pytest.raises(OptionError, match="both want the sums"):
+        Options(sequence_parallel=1, matmul_all_reduce=1)

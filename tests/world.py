@@ -1,0 +1,100 @@
+"""Ranks without processes: one program, run for all ranks of a group side by side in this process.
+
+A call is made for every rank before the next one is, so a collective has what all ranks give to it. Operators that
+communicate are computed here from their documented meaning, in the order of the ranks; all others are called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+DEFAULT = "0"
+"""The name that torch gives to the default group."""
+Each = list[tuple[Any, ...]]
+"""The arguments of a call, for each rank."""
+
+
+@contextlib.contextmanager
+def group_of(ranks: int) -> Iterator[None]:
+    """The default group has so many ranks, of which only the first is there and nothing can be sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def run(module: fx.GraphModule, inputs: Sequence[Sequence[Any]]) -> list[Any]:
+    """What the program returns on each rank, given the inputs of each."""
+    ranks = len(inputs)
+    values: list[dict[fx.Node, Any]] = [{} for _ in range(ranks)]
+    given = [iter(one) for one in inputs]
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            results = [next(one) for one in given]
+        elif node.op == "get_attr":
+            results = [getattr(module, node.target)] * ranks
+        else:
+            args = [fx.node.map_arg(node.args, lambda item, rank=rank: values[rank][item]) for rank in range(ranks)]
+            if node.op == "output":
+                return [one[0] for one in args]
+            kwargs = [fx.node.map_arg(node.kwargs, lambda item, rank=rank: values[rank][item]) for rank in range(ranks)]
+            together = COLLECTIVES.get(str(node.target))
+            if together is not None:
+                results = together(args)
+            else:
+                results = [node.target(*one, **named) for one, named in zip(args, kwargs, strict=True)]
+        for rank, result in enumerate(results):
+            values[rank][node] = result
+    raise AssertionError("a program has an output")
+
+
+def _all_reduce(each: Each) -> list[Tensor]:
+    total = _total([args[0] for args in each])
+    return [total.clone() for _ in each]
+
+
+def _wait(each: Each) -> list[Tensor]:
+    return [args[0] for args in each]
+
+
+def _reduce_scatter(each: Each) -> list[Tensor]:
+    return _parts(_total([args[0] for args in each]), len(each))
+
+
+def _all_gather(each: Each) -> list[Tensor]:
+    whole = torch.cat([args[0] for args in each])
+    return [whole[: args[3]].clone() for args in each]
+
+
+def _shard(each: Each) -> list[Tensor]:
+    return [_parts(args[0], len(each))[rank] for rank, args in enumerate(each)]
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _parts(whole: Tensor, ranks: int) -> list[Tensor]:
+    size = -(-whole.shape[0] // ranks)
+    filled = torch.cat([whole, whole.new_zeros((size * ranks - whole.shape[0], *whole.shape[1:]))])
+    return [part.clone() for part in filled.split(size)] if size else [filled] * ranks
+
+
+COLLECTIVES: dict[str, Callable[[Each], list[Any]]] = {
+    "_c10d_functional.all_reduce.default": _all_reduce,
+    "_c10d_functional.wait_tensor.default": _wait,
+    "npu_fused.reduce_scatter_rows.default": _reduce_scatter,
+    "npu_fused.all_gather_rows.default": _all_gather,
+    "npu_fused.shard_rows.default": _shard,
+}
