@@ -31,16 +31,17 @@ _EPSILON = 1e-20  # keeps a sum of sigmoids that are all zero from dividing
 
 @UnquantizedFusedMoEMethod.register_oot
 class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
-    """The experts of a layer, unquantised. Weights stay as vLLM loads them: [experts, out, in]."""
+    """The experts of a layer, unquantised. Weights stay as vLLM loads them: [experts, out, in].
+
+    With expert parallelism every rank has all tokens and some of the experts; what its own experts add to each token is
+    summed over the ranks by vLLM, as the parts of a split expert are.
+    """
 
     def __init__(self, moe: FusedMoEConfig) -> None:
-        parallel = moe.moe_parallel_config
-        for present, feature in (
-            (parallel.use_ep, "expert parallelism (--enable-expert-parallel)"),
-            (parallel.dp_size > 1, "data parallelism of a mixture of experts (--data-parallel-size)"),
-        ):
-            if present:
-                raise NotImplementedError(f"{feature} is not served on npu yet; leave it out")
+        if moe.moe_parallel_config.dp_size > 1:
+            raise NotImplementedError(
+                "data parallelism of a mixture of experts (--data-parallel-size) is not served on npu yet; leave it out"
+            )
         super().__init__(moe)
 
     @property
@@ -66,15 +67,15 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
                 )
             x = x * topk_weights.to(x.dtype)
             topk_weights = torch.ones_like(topk_weights)
-        experts = layer.w13_weight.shape[0]
+        first, end = experts_of(layer, self.moe)
         rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
             x,
             topk_ids.to(torch.int32),
             active_num=topk_ids.numel(),
-            expert_num=experts,
+            expert_num=self.moe.num_experts,
             expert_tokens_num_type=1,  # how many rows an expert has
             expert_tokens_num_flag=True,
-            active_expert_range=[0, experts],
+            active_expert_range=[first, end],
             quant_mode=-1,
             row_idx_type=0,
         )
@@ -83,7 +84,38 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
         rows = grouped_product(rows, layer.w13_weight, getattr(layer, "w13_bias", None), counts)
         rows = activated(layer.activation, rows, settings)
         rows = grouped_product(rows, layer.w2_weight, getattr(layer, "w2_bias", None), counts)
+        if end - first < self.moe.num_experts:
+            places, topk_weights = own_share(rows, places, topk_weights, counts)
         return torch_npu.npu_moe_token_unpermute(rows, places, probs=topk_weights)
+
+
+def experts_of(layer: RoutedExperts, moe: FusedMoEConfig) -> tuple[int, int]:
+    """The experts that this rank has: the first, and the one behind the last.
+
+    Raises:
+        NotImplementedError: they are not neighbours.
+    """
+    if not moe.moe_parallel_config.use_ep:
+        return 0, moe.num_experts
+    if layer.expert_placement_strategy != "linear":
+        raise NotImplementedError(
+            f"{layer.layer_name}: experts placed {layer.expert_placement_strategy} are not served on npu; use "
+            "--expert-placement-strategy linear"
+        )
+    ranks, rank = moe.moe_parallel_config.ep_size, moe.moe_parallel_config.ep_rank
+    each, more = divmod(moe.num_experts, ranks)  # vLLM's determine_expert_map: the first ranks have one more
+    first = rank * each + min(rank, more)
+    return first, first + each + (rank < more)
+
+
+def own_share(rows: Tensor, places: Tensor, weights: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """`places` [tokens * k] and `weights` [tokens, k], in which experts of other ranks count nothing.
+
+    Their places are negative. They read the first row, with the weight 0; where this rank has no row at all, nothing
+    has been computed there, and it is made 0 in place.
+    """
+    rows[:1].masked_fill_(counts.sum() == 0, 0)
+    return places.clamp(min=0), weights * (places >= 0).view_as(weights)
 
 
 def grouped_product(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:

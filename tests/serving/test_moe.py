@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation
+from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
 
 from npu_compiler.serving import moe
 from tests.models import checkpoints, tokenizer
@@ -101,21 +102,22 @@ def on_device(made: SimpleNamespace) -> Any:
     return SimpleNamespace(**{k: v.npu() if isinstance(v, Tensor) else v for k, v in vars(made).items()})
 
 
-def method() -> moe.NPUFusedMoEMethod:
-    """The method without what vLLM builds around it: `apply` reads the settings of the activation only."""
+def method(rank: int = 0, ranks: int = 1) -> moe.NPUFusedMoEMethod:
+    """The method without what vLLM builds around it: `apply` reads these settings only."""
     made = object.__new__(moe.NPUFusedMoEMethod)
     torch.nn.Module.__init__(made)
     made.moe = SimpleNamespace(  # type: ignore[assignment]  # the part of FusedMoEConfig that is read
         swiglu_limit=None, swiglu_alpha=None, swiglu_beta=None, activation_situ_beta=None,
-        activation_situ_linear_beta=None, has_bias=False,
+        activation_situ_linear_beta=None, has_bias=False, num_experts=EXPERTS,
+        moe_parallel_config=SimpleNamespace(use_ep=ranks > 1, ep_size=ranks, ep_rank=rank),
     )  # fmt: skip
     made.moe_quant_config = None
     return made
 
 
 def plain(made: SimpleNamespace, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    total = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
-    for token in range(TOKENS):
+    total = torch.zeros(len(x), HIDDEN, dtype=torch.float64)
+    for token in range(len(x)):
         for weight, expert in zip(weights[token].double(), experts[token].tolist(), strict=True):
             row = x[token : token + 1].double() * (weight if made.apply_router_weight_on_input else 1)
             row = row @ made.w13_weight[expert].double().T
@@ -144,6 +146,32 @@ def test_weights_on_the_input() -> None:
     weights, experts = torch.rand(TOKENS, 1), torch.randint(EXPERTS, (TOKENS, 1))
     actual = method().apply(on_device(made), x.npu(), weights.npu(), experts.int().npu(), None, None)
     reference.assert_close(actual, plain(made, x, weights, experts), torch.float32, factor=3.0)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_ranks_shares_add_up(ranks: int) -> None:
+    """4 ranks: two have two experts, two have one; and as many tokens as leave some rank without any."""
+    made = layer(Kind.SILU, torch.float32, True)
+    for tokens in (TOKENS, 1):
+        x, weights = torch.randn(tokens, HIDDEN), torch.rand(tokens, K)
+        experts = torch.stack([torch.randperm(EXPERTS)[:K] for _ in range(tokens)])
+        total = torch.zeros(tokens, HIDDEN, dtype=torch.float64)
+        for rank in range(ranks):
+            of_rank = method(rank, ranks)
+            local, places, _ = determine_expert_map(ranks, rank, EXPERTS)
+            own = (places >= 0).nonzero().flatten()
+            share = SimpleNamespace(**{k: v[own] if isinstance(v, Tensor) else v for k, v in vars(made).items()})
+            share.expert_placement_strategy = "linear"
+            assert moe.experts_of(share, of_rank.moe) == (int(own[0]), int(own[0]) + local)  # type: ignore[arg-type]
+            given = (x.npu(), weights.npu(), experts.int().npu())
+            total += of_rank.apply(on_device(share), *given, None, None).cpu().double()
+        reference.assert_close(total.float(), plain(made, x, weights, experts), torch.float32, factor=3.0)
+
+
+def test_experts_that_are_no_neighbours_are_refused() -> None:
+    scattered = SimpleNamespace(expert_placement_strategy="round_robin", layer_name="layers.3.mlp.experts")
+    with pytest.raises(NotImplementedError, match=r"layers\.3\.mlp\.experts: experts placed round_robin"):
+        moe.experts_of(scattered, method(0, 2).moe)  # type: ignore[arg-type]
 
 
 def test_a_limit_of_the_gate() -> None:
@@ -187,8 +215,21 @@ def test_tokens_are_those_of_transformers(folder: Path) -> None:
     assert steps["eager"] == 0
 
 
-@pytest.mark.parametrize(("changes", "option"), [({"use_ep": True}, "expert"), ({"dp_size": 2}, "data")])
-def test_other_parallelism_is_refused(changes: dict[str, Any], option: str) -> None:
-    parallel = SimpleNamespace(**({"use_ep": False, "dp_size": 1} | changes))
-    with pytest.raises(NotImplementedError, match=f"--{'enable-' * (option == 'expert')}{option}-parallel"):
+def test_tokens_with_the_experts_on_two_ranks(folder: Path) -> None:
+    """Every rank has whole experts instead of a part of each."""
+    prompts = oracle.prompts()[:4]
+    expected = [oracle.greedy(folder, prompt, 16) for prompt in prompts]
+    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enable_expert_parallel": True}
+    with engine(folder, **settings, **graphs("FULL_DECODE_ONLY")) as llm:
+        assert generate(llm, prompts, 16) == expected
+        reports = llm.collective_rpc("report")
+    assert len(reports) == 2
+    for data in reports:
+        assert data["decode_steps"]["replayed"] > 0
+        assert data["decode_steps"]["eager"] == 0
+
+
+def test_data_parallel_experts_are_refused() -> None:
+    parallel = SimpleNamespace(use_ep=False, dp_size=2)
+    with pytest.raises(NotImplementedError, match="--data-parallel-size"):
         moe.NPUFusedMoEMethod(SimpleNamespace(moe_parallel_config=parallel))  # type: ignore[arg-type]
