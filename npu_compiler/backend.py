@@ -45,7 +45,7 @@ from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
 from npu_compiler.passes import watch as watch_places
 from npu_compiler.passes.record import PassRecord, report_lines
-from npu_compiler.plan import agreement, memory
+from npu_compiler.plan import agreement, memory, weight_layout
 from npu_compiler.plan.memory import MemoryPlan
 from npu_compiler.plan.order import Arrangement, arrange
 
@@ -76,6 +76,7 @@ class CompiledGraph:
         arrangement: the order of calls that was chosen; None where the option `reorder` is off or the program was
             found in a cache, in order.
         ledger: captures and replays; None where nothing is captured (compile_fx).
+        weights: which of them are laid out in FRACTAL_NZ; None where the option `weight_nz` is off.
         constants: the values that are computed once, which the program has as its last inputs; None without any.
         stored: what the cache did for it, as text; empty without a cache.
         key: what decides about the result, part by part: the key of the cache. Empty without a cache.
@@ -92,6 +93,7 @@ class CompiledGraph:
         self.arrangement: Arrangement | None = None
         self.ledger: Ledger | None = None
         self.constants: once.Split | None = None
+        self.weights: weight_layout.Layout | None = None
         self.stored = ""
         self.key: dict[str, str] = {}
         self.missed: list[str] = []
@@ -135,7 +137,8 @@ class CompiledGraph:
         order = [f"order: {self.arrangement}"] if self.arrangement else []
         if self.constants:
             order.append(f"constants: {len(self.constants.values)} computed once, {self.constants.size} bytes")
-        return [*order, *([f"memory: {self.memory.summary}"] if self.memory else [])]
+        weights = [str(self.weights)] if self.weights else []
+        return [*order, *weights, *([f"memory: {self.memory.summary}"] if self.memory else [])]
 
 
 class AscendBackend:
@@ -388,6 +391,7 @@ def _serve_once(
 ) -> Callable[..., Any]:
     """`serve`, with what is computed once taken out of the program and handed to it as inputs."""
     plans = agreement.planned(functional.graph.graph)
+    compiled.weights = weight_layout.planned(functional.graph.graph, compiled.options.weight_nz)
     part = compiled.constants = once.split(functional.graph)
     _show_code("ascend final", functional.graph)
     if watch is not None:
@@ -396,7 +400,7 @@ def _serve_once(
         compiled.points = watching.bind(functional.graph.graph, compiled.name, compiled.options.watch_keep)
         functional.graph.recompile()
     call = serve(functional) if part is None else _with_values(part, functional, serve)
-    call = agreement.agreed(call, plans)
+    call = weight_layout.applied(agreement.agreed(call, plans), compiled.weights)
     if dump is None:
         return call
     dump.plan(

@@ -18,6 +18,7 @@ from typing import Any
 from npu_compiler.errors import OptionError
 
 MULTISTREAM = ("off", "auto")
+WEIGHT_NZ = ("off", "quantized", "all", "auto")
 CAPTURERS = ("ascend", "npugraph_ex")
 DUMP_INPUTS = ("off", "call", "all")
 WATCHES = ("stats", "values", "nan", "inf")
@@ -81,6 +82,10 @@ class Options:
     freeze: bool = False
     """Take parameters and buffers as constants: what depends on them alone is computed once, and again when one of them
     was written or replaced. Writes through `.data` go unnoticed."""
+    weight_nz: str = "off"
+    """Lay weights that only matrix products read out in FRACTAL_NZ, in place, before the first call: those of int8
+    products ("quantized"), float16 and bfloat16 ones too ("all"), or the large ones of them that it does not pad
+    ("auto"). It sets torch.npu.config.allow_internal_format."""
     reorder: bool = True
     """Put the calls into the order that needs the least memory, where another one than the program's own does."""
     layers_once: bool = True
@@ -150,6 +155,8 @@ class Options:
             raise _unknown_value("capture_error_mode", self.capture_error_mode, CAPTURE_ERROR_MODES)
         if self.multistream not in MULTISTREAM:
             raise _unknown_value("multistream", self.multistream, MULTISTREAM)
+        if self.weight_nz not in WEIGHT_NZ:
+            raise _unknown_value("weight_nz", self.weight_nz, WEIGHT_NZ)
         if self.stream_limit < 1:
             raise OptionError(
                 f"stream_limit={self.stream_limit} leaves no stream",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+import torch_npu
+from torch import nn
 from vllm import SamplingParams, TokensPrompt
 
 from tests.models import checkpoints
@@ -15,14 +19,23 @@ from tests.serving.engine import engine, graphs
 TOLERANCE = {"bfloat16": (0.5, 0.06), "float16": (0.08, 0.01)}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_log_probabilities(dtype: str) -> None:
+def layouts(model: nn.Module) -> Counter[int]:
+    """How many of the layers' matrices lie in each of CANN's formats."""
+    return Counter(int(torch_npu.get_npu_format(item)) for name, item in model.named_parameters() if "_proj" in name)
+
+
+@pytest.mark.parametrize(("dtype", "weight_nz"), [("bfloat16", "off"), ("float16", "off"), ("bfloat16", "all")])
+def test_log_probabilities(dtype: str, weight_nz: str) -> None:
     shape = checkpoints.Shape(family="qwen3", dtype=dtype)
     folder = checkpoints.cached(shape)
     prompt = oracle.prompts()[3]
     sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=shape.vocab)
-    with engine(folder, dtype=dtype, max_logprobs=shape.vocab, **graphs("FULL_DECODE_ONLY")) as llm:
+    options = {"compile": {"weight_nz": weight_nz}}
+    settings = {"dtype": dtype, "max_logprobs": shape.vocab, **graphs("FULL_DECODE_ONLY")}
+    with engine(folder, additional_config=options, **settings) as llm:
         out = llm.generate(TokensPrompt(prompt_token_ids=prompt), sampling, use_tqdm=False)[0]
+        (found,) = llm.apply_model(layouts)
+    assert found == {2 if weight_nz == "off" else 29: 4 * shape.layers}
     served = torch.tensor([[row[token].logprob for token in range(shape.vocab)] for row in out.prompt_logprobs[1:]])
     distance = (served.double() - oracle.log_probabilities(folder, prompt)[:-1]).abs()
     largest, mean = TOLERANCE[dtype]
