@@ -38,7 +38,8 @@ from npu_compiler.errors import OptionError, StoredProgramError
 from npu_compiler.fusion_kernels import watched as watching
 from npu_compiler.fusion_kernels.chosen import providers
 from npu_compiler.fusion_kernels.watched import Seen as Seen
-from npu_compiler.graph import digest, once, serialized
+from npu_compiler.graph import digest, once
+from npu_compiler.graph.serialized import NotStorable
 from npu_compiler.graph.source import where
 from npu_compiler.lowering.floats import specialize_module_floats
 from npu_compiler.lowering.functional import Functional, lower
@@ -301,11 +302,9 @@ def _compile(
             compiled.arrangement = arrange(functional.graph.graph)
             functional.graph.recompile()
         if keep is not None:
-            why_not = functional.convention or serialized.why_not(functional.graph)
-            compiled.stored = f"not stored: {why_not}" if why_not else STORED
-            if not why_not:
-                guards = cache.guards_since(environment, known_guards)
-                keep(Program(functional.graph, functional.stable, compiled.records, guards))
+            guards = cache.guards_since(environment, known_guards)
+            program = Program(functional.graph, functional.stable, compiled.records, guards)
+            compiled.stored = _kept(program, functional.convention, keep)
         return _serve_once(compiled, functional, serve, watch, dump)
 
     unflatten = _return_flat_tuple(gm)
@@ -321,6 +320,17 @@ def _compile(
     logger.debug("%s", compiled)
     compiled._call = call if unflatten is None else lambda *args: unflatten(call(*args))
     return compiled
+
+
+def _kept(program: Program, convention: str, keep: Callable[[Program], None]) -> str:
+    """Keeps a program, unless it can't be stored or is not all that a call takes; what is said of it."""
+    if convention:
+        return f"not stored: {convention}"
+    try:
+        keep(program)
+    except NotStorable as reason:
+        return f"not stored: {reason}"
+    return STORED
 
 
 def bundle_of(options: Options) -> Path | None:

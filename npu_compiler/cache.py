@@ -35,7 +35,7 @@ FOLDER = "NPU_COMPILER_CACHE"
 """Environment variable with the folder; without it, `npu_compiler` in the user's cache folder ($XDG_CACHE_HOME)."""
 LIMIT = 1 << 30
 """Bytes that entries may take together; the least recently used go first."""
-MAGIC = b"npu_compiler program 1\n"
+MAGIC = b"npu_compiler program 2\n"
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,17 @@ class ProgramCache:
 
     def store(self, name: str, parts: Mapping[str, str], program: Program) -> list[str]:
         """Writes an entry with the reason why it was not there (`explain`), which it returns, and drops the oldest ones
-        above the limit."""
+        above the limit.
+
+        Raises:
+            NotStorable: see `write`.
+        """
+        data = write(program)
         missed = self.explain(parts)
         file = self._file(parts)
         file.parent.mkdir(parents=True, exist_ok=True)
         about = {"name": name, "parts": dict(parts), "missed": missed, "stored": time.time()}
-        _write(file, write(program))
+        _write(file, data)
         _write(file.with_suffix(".json"), json.dumps(about, indent=1).encode())
         self._drop_oldest()
         return missed
@@ -143,7 +148,11 @@ class ProgramCache:
 
 
 def write(program: Program) -> bytes:
-    """A program as bytes that `read` knows to be whole."""
+    """A program as bytes that `read` knows to be whole.
+
+    Raises:
+        NotStorable: it holds what no other process knows (graph/serialized.py).
+    """
     rest = pickle.dumps((program.stable, program.records, program.guards))
     body = pickle.dumps((serialized.dumps(program.graph), rest))
     return MAGIC + hashlib.sha256(body).digest() + body
@@ -187,10 +196,14 @@ def graph_parts(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, 
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "autocast": torch.is_autocast_enabled("npu"),
     }
+    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    owners: dict[int, int] = {}
+    for index, value in enumerate(tensors):
+        owners.setdefault(storage(value), index)
     return {
         "graph": of_text(*lines),
         "inputs": "; ".join(
-            _described(value, symbolic, example_inputs)
+            _described(value, symbolic, owners)
             for value, symbolic in zip(example_inputs, symbolic_inputs(gm, example_inputs), strict=True)
         ),
         "state": ", ".join(f"{name} {value}" for name, value in state.items()),
@@ -208,17 +221,17 @@ def guards_since(environment: ShapeEnv | None, count: int) -> tuple[sympy.Basic,
     return () if environment is None else tuple(guard.expr for guard in environment.guards[count:])
 
 
-def _described(value: Any, symbolic: Any, among: Sequence[Any]) -> str:
+def _described(value: Any, symbolic: Any, owners: Mapping[int, int]) -> str:
     """Everything of an input that a compiled program depends on; which inputs share memory is part of it.
 
     Args:
         symbolic: the input as dynamo traced it: its dynamic sizes are symbols.
+        owners: for each storage the first tensor that lies in it.
     """
     if not isinstance(value, torch.Tensor):
         return f"{type(value).__name__} {symbolic}"
-    tensors = [other for other in among if isinstance(other, torch.Tensor)]
-    owner = next(index for index, other in enumerate(tensors) if storage(other) == storage(value))
     static = getattr(value, "_dynamo_static_input_type", "")
+    owner = owners[storage(value)]
     layout = f"{tuple(symbolic.shape)} {tuple(symbolic.stride())} + {symbolic.storage_offset()} of {owner}"
     grad = "grad" if value.requires_grad else ""
     return " ".join(f"{type(value).__name__} {value.dtype} {value.device} {layout} {static} {grad}".split())

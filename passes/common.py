@@ -23,6 +23,7 @@ from typing import Any
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
 
 from npu_compiler.graph.effects import is_pure, may_write, storage, tensors
+from npu_compiler.graph.merged import Merged
 from npu_compiler.passes.record import PassRecord
 
 NAME = "common"
@@ -62,23 +63,24 @@ class _Memory:
     def __init__(self, graph: fx.Graph) -> None:
         self._returned = set(graph.output_node().all_input_nodes)
         self._handed_out = {storage(tensor) for node in self._returned for tensor in tensors(node)}
-        self._same: dict[int, int] = {}  # memory of a call that was merged: that of the call it was merged with
+        self._merged = Merged()
         self._writes: dict[int, int] = {}
 
     def note_writes(self, node: fx.Node) -> None:
         for key in may_write(node):
-            self._writes[self._of(key)] = self._writes.get(self._of(key), 0) + 1
+            now = self._merged.now(key)
+            self._writes[now] = self._writes.get(now, 0) + 1
 
     def state(self, nodes: Iterable[fx.Node]) -> Hashable:
         """Changes when a value among `nodes` is written."""
         if not self._writes:
             return frozenset()
-        keys = {key for node in nodes for key in self._keys(node)}
+        keys = {key for node in nodes for key in self._merged.of(node)}
         return frozenset((key, self._writes[key]) for key in keys if key in self._writes)
 
     def both_returned(self, one: fx.Node, other: fx.Node) -> bool:
         """Whether the caller gets two results, or views of two, that one merged call could not give apart."""
-        ours, theirs = self._keys(one), self._keys(other)
+        ours, theirs = self._merged.of(one), self._merged.of(other)
         if ours == theirs:  # two views of one tensor
             return one in self._returned and other in self._returned
         return not self._handed_out.isdisjoint(ours) and not self._handed_out.isdisjoint(theirs)
@@ -87,19 +89,11 @@ class _Memory:
         """`first` takes the place of `node`."""
         if node in self._returned:
             self._returned.add(first)
-        for ours, theirs in zip(self._keys(first), self._keys(node), strict=True):
+        for ours, theirs in zip(self._merged.of(first), self._merged.of(node), strict=True):
             if ours != theirs:
-                self._same[theirs] = ours
+                self._merged.merge(theirs, ours)
                 if theirs in self._handed_out:
                     self._handed_out.add(ours)
-
-    def _keys(self, node: fx.Node) -> list[int]:
-        return [self._of(storage(tensor)) for tensor in tensors(node)]
-
-    def _of(self, key: int) -> int:
-        while key in self._same:
-            key = self._same[key]
-        return key
 
 
 def _key(node: fx.Node) -> Hashable | None:

@@ -26,6 +26,7 @@ from torch import Tensor, fx
 
 from npu_compiler.facts.sizes import Fact, Truth, equal, known, same_layout
 from npu_compiler.graph.effects import addresses_storage, argument, storage, tensors, value, written_storages
+from npu_compiler.graph.merged import Merged
 from npu_compiler.graph.spec import refresh_alias
 from npu_compiler.graph.traffic import is_view
 from npu_compiler.passes.record import PassRecord
@@ -134,7 +135,7 @@ class _Memory:
                     self._last_use[storage(tensor)] = index
             for key in written_storages(node):
                 self._writes.setdefault(key, []).append(index)
-        self._same: dict[int, int] = {}
+        self._merged = Merged()
 
     def may_be_one(self, node: fx.Node, source: fx.Node) -> Fact:
         """Whether nobody notices that `source` takes the place of `node`."""
@@ -166,17 +167,14 @@ class _Memory:
             self._returned.add(source)
         if mine == its:
             return
-        self._same[mine] = its
+        self._merged.merge(mine, its)
         if mine in self._outputs:
             self._outputs.add(its)
         self._writes[its] = [*self._writes.get(its, ()), *self._writes.get(mine, ())]
         self._last_use[its] = max(self._last_use.get(its, -1), self._last_use.get(mine, -1))
 
     def _of(self, node: fx.Node) -> int:
-        (tensor,) = tensors(node)
-        key = storage(tensor)
-        while key in self._same:
-            key = self._same[key]
+        (key,) = self._merged.of(node)
         return key
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module
 
 from npu_compiler.config import Options, check_names
 from npu_compiler.errors import OptionError
@@ -237,7 +238,7 @@ def _run_once(
             record.refuse(LAYERS_ONCE, module.graph.output_node(), layers)
         return None
     check = SpecCheck(module) if options.check else None
-    short = fx.GraphModule(module, periods.shortened(layers))
+    short = _make_graph_module(module, periods.shortened(layers))  # of the kind that `lower` asks for
     if watch is not None:
         watch(SHORTENED, short, None)
     between = time.perf_counter()

@@ -30,9 +30,24 @@ def value(node: object) -> object:
 
 def tensors(node: object) -> Iterator[torch.Tensor]:
     """The fake tensors a node stands for (several for a node with several outputs)."""
-    for leaf in tree_leaves(value(node)):
-        if isinstance(leaf, torch.Tensor):
-            yield leaf
+    found = value(node)
+    if isinstance(found, torch.Tensor):  # most are, and looking for leaves takes ten times as long
+        yield found
+    elif isinstance(found, (list, tuple, dict)):
+        yield from (leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor))
+
+
+def has_fixed_layout(tensor: torch.Tensor) -> bool:
+    """Whether no size, stride or offset of a tensor is symbolic."""
+    return all(type(number) is int for number in (*tensor.shape, *tensor.stride(), tensor.storage_offset()))
+
+
+def has_unknown_size(node: object) -> bool:
+    """Whether a size of a value, or of a node's, is found at run time only."""
+    found = value(node)
+    if isinstance(found, torch.Tensor) and found.layout is torch.strided and has_fixed_layout(found):
+        return False
+    return bool(free_unbacked_symbols(found))
 
 
 def argument(node: fx.Node, name: int | str) -> Any:
@@ -120,7 +135,7 @@ def host_dependence(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.data_dependent_output in target.tags:
         return "it reads a tensor's value on the host"
-    if any(free_unbacked_symbols(tensor) for tensor in tensors(node)):
+    if any(map(has_unknown_size, tensors(node))):
         return "the shape of its result depends on tensor data"
     inputs = {tensor.device.type for arg in node.all_input_nodes for tensor in tensors(arg) if tensor.dim()}
     outputs = {tensor.device.type for tensor in tensors(node)}

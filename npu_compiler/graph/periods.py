@@ -18,18 +18,19 @@ program begins where it begins. Where the proof fails, `expand` says why and the
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, TypeAlias
 
+import torch
 from torch import fx
 from torch._library.fake_class_registry import FakeScriptObject
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_aggregate
 
-from npu_compiler.graph.effects import storage, tensors
+from npu_compiler.graph.effects import has_fixed_layout, has_unknown_size, storage, tensors
 from npu_compiler.graph.source import TIMES
 from npu_compiler.graph.spec import infer, refresh_aliases
 from npu_compiler.graph.values import Repeated
@@ -51,7 +52,7 @@ class _Call:
     """A call taken apart: `form` is equal for calls that differ in arguments and names only."""
 
     node: fx.Node
-    form: str
+    form: Hashable
     leaves: tuple[Binding, ...]
 
 
@@ -232,7 +233,7 @@ def _borders(
         for leaf in call.leaves:
             if run.start <= position.get(leaf, -1) < run.end - 2 * run.length:  # type: ignore[call-overload]
                 return f"{call.node.name} reads a layer before the last"
-    if any(free_unbacked_symbols(call.node.meta.get("val")) for call in calls[run.start : run.end]):
+    if any(has_unknown_size(call.node) for call in calls[run.start : run.end]):
         return "a size inside of the layers is found at run time"
     return ""
 
@@ -334,37 +335,48 @@ def _taken_apart(node: fx.Node) -> _Call:
 
     arguments = map_aggregate((node.args, node.kwargs), leaf)
     target = node.target if node.op == "call_function" else f"{node.op} {node.name}"  # a constant is like no other
-    return _Call(node, f"{target} {arguments!r} {_layout(node)}", tuple(leaves))
+    return _Call(node, (target, repr(arguments), _layout(node)), tuple(leaves))  # repr: 1, 1.0 and True are three
 
 
-def _layout(node: fx.Node) -> str:
+def _layout(node: fx.Node) -> Hashable:
     """What the value of a node looks like."""
     value = node.meta.get("val")
-    found = [
-        f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.storage_offset()} {tensor.device}"
-        for tensor in tensors(node)
-    ]
-    return f"{type(value).__name__} {found}" if found else repr(value)
+    found = tuple(map(_layout_of, tensors(node)))
+    return (type(value), found) if found else repr(value)
+
+
+def _layout_of(tensor: torch.Tensor) -> Hashable:
+    layout = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    return tensor.dtype, tensor.device, layout if has_fixed_layout(tensor) else str(layout)
 
 
 def _longest(
     calls: Sequence[_Call], position: Mapping[fx.Node, int], after: Mapping[Binding, Binding] | None
 ) -> _Run | None:
     """The most calls in equal periods; the shortest period of equals."""
-    runs = (run for length in _lengths(calls) for run in _runs(calls, position, length, after))
-    return max(runs, key=lambda run: (run.length * run.count, -run.length), default=None)
+    best: _Run | None = None
+    for length, most in _lengths(calls):
+        if best is None or most >= best.length * best.count:
+            found = _runs(calls, position, length, after)
+            runs = (run for run in (best, *found) if run is not None)
+            best = max(runs, key=lambda run: (run.length * run.count, -run.length), default=None)
+    return best
 
 
-def _lengths(calls: Sequence[_Call]) -> list[int]:
+def _lengths(calls: Sequence[_Call]) -> list[tuple[int, int]]:
     """Lengths that a period may have: the commonest distances between neighbours of one form that occurs as often as
-    there could be layers."""
-    seen: dict[str, list[int]] = {}
+    there could be layers. With each the most calls that its periods can have together; the longest first."""
+    seen: dict[Hashable, list[int]] = {}
     for index, call in enumerate(calls):
         seen.setdefault(call.form, []).append(index)
     distances: Counter[int] = Counter()
     for indices in seen.values():
         distances.update(two - one for one, two in pairwise(indices))
-    return [length for length, times in distances.most_common(8) if times >= PROVEN - 1]
+    numbers = {form: number for number, form in enumerate(seen)}
+    forms = [numbers[call.form] for call in calls]
+    lengths = [length for length, times in distances.most_common(8) if times >= PROVEN - 1]
+    most = {length: length + sum(map(operator.eq, forms, forms[length:])) for length in lengths}
+    return sorted(most.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _runs(
@@ -496,5 +508,5 @@ def _shares_memory(graph: fx.Graph, layer_of: Mapping[Binding, int]) -> bool:
     return any(times[storage(tensor)] > 1 for node in layer_of if isinstance(node, fx.Node) for tensor in tensors(node))
 
 
-def _tail_forms(calls: Sequence[_Call], tail: Mapping[fx.Node, int], layer: int) -> list[str]:
+def _tail_forms(calls: Sequence[_Call], tail: Mapping[fx.Node, int], layer: int) -> list[Hashable]:
     return [call.form for call in calls if tail.get(call.node) == layer]

@@ -1,47 +1,75 @@
 """A program as bytes, so that another process can go on where this one stopped.
 
-torch's GraphPickler writes the calls. The fake values of the nodes are not written: read back, the program is run once
-on the reader's fake inputs, which gives them anew, aliases and symbols included.
+What is written is plain data: a tuple a call, in which other calls are numbers and operators are names. Layers repeat
+one another, so lines of code and layouts are written once. Fake values are written as layouts and numbers of storages,
+and made anew on the reader's fake inputs; those with symbolic sizes are inferred from their arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import enum
+import pickle
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx._graph_pickler import GraphPickler, Options
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch._library.opaque_object import is_opaque_value_type
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_map
 
+from npu_compiler.graph.effects import has_fixed_layout, has_unknown_size, storage, tensors, value
 from npu_compiler.graph.once import ONCE
+from npu_compiler.graph.values import like
 
-KEPT = frozenset({"stack_trace", "npu_origin", ONCE})
+KEPT = ("stack_trace", "npu_origin", ONCE)
 """What is written of a node's metadata. Module paths are not among it: they hold live objects."""
+_PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None), type(...)))
+_CONSTANTS = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum)
+_OPERATORS = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
+Layout: TypeAlias = tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...], int]
 
 
-def why_not(program: fx.GraphModule) -> str:
-    """Why `program` can't be written; empty if it can."""
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            return f"it holds the constant {node.target}"
-        if node.op in ("call_module", "call_method"):
-            return f"it calls {node.target}, which is not an operator"
-        if free_unbacked_symbols(node.meta.get("val")):
-            return f"the size of {node.name} is found at run time"
-    return ""
+class NotStorable(ValueError):
+    """A program can't be written; the text says why."""
+
+
+class _Node(NamedTuple):
+    """The node at that position, as an argument."""
+
+    position: int
+
+
+class _Operator(NamedTuple):
+    """`torch.ops.<path>`."""
+
+    path: str
+
+
+class _Tensor(NamedTuple):
+    """A fake tensor in a storage, which has a number."""
+
+    storage: int
+    layout: Layout
+
+
+class _Inferred(NamedTuple):
+    """A value that is not written, with the storages of its tensors."""
+
+    storages: tuple[int, ...]
 
 
 def dumps(program: fx.GraphModule) -> bytes:
-    """The program as bytes; see `why_not` for what can't be written."""
-    options = Options(ops_filter=None, node_metadata_key_filter=KEPT.__contains__)
-    # A module of its own: what AOTAutograd leaves on the graph's module holds live objects.
-    bare = fx.GraphModule(torch.nn.Module(), program.graph)
-    try:
-        return GraphPickler.dumps(bare, options)
-    finally:
-        program.graph.owning_module = program
+    """The program as bytes.
+
+    Raises:
+        NotStorable: it holds a constant, or something that no other process knows.
+    """
+    writer = _Writer()
+    calls = [writer.call(node) for node in program.graph.nodes]
+    return pickle.dumps((writer.inputs, calls), protocol=5)
 
 
 def loads(data: bytes, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -53,20 +81,200 @@ def loads(data: bytes, inputs: Sequence[Any]) -> fx.GraphModule:
     Raises:
         AttributeError: an operator of the program is not there.
     """
-    # The inputs' own mode, which need not be the one that torch's tracing context holds behind dynamo.
-    mode = next((item.fake_mode for item in inputs if isinstance(item, FakeTensor)), None)
-    mode = mode or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    program = GraphPickler.loads(data, mode)
-    assert isinstance(program, fx.GraphModule)
-    program.recompile()
-    with mode, torch.no_grad():
-        _Values(program).run(*inputs)
-    return program
+    written, calls = pickle.loads(data)
+    reader = _Reader(written, inputs)
+    with unset_fake_temporarily():
+        for call in calls:
+            reader.add(*call)
+    return fx.GraphModule(torch.nn.Module(), reader.graph)
 
 
-class _Values(fx.Interpreter):
-    """Puts the value of each node into its metadata."""
+class _Storages:
+    """Numbers for the storages of a program, in the order in which its values come."""
 
-    def run_node(self, n: fx.Node) -> Any:
-        n.meta["val"] = super().run_node(n)
-        return n.meta["val"]
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+
+    def number(self, tensor: torch.Tensor) -> int:
+        return self._numbers.setdefault(storage(tensor), len(self._numbers))
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        return storage(tensor) in self._numbers
+
+    def input(self, item: object) -> tuple[_Tensor | None, ...]:
+        """What a value that is inferred or made may depend on of an input: its memory and, if no size of it is
+        symbolic, its layout."""
+        found = []
+        for tensor in tensors(item):
+            layout = _layout(tensor)
+            found.append(_Tensor(self.number(tensor), layout) if layout is not None else None)
+        return tuple(found)
+
+
+class _Writer:
+    """Attributes:
+    inputs: what is written of the inputs.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: list[tuple[_Tensor | None, ...]] = []
+        self._storages = _Storages()
+        self._positions: dict[fx.Node, _Node] = {}
+        self._equal: dict[Any, Any] = {}  # equal things are one object, which pickle writes once
+
+    def call(self, node: fx.Node) -> tuple[Any, ...]:
+        """A node as data: operation, name, target, arguments, metadata, value."""
+        if node.op in ("get_attr", "call_module", "call_method"):
+            what = "holds the constant" if node.op == "get_attr" else "calls the module or method"
+            raise NotStorable(f"it {what} {node.target}")
+        if node.op == "placeholder":
+            self.inputs.append(self._storages.input(node))
+        value_of = None if node.op in ("placeholder", "output") else self._value(node)
+        target = self._target(node.target) if node.op == "call_function" else node.target
+        meta = {key: self._once(node.meta[key]) for key in KEPT if node.meta.get(key) is not None}
+        args, kwargs = self._argument(node.args), self._argument(node.kwargs)
+        self._positions[node] = _Node(len(self._positions))
+        return node.op, node.name, target, args, kwargs, meta, value_of
+
+    def _once(self, item: Any) -> Any:
+        return self._equal.setdefault(item, item) if isinstance(item, (str, tuple)) else item
+
+    def _target(self, target: Any) -> Any:
+        if isinstance(target, _OPERATORS):
+            return self._once(_path(target))
+        module = sys.modules.get(getattr(target, "__module__", None) or "")
+        if getattr(module, getattr(target, "__name__", ""), None) is not target:
+            raise NotStorable(f"it calls {target}, which has no name")
+        return target
+
+    def _argument(self, item: Any) -> Any:
+        if isinstance(item, fx.Node):
+            return self._positions[item]
+        if type(item) in _PLAIN or isinstance(item, _CONSTANTS) or is_opaque_value_type(type(item)):
+            return item
+        if isinstance(item, (list, tuple)):
+            parts = [self._argument(part) for part in item]
+            return tuple(parts) if isinstance(item, tuple) else parts
+        if isinstance(item, Mapping):
+            return {key: self._argument(part) for key, part in item.items()}
+        if isinstance(item, slice):
+            return slice(*map(self._argument, (item.start, item.stop, item.step)))
+        if isinstance(item, _OPERATORS):
+            return _path(item)
+        raise NotStorable(f"it has the argument {item!r:.80}, which is no plain data")
+
+    def _value(self, node: fx.Node) -> Any:
+        if has_unknown_size(node):
+            raise NotStorable(f"the size of {node.name} is found at run time")
+        found = list(tensors(node))
+        layouts = [self._made(tensor) for tensor in found]
+        numbers = [self._storages.number(tensor) for tensor in found]
+        made = [_Tensor(number, layout) for number, layout in zip(numbers, layouts, strict=True) if layout is not None]
+        if not made or len(made) < len(found) or not _is_plain(value(node)):
+            return self._once(_Inferred(tuple(numbers)))
+        parts = iter(made)
+        return tree_map(lambda item: next(parts) if isinstance(item, torch.Tensor) else item, value(node))
+
+    def _made(self, tensor: torch.Tensor) -> Layout | None:
+        """The layout by which the tensor can be made again; None if that does not say everything."""
+        layout = _layout(tensor)
+        if layout is None or tensor.is_conj() or tensor.is_neg() or type(tensor) is not FakeTensor:
+            return None
+        if not self._storages.knows(tensor):
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            elements = last + 1 if tensor.numel() else 0
+            if tensor.storage_offset() or tensor.untyped_storage().nbytes() != elements * tensor.element_size():
+                return None  # it is part of something larger
+        return self._once(layout)  # type: ignore[no-any-return]
+
+
+class _Reader:
+    """Attributes:
+    graph: the calls added so far.
+    """
+
+    def __init__(self, written: Sequence[Any], inputs: Sequence[Any]) -> None:
+        # The inputs' own mode, which need not be the one that torch's tracing context holds behind dynamo.
+        mode = next((item.fake_mode for item in inputs if isinstance(item, FakeTensor)), None)
+        self._mode = mode or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.graph = fx.Graph()
+        self._inputs = iter(inputs)
+        self._nodes: list[fx.Node] = []
+        self._memory: dict[int, torch.UntypedStorage] = {}
+        numbers = _Storages()
+        # Layouts that were written are good for inputs that lie in memory as the writer's did.
+        self._fits = [numbers.input(item) for item in inputs] == list(written)
+        for item in inputs:
+            for tensor in tensors(item):
+                self._memory.setdefault(numbers.number(tensor), tensor.untyped_storage())
+
+    def add(self, op: str, name: str, target: Any, args: Any, kwargs: Any, meta: dict[str, Any], value_of: Any) -> None:
+        """Adds a node that `_Writer.call` wrote."""
+        target, args, kwargs = self._argument(target), self._argument(args), self._argument(kwargs)
+        node = self.graph.create_node(op, target, args, kwargs, name)
+        node.meta.update(meta)
+        if op == "placeholder":
+            node.meta["val"] = next(self._inputs)
+        elif op != "output":
+            node.meta["val"] = self._value(node, value_of)
+        self._nodes.append(node)
+
+    def _argument(self, item: Any) -> Any:
+        kind = type(item)
+        if kind is _Node:
+            return self._nodes[item.position]
+        if kind is _Operator:
+            return _operator(item.path)
+        if kind in (tuple, list):
+            return kind(map(self._argument, item))
+        if kind is dict:
+            return {key: self._argument(part) for key, part in item.items()}
+        if kind is slice:
+            return slice(*map(self._argument, (item.start, item.stop, item.step)))
+        return item
+
+    def _value(self, node: fx.Node, written: Any) -> Any:
+        if isinstance(written, _Inferred) or not self._fits:
+            given = node.args, dict(node.kwargs)
+            args, kwargs = tree_map(value, given, is_leaf=lambda item: isinstance(item, fx.Node))
+            with self._mode, torch.no_grad():
+                found = node.target(*args, **kwargs)  # type: ignore[operator]
+            if self._fits:
+                for number, tensor in zip(written.storages, tensors(found), strict=True):
+                    self._memory.setdefault(number, tensor.untyped_storage())
+            return found
+        return self._made(written)
+
+    def _made(self, item: Any) -> Any:
+        if isinstance(item, _Tensor):
+            made = like(self._mode, *item.layout, self._memory.get(item.storage))
+            self._memory.setdefault(item.storage, made.untyped_storage())
+            return made
+        return type(item)(map(self._made, item)) if isinstance(item, (list, tuple)) else item
+
+
+def _layout(tensor: torch.Tensor) -> Layout | None:
+    """Everything about where its elements lie; None if a size is symbolic or the tensor is not strided."""
+    if tensor.layout is not torch.strided or not has_fixed_layout(tensor):
+        return None
+    return tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+
+
+def _is_plain(item: Any) -> bool:
+    """Whether a value is a tensor, or lists and tuples of tensors and None."""
+    if type(item) in (list, tuple):
+        return all(map(_is_plain, item))
+    return item is None or isinstance(item, torch.Tensor)
+
+
+def _path(operator: Any) -> _Operator:
+    if isinstance(operator, torch._ops.HigherOrderOperator):
+        return _Operator(f"{operator.namespace}.{operator.name()}")
+    return _Operator(str(operator))
+
+
+def _operator(path: str) -> Any:
+    found: Any = torch.ops
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found

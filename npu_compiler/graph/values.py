@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_map_only
 
 from npu_compiler.graph.effects import storage, tensors
@@ -60,22 +60,36 @@ class Repeated:
 
         value = template.meta.get("val")
         if all(isinstance(tensor, FakeTensor) for tensor in tensors(value)):
-            with unset_fake_temporarily():  # plain meta tensors are made, without asking the mode about each
-                found = tree_map_only(torch.Tensor, copied, value)
+            with unset_fake_temporarily():
+                whole = isinstance(value, torch.Tensor)
+                found = copied(value) if whole else tree_map_only(torch.Tensor, copied, value)
             if all(map(_same_memory, tensors(value), tensors(found))):
                 return found
         return infer(node)
 
 
+def like(
+    mode: FakeTensorMode,
+    dtype: torch.dtype,
+    device: torch.device,
+    size: Sequence[Any],
+    stride: Sequence[Any],
+    offset: Any,
+    memory: torch.UntypedStorage | None,
+) -> FakeTensor:
+    """A fake tensor of a layout, in given memory or in new memory of its own. Outside of any fake mode: plain meta
+    tensors are made, without asking a mode about each."""
+    if memory is None:
+        plain = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+    else:
+        plain = torch.empty(0, dtype=dtype, device="meta").set_(memory, offset, size, stride)  # type: ignore[call-overload]
+    return FakeTensor(mode, plain, device)
+
+
 def _like(tensor: torch.Tensor, memory: torch.UntypedStorage | None) -> torch.Tensor:
-    """A fake tensor of the same layout, in given memory or in new memory of its own."""
     assert isinstance(tensor, FakeTensor)
     size, stride, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
-    if memory is None:
-        plain = torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta")
-    else:
-        plain = torch.empty(0, dtype=tensor.dtype, device="meta").set_(memory, offset, size, stride)  # type: ignore[call-overload]
-    return FakeTensor(tensor.fake_mode, plain, tensor.device)
+    return like(tensor.fake_mode, tensor.dtype, tensor.device, size, stride, offset, memory)
 
 
 def _same_memory(one: torch.Tensor, two: torch.Tensor) -> bool:

@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from npu_compiler.graph.effects import written_storages
+from npu_compiler.graph.effects import is_pure, written_storages
+from npu_compiler.graph.traffic import is_view, launches
 from npu_compiler.plan import amounts
-from npu_compiler.plan.accesses import accesses, is_pinned
+from npu_compiler.plan.accesses import HIDDEN, Accesses, accesses
 from npu_compiler.plan.amounts import Amount, Amounts
+from npu_compiler.plan.engines import Engine, engine_of
 from npu_compiler.plan.liveness import Storages
 from npu_compiler.plan.memory import DEVICE, amounts_of, live_sums
 
@@ -121,12 +123,19 @@ def _needs(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
             for key in touched.writes:
                 before.update(readers.pop(key, ()))
                 writer[key] = node
-            if written_storages(node) or is_pinned(node):
+            if _has_effect(node, touched):
                 before.update([effect] if effect is not None else [])
                 effect = node
         before.discard(node)
         needs[node] = sorted(before, key=position.__getitem__)
     return needs
+
+
+def _has_effect(node: fx.Node, touched: Accesses) -> bool:
+    """Whether a call does more than to compute its result, and so stays in order with all that do."""
+    if not launches(node):
+        return node.op == "call_function" and not (is_view(node) or is_pure(node))
+    return bool(touched.writes & HIDDEN or written_storages(node)) or engine_of(node) is Engine.LINK
 
 
 def _followers(needs: dict[fx.Node, list[fx.Node]]) -> dict[fx.Node, list[fx.Node]]:
