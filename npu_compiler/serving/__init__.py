@@ -12,12 +12,13 @@ import os
 #   VLLM_USE_V2_MODEL_RUNNER: the second runner's kernels exist in Triton only.
 #   VLLM_WORKER_MULTIPROC_METHOD: a device context does not survive a fork.
 #   VLLM_MLA_DISABLE: latent attention (MLA) is served with its heads expanded; there is no kernel for the latent form.
-#   VLLM_USE_AOT_COMPILE: vLLM's ahead-of-time artifacts are typed as Inductor's.
+#   VLLM_USE_MEGA_AOT_ARTIFACT: vLLM's one file for graph and kernels loads Inductor's artifacts only. With it off, vLLM
+#   keeps Dynamo's graph in its file and asks our compiler for the programs, which it keeps beside it.
 ENVIRONMENT_DEFAULTS = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_MLA_DISABLE": "1",
-    "VLLM_USE_AOT_COMPILE": "0",
+    "VLLM_USE_MEGA_AOT_ARTIFACT": "0",
 }
 
 

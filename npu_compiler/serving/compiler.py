@@ -13,6 +13,7 @@ from typing import Any
 import torch.fx as fx
 from torch._functorch._aot_autograd import autograd_cache
 from torch._functorch._aot_autograd.schemas import AOTConfig
+from vllm.compilation.backends import StopCompiling
 from vllm.compilation.compiler_interface import CompilerInterface
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.compilation.passes.ir.lowering_pass import VllmIRLoweringPass
@@ -28,6 +29,8 @@ from npu_compiler.serving import dump, qkv_attention
 from npu_compiler.serving.options import compile_options
 
 logger = init_logger(f"vllm.{__name__}")
+IN_KEY = "npu_compiler"
+"""What `put_into_key` adds to vLLM's `inductor_compile_config`."""
 
 
 class PassManager(InductorPass):
@@ -79,6 +82,9 @@ class AscendCompiler(CompilerInterface):
         qkv_attention.register()
         self._options = compile_options({})
         self._folder: Path | None = None
+        # Programs that could not be loaded. vLLM's CompilerManager.load notes them as loaded all the same, and would
+        # stop their compilation to hand out nothing.
+        self._unusable: set[str] = set()
 
     def initialize_cache(self, cache_dir: str, disable_cache: bool = False, prefix: str = "") -> None:
         """See CompilerInterface."""
@@ -98,9 +104,13 @@ class AscendCompiler(CompilerInterface):
         key: str | None = None,
     ) -> tuple[Callable[..., Any] | None, Any | None]:
         """See CompilerInterface. `graph` is left as it is: vLLM compiles it once a range."""
-        if not is_watched(graph.graph, self._options):
-            tell_vllm_the_key(graph, example_inputs)
         name = key or f"vllm_{compile_range.start}_{compile_range.end}"
+        try:
+            if not is_watched(graph.graph, self._options):
+                tell_vllm_the_key(graph, example_inputs)
+        except StopCompiling:
+            if name not in self._unusable:
+                raise
         file = None if self._folder is None else self._folder / f"{name}.program"
         compiled = compile_fx(
             copy.deepcopy(graph),
@@ -129,6 +139,7 @@ class AscendCompiler(CompilerInterface):
             return load_fx(Path(file).read_bytes(), copy.deepcopy(graph), example_inputs, name, self._options)
         except (OSError, StoredProgramError) as error:
             logger.warning("The stored program %s is compiled again: %s", file, error)
+            self._unusable.add(name)
             return None
 
 
@@ -137,6 +148,16 @@ def for_range(options: Options, tokens: Range) -> Options:
     rows is on where there are always as many."""
     enough = options.sequence_parallel <= max(tokens.start, 2)
     return dataclasses.replace(options, sequence_parallel=int(bool(options.sequence_parallel) and enough))
+
+
+def put_into_key(config: VllmConfig) -> None:
+    """Makes the compiler part of vLLM's key for the graph that Dynamo traced, which vLLM keeps between starts.
+
+    That key is made before a backend is asked (vllm/compilation/caching.py, `aot_compile_hash_factors`); of what a
+    plugin can set it holds this dictionary, which vLLM hands to the compiler and which ours does not read otherwise.
+    Without it, a graph traced for another version of our operators could be loaded.
+    """
+    config.compilation_config.inductor_compile_config[IN_KEY] = fingerprint(dump.options_of(config))
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -24,6 +24,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from npu_compiler.backend import Seen, watched
 from npu_compiler.serving import moe  # noqa: F401  # gives vLLM its experts
+from npu_compiler.serving.compiler import put_into_key
 from npu_compiler.serving.options import ServingOptions
 from npu_compiler.serving.platform import NPUPlatform
 from npu_compiler.serving.runner import NPUModelRunner
@@ -69,6 +70,8 @@ class NPUWorker(Worker):
         npu.empty_cache()
         self.init_snapshot = MemorySnapshot(device=self.device)
         self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
+        if self.compilation_config.mode == CompilationMode.VLLM_COMPILE:
+            put_into_key(self.vllm_config)
         self._init_workspace_and_model_runner()
 
     def _make_model_runner(self) -> NPUModelRunner:
