@@ -24,7 +24,10 @@ from benchmarks import compiling, kernels, models
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 600
+PARTS = ("kernels", "compile", "sizes", "vllm", "pool")
 TURNS = 3
+WIDTHS, LARGEST = (1024, 2048), 2240
+"""Hidden sizes, and the most requests, of the models whose decode graphs' memory is measured."""
 COMPARED = ("ascend", "aot_eager")
 """Backends whose cold starts are measured so many times, one after the other in turn."""
 KERNEL_PEERS = ("npugraph_ex", "npugraphs")
@@ -170,20 +173,41 @@ def size_rows(name: str, layers: int) -> list[Record]:
     ]
 
 
-def vllm_rows(name: str, layers: int) -> list[Record]:
-    """Seconds of vLLM's start, cold and again."""
+def vllm_rows(name: str, depths: Sequence[int]) -> list[Record]:
+    """Seconds of vLLM's start, cold and again, for each depth."""
     if models.FAMILIES[name].encoder:
         return []
-    with tempfile.TemporaryDirectory() as cache:
-        cold, warm = (apart(cache, "vllm_start", name, layers) for _ in range(2))
     out = []
-    for start, one in (("cold", cold), ("warm", warm)):
-        more = {key: one.get(key) for key in ("missing", "compile", "capture")}
-        out.append(record(f"vllm_{start}", "vllm", "s", one.get("total"), layers=layers, **more))
-    if not cold["missing"] and not warm["missing"] and cold["compile"]:
-        ratio = warm["compile"] / cold["compile"]
-        met = goal(ratio, "<= 0.33 of the cold compilation", ratio <= 1 / 3)
-        out.append(record("vllm_warm_ratio", "vllm", "x", ratio, layers=layers, **met))
+    for layers in depths:
+        with tempfile.TemporaryDirectory() as cache:
+            cold, warm = (apart(cache, "vllm_start", name, layers) for _ in range(2))
+        for start, one in (("cold", cold), ("warm", warm)):
+            more = {key: one.get(key) for key in ("missing", "compile", "capture")}
+            out.append(record(f"vllm_{start}", "vllm", "s", one.get("total"), layers=layers, **more))
+        if not cold["missing"] and not warm["missing"] and cold["compile"]:
+            ratio = warm["compile"] / cold["compile"]
+            met = goal(ratio, "<= 0.33 of the cold compilation", ratio <= 1 / 3)
+            out.append(record("vllm_warm_ratio", "vllm", "x", ratio, layers=layers, **met))
+    return out
+
+
+def pool_rows(name: str, widths: Sequence[int]) -> list[Record]:
+    """How much 35 decode graphs of vLLM need over the largest alone, for several widths of a model."""
+    if models.FAMILIES[name].encoder:
+        return []
+    out = []
+    for hidden in widths:
+        with tempfile.TemporaryDirectory() as cache:
+            found = apart(cache, "vllm_pool", name, hidden, LARGEST)
+        about: Record = {"hidden": hidden, "missing": found["missing"]}
+        if found["missing"]:
+            out.append(record("vllm_pool_growth", "vllm", "x", None, **about))
+            continue
+        mebibytes = found["mebibytes"]
+        growth = sum(mebibytes) / mebibytes[0]
+        met = goal(growth, "<= 1.05", growth <= 1.05)
+        about |= {"all": mebibytes, "captures": len(mebibytes), "mib": sum(mebibytes), "mib_largest": mebibytes[0]}
+        out.append(record("vllm_pool_growth", "vllm", "x", growth, **about, **met))
     return out
 
 
@@ -192,6 +216,8 @@ def line(entry: Record) -> str:
     label = f"  {entry['row']:22s} {entry['peer']:12s}"
     if "layers" in entry:
         label += f" {entry['layers']:3d} layers"
+    if "hidden" in entry:
+        label += f" {entry['hidden']:5d} wide"
     if entry["value"] is None:
         return f"{label} missing: {entry['missing']}"
     parts = [f"{label} {entry['value']:9.3f} {entry['unit']}"]
@@ -199,7 +225,7 @@ def line(entry: Record) -> str:
         parts.append(f"FX calls {entry['nodes_before']:g} -> {entry['nodes_after']:g}")
     parts += [
         f"{key} {entry[key]:.3f}"
-        for key in ("cpu", "dynamo", "compiler", "passes", "order", "compile", "capture")
+        for key in ("cpu", "dynamo", "compiler", "passes", "order", "compile", "capture", "mib", "mib_largest")
         if entry.get(key) is not None
     ]
     if entry["goal"]:
@@ -211,7 +237,7 @@ def main(arguments: Sequence[str]) -> int:
     """0 when every measurement could be made (missed goals and missing peers are reported, not failures)."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks compiler", description=__doc__)
     parser.add_argument("--models", default=",".join(models.FAMILIES), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--parts", default="kernels,compile,sizes,vllm", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="2 and 4 layers instead of 4 and 28")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -220,7 +246,8 @@ def main(arguments: Sequence[str]) -> int:
         "kernels": lambda name: kernel_rows(name, depths),
         "compile": lambda name: compile_rows(name, depths),
         "sizes": lambda name: size_rows(name, depths[0]),
-        "vllm": lambda name: vllm_rows(name, depths[1]),
+        "vllm": lambda name: vllm_rows(name, depths),
+        "pool": lambda name: pool_rows(name, WIDTHS[:1] if options.quick else WIDTHS),
     }
     chosen, names = options.parts.split(","), options.models.split(",")
     for given, valid in ((chosen, parts), (names, models.FAMILIES)):

@@ -91,3 +91,24 @@ def vllm_start(name: str, layers: int) -> dict[str, Any]:
         "compile": llm.llm_engine.vllm_config.compilation_config.compilation_time,
         "capture": report["capture_milliseconds"] / 1e3,
     }
+
+
+def vllm_pool(name: str, hidden: int, largest: int) -> dict[str, Any]:
+    """Captures SIZES batch sizes up to `largest` requests in vLLM, largest first: MiB by which each grew the pool.
+
+    Args:
+        hidden: the width of the one layer, as wide elsewhere as published models of this width are.
+        largest: a multiple of SIZES.
+    """
+    heads = hidden // 128
+    wide = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_attention_heads": heads}
+    folder = str(Path(os.environ["VLLM_CACHE_ROOT"]) / f"{name}_{hidden}")
+    models.configuration(name, 1, num_key_value_heads=heads // 2, head_dim=128, **wide).save_pretrained(folder)
+    sizes = [largest // SIZES * (index + 1) for index in range(SIZES)]
+    llm = models.engine(folder, sizes, max_num_seqs=largest, max_num_batched_tokens=largest)
+    graphs = llm.collective_rpc("report")[0]["graphs"]
+    return {
+        "tokens": [graph["tokens"] for graph in graphs],
+        "milliseconds": [graph["milliseconds"] for graph in graphs],
+        "mebibytes": [graph["mebibytes"] for graph in graphs],
+    }

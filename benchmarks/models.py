@@ -66,10 +66,12 @@ FAMILIES = {
 }
 
 
-def configuration(name: str, layers: int, dtype: torch.dtype = torch.bfloat16) -> transformers.PreTrainedConfig:
+def configuration(
+    name: str, layers: int, dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> transformers.PreTrainedConfig:
     """The configuration of `name` with `layers` layers; all layers of Gemma attend to everything, as at short texts."""
     family = FAMILIES[name]
-    settings = {**family.settings, "num_hidden_layers": layers, "dtype": dtype}
+    settings = {**family.settings, "num_hidden_layers": layers, "dtype": dtype, **changes}
     if name == "gemma":
         settings["layer_types"] = ["full_attention"] * layers
     config = getattr(transformers, family.configuration)(**settings)
@@ -141,20 +143,20 @@ def inputs(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
     return tokens.to(device), position.to(device), seen.expand(BATCH, 1, 1, POSITIONS).contiguous().to(device)
 
 
-def engine(folder: str, capture_sizes: Sequence[int]) -> LLM:
+def engine(folder: str, capture_sizes: Sequence[int], **changes: Any) -> LLM:
     """vLLM's engine, in this process, in FULL_DECODE_ONLY, with made-up weights for the configuration in `folder`."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
-    return LLM(
-        model=folder,
-        skip_tokenizer_init=True,
-        load_format="dummy",
-        dtype="bfloat16",
-        max_model_len=POSITIONS,
-        max_num_seqs=BATCH,
-        max_num_batched_tokens=POSITIONS,
-        kv_cache_memory_bytes=64 << 20,
-        disable_log_stats=True,
-        compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(capture_sizes)},
-    )
+    settings: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "max_model_len": POSITIONS,
+        "max_num_seqs": BATCH,
+        "max_num_batched_tokens": POSITIONS,
+        "kv_cache_memory_bytes": 64 << 20,
+        "disable_log_stats": True,
+        "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(capture_sizes)},
+    }
+    return LLM(model=folder, **(settings | changes))
