@@ -264,6 +264,12 @@ def _refuse_unserved(vllm_config: VllmConfig) -> None:
             f"{model.architecture} has layers that keep a state instead of keys and values (state-space, linear "
             "attention, short convolutions), which vLLM runs by Triton kernels only; they are not served on npu yet"
         )
+    if model is not None and hasattr(model.hf_text_config, "index_topk"):  # how vLLM's models ask, too
+        raise ValueError(
+            f"{model.architecture} (model type {model.hf_text_config.model_type}) has sparse attention: an indexer "
+            f"chooses {model.hf_text_config.index_topk} keys for each token (index_topk). There is neither an operator "
+            "for the indexer nor for attention to chosen keys; it is not served on npu yet"
+        )
 
 
 def _refuse_missing_devices(vllm_config: VllmConfig) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 
+from benchmarks.sweep import shrink
 from npu_compiler.serving import platform
 from tests.models import checkpoints
 from tests.serving.engine import engine
@@ -99,6 +100,12 @@ def test_more_ranks_than_devices() -> None:
     divisible = checkpoints.cached(checkpoints.Shape(family="qwen3", heads=ranks, kv_heads=ranks, head_dim=16))
     with pytest.raises(ValueError, match=f"{ranks} ranks .* but {ranks // 2} are visible; lower it"):
         configure(divisible, tensor_parallel_size=ranks)
+
+
+def test_sparse_attention(tmp_path: Path) -> None:
+    shrink.configuration(shrink.Subject("DeepseekV32ForCausalLM", "deepseek_v32")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"DeepseekV32ForCausalLM \(model type deepseek_v32\) has sparse attention"):
+        configure(tmp_path, skip_tokenizer_init=True)
 
 
 def test_layers_that_keep_a_state() -> None:
