@@ -19,7 +19,7 @@ from npu_compiler.serving import compiler
 from tests.models import checkpoints
 from tests.serving import oracle
 from tests.serving.engine import engine, generate, graphs
-from tests.serving.test_tokens import MODES, TOKENS, check_steps
+from tests.serving.test_tokens import ENDING_ONE_BY_ONE, MODES, check_steps
 
 GRAPHS = "torch_compile_cache/torch_aot_compile/*/rank_{}_0/model"
 """Dynamo's graph of a rank, where vLLM keeps it."""
@@ -157,11 +157,11 @@ def test_every_mode_starts_again(cache: Path, mode: str, ranks: int) -> None:
     """Tokens and graphs are those of the first start, on every rank, and nothing is compiled or traced again."""
     folder = checkpoints.cached(checkpoints.Shape(family="llama"))
     prompts = oracle.prompts()
-    expected = [oracle.greedy(folder, prompt, TOKENS) for prompt in prompts]
+    expected = [oracle.greedy(folder, prompt, count) for prompt, count in zip(prompts, ENDING_ONE_BY_ONE, strict=True)]
     written: list[dict[Path, int]] = []
     for _ in range(2):
         with engine(folder, tensor_parallel_size=ranks, distributed_executor_backend="mp", **graphs(mode)) as llm:
-            assert generate(llm, prompts, TOKENS) == expected
+            assert generate(llm, prompts, ENDING_ONE_BY_ONE) == expected
             reports = llm.collective_rpc("report")
         for data in reports:
             check_steps(mode, data)
