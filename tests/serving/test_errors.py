@@ -23,6 +23,10 @@ def folder() -> Path:
     return checkpoints.cached(checkpoints.Shape(family="qwen3"))
 
 
+SPARSE = shrink.Subject("DeepseekV32ForCausalLM", "deepseek_v32")
+SPARSE_REFUSED = r"DeepseekV32ForCausalLM \(model type deepseek_v32\) has sparse attention"
+
+
 def configure(folder: Path, **changes: Any) -> Any:
     return EngineArgs(model=str(folder), max_num_seqs=8, max_model_len=256, **changes).create_engine_config()
 
@@ -102,18 +106,31 @@ def test_more_ranks_than_devices() -> None:
         configure(divisible, tensor_parallel_size=ranks)
 
 
+@pytest.mark.full
 def test_sparse_attention(tmp_path: Path) -> None:
-    shrink.configuration(shrink.Subject("DeepseekV32ForCausalLM", "deepseek_v32")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"DeepseekV32ForCausalLM \(model type deepseek_v32\) has sparse attention"):
+    shrink.configuration(SPARSE).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=SPARSE_REFUSED):
         configure(tmp_path, skip_tokenizer_init=True)
+
+
+def test_a_configuration_with_an_indexer() -> None:
+    """Sparse attention as above, without vLLM's look at the model's class, which takes a process of its own."""
+    text = shrink.configuration(SPARSE)
+    with pytest.raises(ValueError, match=SPARSE_REFUSED):
+        refuse(is_hybrid=False, is_attention_free=False, architecture=SPARSE.architecture, hf_text_config=text)
 
 
 def test_layers_that_keep_a_state() -> None:
     """vLLM's own settings of such a model ask for Triton before a platform is asked, so this one is made by hand."""
+    with pytest.raises(ValueError, match="Mamba has layers that keep a state instead of keys and values"):
+        refuse(is_hybrid=False, is_attention_free=True, architecture="Mamba")
+
+
+def refuse(**model: Any) -> None:
+    """The platform's look at a configuration with one rank and nothing special beside `model`."""
     off = SimpleNamespace(use_ubatching=False, pipeline_parallel_size=1, decode_context_parallel_size=1)
     unset = dict.fromkeys(("speculative_config", "lora_config", "kv_transfer_config", "use_v2_model_runner"))
-    model = SimpleNamespace(is_hybrid=False, is_attention_free=True, enable_sleep_mode=False, architecture="Mamba")
+    asked = SimpleNamespace(enable_sleep_mode=False, **model)
     cache = SimpleNamespace(cache_dtype="auto")
-    made = SimpleNamespace(**unset, model_config=model, cache_config=cache, parallel_config=off)
-    with pytest.raises(ValueError, match="Mamba has layers that keep a state instead of keys and values"):
-        platform._refuse_unserved(made)  # type: ignore[arg-type]  # what is read of it
+    made = SimpleNamespace(**unset, model_config=asked, cache_config=cache, parallel_config=off)
+    platform._refuse_unserved(made)  # type: ignore[arg-type]  # what is read of it

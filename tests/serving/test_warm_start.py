@@ -113,6 +113,14 @@ def test_starts_after_the_first(cache: Path, compiled: list[tuple[str, str]]) ->
     assert (tokens, compiled) == (expected, [(STORED, program)])
     assert any("is compiled again: the stored file is damaged" in message for message in said)
 
+
+@pytest.mark.full
+def test_a_damaged_graph_is_traced_again(cache: Path, compiled: list[tuple[str, str]]) -> None:
+    mode, folder = "FULL_DECODE_ONLY", checkpoints.cached(checkpoints.Shape())
+    expected = [oracle.greedy(folder, prompt, 12) for prompt in oracle.prompts()[:3]]
+    start(mode, traces=True)
+    ((_, program),) = compiled
+
     compiled.clear()
     damage(cache, GRAPHS.format(0))
     with warnings() as said:
@@ -158,10 +166,12 @@ def test_every_mode_starts_again(cache: Path, mode: str, ranks: int) -> None:
     folder = checkpoints.cached(checkpoints.Shape(family="llama"))
     prompts = oracle.prompts()
     expected = [oracle.greedy(folder, prompt, count) for prompt, count in zip(prompts, ENDING_ONE_BY_ONE, strict=True)]
+    three = [oracle.greedy(folder, prompt, 12) for prompt in prompts[:3]]
     written: list[dict[Path, int]] = []
     for _ in range(2):
         with engine(folder, tensor_parallel_size=ranks, distributed_executor_backend="mp", **graphs(mode)) as llm:
             assert generate(llm, prompts, ENDING_ONE_BY_ONE) == expected
+            assert generate(llm, prompts[:3], 12) == three
             reports = llm.collective_rpc("report")
         for data in reports:
             check_steps(mode, data)
