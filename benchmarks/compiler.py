@@ -1,8 +1,9 @@
 """`python -m benchmarks compiler` (`make bench-compiler`): what the compiler does and costs, beside its peers.
 
 For each model: kernels and FX calls of a layer; cold and warm compile seconds by stage; milliseconds and MiB of 35
-captured sizes; vLLM's cold and warm start. Every measurement is a fresh process; peers of a row run one after the
-other. Rows go to benchmarks/results/compiler_<model>.json with their goals.
+captured sizes; vLLM's cold and warm start; what 35 decode graphs of vLLM add to their pool. Every measurement is a
+fresh process; peers of a row run one after the other. Rows go to benchmarks/results/compiler_<model>.json with their
+goals, part by part: what is stopped goes on by --resume. The page docs/compiler_figures.md is written from them.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compiling, kernels, models
+from benchmarks import compiling, figures, kept, kernels, models
+from npu_compiler.backend import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "compiler_figures.md"
 TIMEOUT_S = 600
 PARTS = ("kernels", "compile", "sizes", "vllm", "pool")
 TURNS = 3
@@ -238,30 +240,43 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks compiler", description=__doc__)
     parser.add_argument("--models", default=",".join(models.FAMILIES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="2 and 4 layers instead of 4 and 28")
+    parser.add_argument("--quick", action="store_true", help="2 and 4 layers instead of 4 and 28; writes no page")
+    parser.add_argument("--resume", action="store_true", help="leave out parts that are there for this very compiler")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page from the rows there are")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
     options = parser.parse_args(arguments)
-    depths = (2, 4) if options.quick else models.DEPTHS
-    parts = {
-        "kernels": lambda name: kernel_rows(name, depths),
-        "compile": lambda name: compile_rows(name, depths),
-        "sizes": lambda name: size_rows(name, depths[0]),
-        "vllm": lambda name: vllm_rows(name, depths),
-        "pool": lambda name: pool_rows(name, WIDTHS[:1] if options.quick else WIDTHS),
-    }
     chosen, names = options.parts.split(","), options.models.split(",")
-    for given, valid in ((chosen, parts), (names, models.FAMILIES)):
+    for given, valid in ((chosen, PARTS), (names, models.FAMILIES)):
         for one in given:
             if one not in valid:
                 parser.error(f"no {one!r}; there are {', '.join(valid)}")
-    options.results.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        print(f"{name}: {depths[0]} and {depths[1]} layers, bfloat16", flush=True)
-        rows: list[Record] = []
-        for part in chosen:
-            for entry in parts[part](name):
-                rows.append(entry | {"model": name})
-                print(line(entry), flush=True)
-        about = {"quick": options.quick, "depths": depths, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        (options.results / f"compiler_{name}.json").write_text(json.dumps({"about": about, "records": rows}, indent=1))
+    for name in names if not options.page else ():
+        _run(name, chosen, options)
+    if not options.quick:
+        found = {name: kept.read(options.results, name) for name in models.FAMILIES}
+        PAGE.write_text(figures.page(found))
     return 0
+
+
+def _run(name: str, chosen: Sequence[str], options: argparse.Namespace) -> None:
+    """Measures parts of a model and keeps each as soon as it is there."""
+    depths = (2, 4) if options.quick else models.DEPTHS
+    parts = {
+        "kernels": lambda: kernel_rows(name, depths),
+        "compile": lambda: compile_rows(name, depths),
+        "sizes": lambda: size_rows(name, depths[0]),
+        "vllm": lambda: vllm_rows(name, depths),
+        "pool": lambda: pool_rows(name, WIDTHS[:1] if options.quick else WIDTHS),
+    }
+    print(f"{name}: {depths[0]} and {depths[1]} layers, bfloat16", flush=True)
+    compiler, there = fingerprint(), kept.read(options.results, name)
+    for part in chosen:
+        if options.resume and kept.is_current(there.get(part), compiler, depths):
+            print(f"  {part}: there already", flush=True)
+            continue
+        found = kept.measured(parts[part], depths=list(depths), compiler=compiler)
+        kept.write(options.results, name, part, found)
+        for entry in found["records"]:
+            print(line(entry), flush=True)
+        loaded = ", others worked beside it" if kept.loaded(found) else ""
+        print(f"  {part}: {found['about']['seconds']:.0f} s{loaded}", flush=True)

@@ -106,7 +106,7 @@ def vllm_pool(name: str, hidden: int, largest: int) -> dict[str, Any]:
     models.configuration(name, 1, num_key_value_heads=heads // 2, head_dim=128, **wide).save_pretrained(folder)
     sizes = [largest // SIZES * (index + 1) for index in range(SIZES)]
     llm = models.engine(folder, sizes, max_num_seqs=largest, max_num_batched_tokens=largest)
-    graphs = llm.collective_rpc("report")[0]["graphs"]
+    graphs = sorted(llm.collective_rpc("report")[0]["graphs"], key=lambda graph: graph["tokens"], reverse=True)
     return {
         "tokens": [graph["tokens"] for graph in graphs],
         "milliseconds": [graph["milliseconds"] for graph in graphs],

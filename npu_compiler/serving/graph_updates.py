@@ -124,7 +124,10 @@ class GraphUpdates:
     def capture(self, layer_name: str, call: AttentionCall, lengths: Lengths) -> None:
         """Captures `call` on the current stream as a group that `enqueue` can give other lengths."""
         shared = self._resources
-        needed = call.max_workspace(lengths.query_ends, lengths.kv_lengths)
+        # Asking makes tensors as large as the output. On a stream that is not captured they, and the workspace, stay
+        # out of the graphs' pool, which would keep room for them for good.
+        with npu.stream(shared.stream):
+            needed = call.max_workspace(lengths.query_ends, lengths.kv_lengths)
         if shared.workspace is None or shared.workspace.numel() < needed.numel():
             shared.workspace = needed
         call = replace(call, workspace=shared.workspace, softmax_lse=call.unused_lse())

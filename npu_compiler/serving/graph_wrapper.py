@@ -94,7 +94,7 @@ class ACLGraphWrapper(CUDAGraphWrapper):
             self.graph_pool = current_platform.get_global_graph_pool()
         updates = GraphUpdates(self._update_resources or UpdateResources())
         graph = npu.NPUGraph()
-        reserved, start = npu.memory_reserved(), time.perf_counter()
+        before, start = _size(self.graph_pool), time.perf_counter()
         if self.runtime_mode == CUDAGraphMode.FULL:
             context.additional_kwargs[UPDATES_KEY] = updates
         try:
@@ -118,7 +118,7 @@ class ACLGraphWrapper(CUDAGraphWrapper):
             tokens=descriptor.num_tokens,
             requests=descriptor.num_reqs,
             milliseconds=(time.perf_counter() - start) * 1e3,
-            mebibytes=(npu.memory_reserved() - reserved) / 2**20,
+            mebibytes=(_size(self.graph_pool) - before) / 2**20,
             updated_operators=len(updates),
             reason=self._why(descriptor),
         )
@@ -153,6 +153,11 @@ class ACLGraphWrapper(CUDAGraphWrapper):
 
 def _addresses(args: tuple[Any, ...]) -> list[int]:
     return [arg.data_ptr() for arg in args if isinstance(arg, Tensor)]
+
+
+def _size(pool: Any) -> int:
+    """Bytes of the segments that a pool of graphs holds."""
+    return sum(segment["total_size"] for segment in npu.memory_snapshot(pool))
 
 
 def _weak(value: Any) -> Any:

@@ -20,8 +20,8 @@ IDLE_SECONDS = 1.0
 
 @dataclasses.dataclass
 class GraphRecord:
-    """One captured graph. `mebibytes` is what the device allocator reserved for it beyond what it had; `reason` says
-    why it was captured (npu_compiler/reasons.py)."""
+    """One captured graph. `mebibytes` is what the graphs' pool grew by; `reason` says why it was captured
+    (npu_compiler/reasons.py)."""
 
     mode: str
     tokens: int

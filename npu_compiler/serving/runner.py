@@ -110,8 +110,8 @@ class NPUModelRunner(GPUModelRunner):
         finally:
             set_cudagraph_capturing_enabled(False)
             self._budget = None
-        used = free - npu.mem_get_info()[0]
         npu.empty_cache()
+        used = free - npu.mem_get_info()[0]
         lock_workspace()
         wrappers = [w for w in CUDAGraphWrapper._all_instances if isinstance(w, ACLGraphWrapper)]
         own = [w for w in wrappers if w.vllm_config is self.vllm_config]
