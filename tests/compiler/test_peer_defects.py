@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from npu_compiler.backend import fingerprint
-from npu_compiler.config import Options
+from npu_compiler.config import WEIGHT_NZ, Options
 from npu_compiler.errors import OptionError, StaleOutputError
 from npu_compiler.passes import pipeline
 from tests.compiler.test_capture import Compiled, assert_same, check, rows
@@ -215,11 +215,14 @@ def test_every_option_is_part_of_the_cache_key() -> None:
     for name, value in decide_nothing.items():
         assert fingerprint({name: value}) == plain, name
     all_on = {"matmul_all_reduce": 1}  # a pass that does not run cannot be switched off
-    passes = [name for name in dict.fromkeys(pipeline.names()) if name != "user_rules"]
+    apart = {"sequence_parallel": 1}  # the two exclude one another
+    passes = [name for name in dict.fromkeys(pipeline.names()) if name not in ("user_rules", *apart)]
     rules = [rule.name for entry in pipeline.selected(Options(**all_on)) for rule in entry.rules]
     keys = [fingerprint({**all_on, "disabled_passes": [name]}) for name in passes]
     keys += [fingerprint({**all_on, "disabled_rules": [name]}) for name in rules]
-    assert len({plain, fingerprint(all_on), *keys}) == 2 + len(keys)
+    keys += [fingerprint(all_on), fingerprint(apart), fingerprint({**apart, "disabled_passes": list(apart)})]
+    keys += [fingerprint({"weight_nz": policy}) for policy in WEIGHT_NZ if policy != "off"]
+    assert len({plain, *keys}) == 1 + len(keys)
     for field in dataclasses.fields(Options):
         if isinstance(field.default, bool) and field.name not in decide_nothing:
             assert fingerprint({field.name: not field.default}) != plain, field.name
