@@ -12,7 +12,6 @@ import functools
 import gc
 import itertools
 import logging
-import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -26,7 +25,7 @@ from torch._dynamo.utils import detect_fake_mode, lazy_format_graph_code
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import npu_compiler
-from npu_compiler import cache, fusion_kernels
+from npu_compiler import cache, dumps, fusion_kernels
 from npu_compiler.aclgraph import npugraph_ex
 from npu_compiler.aclgraph.buckets import buckets as buckets  # serving chooses its capture sizes by it
 from npu_compiler.aclgraph.labels import LabelledCall, Labels
@@ -34,6 +33,7 @@ from npu_compiler.aclgraph.ledger import Ledger
 from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.cache import CacheNote, Program
 from npu_compiler.config import DECIDE_NOTHING, Options, refuse_mode
+from npu_compiler.dumps import bundle_of as bundle_of  # serving adds its own captures and report to it
 from npu_compiler.errors import OptionError, StoredProgramError
 from npu_compiler.fusion_kernels import watched as watching
 from npu_compiler.fusion_kernels.chosen import providers
@@ -57,12 +57,6 @@ GraphHook = Callable[[fx.Graph], None]
 STORED = "stored"
 FROM_CACHE = "from the cache"
 WITHOUT_CAPTURE = Options(capture=False)
-DUMP = "NPU_COMPILER_DUMP"
-"""Environment variable with the folder for bundles; the option `dump` comes first."""
-PRINT = "NPU_COMPILER_PRINT_PIPELINE"
-"""Environment variable: anything but nothing and 0 does what the option `print_pipeline` does."""
-TRACE = "torch.__trace"
-"""The logger of torch's structured trace; it has handlers where TORCH_TRACE asks for one."""
 logger = logging.getLogger(__name__)
 
 
@@ -308,8 +302,8 @@ def _compile(
         return _serve_once(compiled, functional, serve, watch, dump)
 
     unflatten = _return_flat_tuple(gm)
-    with _no_collections(), _dump(compiled, gm) as dump:
-        watch = _watch(compiled.name, dump)
+    with _no_collections(), dumps.open_graph(compiled.name, compiled.options, _input_names(gm)) as dump:
+        watch = dumps.shown_to(compiled.name, dump)
         if found is not None:
             compiled.graph, compiled.records, compiled.stored = found.graph, found.records, FROM_CACHE
             functional = Functional(found.graph, list(example_inputs), found.stable)
@@ -331,60 +325,6 @@ def _kept(program: Program, convention: str, keep: Callable[[Program], None]) ->
     except NotStorable as reason:
         return f"not stored: {reason}"
     return STORED
-
-
-def bundle_of(options: Options) -> Path | None:
-    """This process's bundle, begun if it is not there yet; None where none is asked for.
-
-    Raises:
-        OptionError: nothing can be written there.
-    """
-    folder = _dump_folder(options)
-    if not folder:
-        return None
-    from npu_compiler.inspect import writer
-
-    try:
-        return writer.bundle_of(folder)
-    except OSError as error:
-        raise _no_bundle(folder, error) from error
-
-
-def _dump_folder(options: Options) -> str:
-    return options.dump or os.environ.get(DUMP, "")
-
-
-def _no_bundle(folder: str, error: OSError) -> OptionError:
-    return OptionError(
-        f"no bundle can be written in {folder!r}: {error}",
-        rule=f"dump, or ${DUMP}, names a folder that can be written or made",
-        fix="name another one",
-    )
-
-
-def _dump(compiled: CompiledGraph, gm: fx.GraphModule) -> contextlib.AbstractContextManager[GraphWriter | None]:
-    """What writes the graph's part of a bundle, or prints its pipeline; None where neither is asked for."""
-    folder = _dump_folder(compiled.options)
-    prints = compiled.options.print_pipeline or os.environ.get(PRINT, "0") not in ("", "0")
-    if not folder and not prints:
-        return contextlib.nullcontext()
-    from npu_compiler.inspect import writer
-
-    passes, names = pipeline.selected(compiled.options), _input_names(gm)
-    try:
-        return writer.open_graph(folder, compiled.name, compiled.options, passes, names, prints)
-    except OSError as error:
-        raise _no_bundle(folder, error) from error
-
-
-def _watch(name: str, dump: GraphWriter | None) -> pipeline.Watch | None:
-    """Who is shown the stages: the bundle, and torch's structured trace."""
-    bundle = dump.stage if dump is not None else None
-    if not logging.getLogger(TRACE).handlers:
-        return bundle
-    from npu_compiler.inspect import structured
-
-    return structured.also(name, bundle)
 
 
 def _show_code(name: str, module: fx.GraphModule) -> None:

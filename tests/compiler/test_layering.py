@@ -19,7 +19,10 @@ FOLDERS = {
 # The parts that each part may import, itself aside. config, errors and reasons are leaves that every part may import.
 MAY_IMPORT = {
     "serving": {"backend", "runtime", "doctor", "inspect"},
-    "backend": {"cache", "lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "inspect"},
+    "backend": {
+        *("cache", "dumps", "lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "inspect")
+    },
+    "dumps": {"inspect", "passes"},
     "commands": {"inspect", "cache", "doctor"},
     "inspect": {"cache", "lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "runtime"},
     "cache": {"passes", "graph", "facts", "fusion_kernels"},
