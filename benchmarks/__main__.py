@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compiler, kernels, row_decode_step, row_graph_launch
+from benchmarks import compiler, dumping, kernels, row_decode_step, row_graph_launch
 from benchmarks.harness import Row, Settings, run
 
 RESULTS = Path(__file__).parent / "results"
@@ -125,11 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return kernels.main(arguments[1:])
     if arguments[:1] == ["compiler"]:
         return compiler.main(arguments[1:])
+    if arguments[:1] == ["dump"]:
+        return dumping.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
         epilog="Other commands, as the first argument: `kernels` (the captured tasks of one decoder layer), `compiler` "
-        "(nodes, kernels, seconds and MiB of compilation); each has its --help.",
+        "(nodes, kernels, seconds and MiB of compilation), `dump` (what a bundle costs); each has its --help.",
     )
     parser.add_argument("--rows", help=f"comma-separated rows; default all: {', '.join(all_rows())}")
     parser.add_argument(

@@ -36,8 +36,8 @@ KERNEL_PEERS = ("npugraph_ex", "npugraphs")
 Record = dict[str, Any]
 
 
-def apart(cache: str, kind: str, *arguments: object) -> Record:
-    """One measurement of benchmarks/compiling.py in a fresh process, its compiler caches in `cache`.
+def apart(cache: str, kind: str, *arguments: object, module: str = "compiling") -> Record:
+    """One measurement of benchmarks/compiling.py, or another module, in a fresh process, its compiler caches in `cache`.
 
     Returns:
         What it measured, or `missing` with the reason.
@@ -45,7 +45,7 @@ def apart(cache: str, kind: str, *arguments: object) -> Record:
     target = Path(cache) / "found.json"
     target.unlink(missing_ok=True)
     given = ", ".join(map(repr, arguments))
-    code = f"import json; from benchmarks import compiling; found = compiling.{kind}({given}); "
+    code = f"import json; from benchmarks import {module}; found = {module}.{kind}({given}); "
     code += f"open({str(target)!r}, 'w').write(json.dumps(found))"
     environment = {
         **os.environ,

@@ -1,6 +1,7 @@
 """Serves the trained model with vLLM on the device `npu`, talks to it with the openai client, and prints a run report.
 
-    python examples/demo.py             one chat, one streaming completion, the report; leaves no process behind
+    python examples/demo.py             one chat, one streaming completion, the counters of /metrics, the run report;
+                                        leaves no process behind
     python examples/demo.py --serve     the same, then keeps serving until Ctrl-C
 
 Arguments after `--` go to `vllm serve` as they are.
@@ -175,13 +176,22 @@ class Server:
         return found
 
     def healthy(self) -> bool:
-        # No proxy from the environment: the server is on this machine.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(f"{self.address.url}/health", timeout=2.0) as reply:
-                return bool(reply.status == 200)
+            self.get("/health")
         except (urllib.error.URLError, OSError):
             return False
+        return True
+
+    def get(self, path: str) -> str:
+        """What the server answers to GET.
+
+        Raises:
+            OSError: there is no answer within two seconds, or its status is an error's.
+        """
+        # No proxy from the environment: the server is on this machine.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"{self.address.url}{path}", timeout=2.0) as reply:
+            return str(reply.read().decode())
 
     def wait_until_healthy(self, timeout: float) -> float:
         """Waits for `/health`, with a progress line per milestone; returns the seconds it took.
@@ -305,6 +315,11 @@ def talk(address: Address) -> None:
         raise DemoError("the server answered with an empty text; see its log")
 
 
+def counters(metrics: str) -> list[str]:
+    """The plugin's counters among those of `/metrics`: steps by kind and reason, replayed tokens and their padding."""
+    return [line for line in metrics.splitlines() if re.match(r"npu_compiler:\w+_total\b", line)]
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """The run report that rank 0 wrote.
 
@@ -396,6 +411,8 @@ def run(options: argparse.Namespace) -> None:
         with server:
             say(f"  {server.wait_until_healthy(options.timeout):5.1f} s  answers /health")
             talk(address)
+            say(f"\ncounters of {address.url}/metrics")
+            say("\n".join(f"  {line}" for line in counters(server.get("/metrics"))))
             if options.serve:
                 serve_on(server)
         if server.members():

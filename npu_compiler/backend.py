@@ -40,7 +40,7 @@ from npu_compiler.fusion_kernels.chosen import providers
 from npu_compiler.fusion_kernels.watched import Seen as Seen
 from npu_compiler.graph import digest, once
 from npu_compiler.graph.serialized import NotStorable
-from npu_compiler.graph.source import where
+from npu_compiler.graph.source import beginning, where
 from npu_compiler.lowering.floats import specialize_module_floats
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
@@ -252,7 +252,10 @@ def load_fx(
     found = cache.read(data, cache.symbolic_inputs(gm, example_inputs))
     if isinstance(found, str):
         raise StoredProgramError(
-            found, where=name, rule="a stored program is used only where it fits", fix="compile again"
+            found,
+            where=f"{name} ({beginning(gm.graph)})",
+            rule="a stored program is used only where it fits",
+            fix="compile again",
         )
     compiled = CompiledGraph(name, options)
     return _compile(compiled, gm, example_inputs, _labelled(name), found=found)
@@ -301,6 +304,7 @@ def _compile(
             compiled.stored = _kept(program, functional.convention, keep)
         return _serve_once(compiled, functional, serve, watch, dump)
 
+    place = beginning(gm.graph)
     unflatten = _return_flat_tuple(gm)
     with _no_collections(), dumps.open_graph(compiled.name, compiled.options, _input_names(gm)) as dump:
         watch = dumps.shown_to(compiled.name, dump)
@@ -310,7 +314,8 @@ def _compile(
             call = _serve_once(compiled, functional, serve, watch, dump)
         else:
             call = lower(gm, example_inputs, finish)
-    logger.info("compiled %s: %d rewrites", compiled.name, sum(len(record.fired) for record in compiled.records))
+    rewrites = sum(len(record.fired) for record in compiled.records)
+    logger.info("compiled %s (%s): %d rewrites", compiled.name, place, rewrites)
     logger.debug("%s", compiled)
     compiled._call = call if unflatten is None else lambda *args: unflatten(call(*args))
     return compiled

@@ -29,6 +29,7 @@ from npu_compiler.fusion_kernels import register
 from npu_compiler.graph import serialized
 from npu_compiler.graph.digest import of_text
 from npu_compiler.graph.effects import storage
+from npu_compiler.graph.source import where
 from npu_compiler.passes.record import PassRecord
 
 FOLDER = "NPU_COMPILER_CACHE"
@@ -184,10 +185,10 @@ def graph_parts(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, 
     lines = []
     for node in gm.graph.nodes:
         if node.op in ("get_attr", "call_module"):
-            return f"it holds the module or constant {node.target}"
+            return f"it holds the module or constant {node.target} ({where(node)})"
         target = node.target if isinstance(node.target, str) else _qualified(node.target)
         if "<locals>" in target or "<lambda>" in target:
-            return f"it calls {target}, which has no name"
+            return f"it calls {target}, which has no name ({where(node)})"
         lines.append(f"{node.name} = {node.op} {target} {node.args!r} {node.kwargs!r}")
     state = {
         "grad": torch.is_grad_enabled(),

@@ -43,6 +43,10 @@ class RuleError(NpuCompilerError):
     """A function of a rewrite rule (its legality, replacement, operands or cost) failed or gave something unusable."""
 
 
+class PassError(NpuCompilerError):
+    """A pass failed: a user's, or one of vLLM's."""
+
+
 class SpecError(NpuCompilerError):
     """A pass left a program that breaks what holds between passes (npu_compiler/graph/spec.py)."""
 
@@ -73,6 +77,10 @@ class BundleError(NpuCompilerError):
 
 class TraceError(NpuCompilerError):
     """A timeline can't be recorded or read."""
+
+
+class UnservedError(NpuCompilerError, NotImplementedError):
+    """A layer of a vLLM model that is not served on npu."""
 
 
 class TrainingWarning(UserWarning):

@@ -7,19 +7,19 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module
 
 from npu_compiler.config import Options, check_names
-from npu_compiler.errors import OptionError
+from npu_compiler.errors import NpuCompilerError, OptionError, PassError
 from npu_compiler.graph import periods
 from npu_compiler.graph.content import of_content
 from npu_compiler.graph.digest import of_text
-from npu_compiler.graph.source import TIMES, origins_kept
-from npu_compiler.graph.spec import SpecCheck, refresh_aliases
+from npu_compiler.graph.source import TIMES, beginning, origins_kept
+from npu_compiler.graph.spec import SpecCheck, lint, refresh_aliases
 from npu_compiler.passes import (
     add_layer_norm,
     add_rms_norm,
@@ -209,7 +209,7 @@ def _run_all(
         if index < until.first:
             continue
         if entry.name == reinplace.NAME and after_rules is not None:
-            with origins_kept(module.graph, AFTER_RULES):
+            with origins_kept(module.graph, AFTER_RULES), _blamed(AFTER_RULES, module.graph):
                 after_rules(module.graph)
             if watch is not None:
                 watch(AFTER_RULES, module, None)
@@ -279,14 +279,14 @@ def run_pass(
     record.attempts = [] if attempts else None
     start = time.perf_counter()
     if entry.run is not None:
-        with contextlib.suppress(EnoughRewrites):
+        with contextlib.suppress(EnoughRewrites), _blamed(entry.name, module.graph):
             entry.run(module, record)
     else:
         if entry.name == USER_RULES:
             users.note_idle_rules(module.graph, entry.rules, record)
         apply(module, entry.rules, record)
     if entry.run is not None or record.fired:  # rules that did not fire leave the program as it was
-        module.graph.lint()
+        lint(entry.name, module.graph)
         refresh_aliases(module.graph)
         module.recompile()
     record.seconds = time.perf_counter() - start
@@ -296,6 +296,25 @@ def run_pass(
     if check is not None:
         check.after(entry.name, module)
     return record
+
+
+@contextlib.contextmanager
+def _blamed(name: str, graph: fx.Graph) -> Iterator[None]:
+    """Whatever a pass raises becomes an error that names the pass, and the graph by its first line."""
+    place = beginning(graph)
+    try:
+        yield
+    except (NpuCompilerError, EnoughRewrites):
+        raise
+    except Exception as error:
+        raise PassError(
+            f"pass {name!r} failed: {type(error).__name__}: {error}",
+            where=f"the graph that begins at {place}" if place else "",
+            rule="a pass takes every functional program, and leaves alone what it does not know",
+            fix="correct it: in vLLM it is a pass of inductor_compile_config, or vLLM's own"
+            if name == AFTER_RULES
+            else f'correct it, or leave it out with options={{"disabled_passes": ["{name}"]}}',
+        ) from error
 
 
 def count_calls(graph: fx.Graph) -> int:

@@ -248,7 +248,8 @@ def _replacement(rule: Rule, match: Match, build: Build) -> Sequence[fx.Node]:
     assert rule.operands is not None, "Rule.__post_init__ checks it"
     namespace, _, name = rule.operator.rpartition("::")
     target = getattr(getattr(torch.ops, namespace or "npu_fused"), name).default
-    fused = build(target, *rule.operands(match))
+    with _blamed(rule, f"operator {rule.operator}", match):
+        fused = build(target, *rule.operands(match))
     return [fused] if isinstance(match.root.meta["val"], tuple) else build.unpack(fused)
 
 

@@ -16,7 +16,7 @@ from npu_compiler.aclgraph.labels import Labels
 from npu_compiler.aclgraph.streams import StreamRunner
 from npu_compiler.errors import CaptureError
 from npu_compiler.graph.effects import host_dependence
-from npu_compiler.graph.source import where
+from npu_compiler.graph.source import beginning, where
 from npu_compiler.plan.schedule import StreamPlan
 
 UNCAPTURED = 'use options={"capture": False} to call the compiled graph without capture'
@@ -99,7 +99,10 @@ def _capture(
     start, reserved = time.perf_counter(), npu.memory_reserved()
     graph = npu.NPUGraph()
     with npu.stream(stream):
-        graph.capture_begin(pool=pool, capture_error_mode=error_mode)
+        try:
+            graph.capture_begin(pool=pool, capture_error_mode=error_mode)
+        except RuntimeError as error:
+            raise _failed(name, error, runner) from error
         try:
             _make_room(room)
             outputs = runner.run(*arguments, enable_io_processing=False)
@@ -108,15 +111,24 @@ def _capture(
             raise
         except Exception as error:
             _abandon(graph, error)
-            raise CaptureError(
-                f"the capture of {name} failed: {_first_line(error)}",
-                where=where(runner.current) if runner.current is not None else "",
-                rule="what CANN refuses during a capture, it refuses here",
-                fix=f"take that call out of the compiled function, or {UNCAPTURED}",
-            ) from error
-        graph.capture_end()
+            raise _failed(name, error, runner) from error
+        try:
+            graph.capture_end()
+        except RuntimeError as error:
+            raise _failed(name, error, runner) from error
     milliseconds = (time.perf_counter() - start) * 1e3
     return Captured(graph, list(outputs), milliseconds, (npu.memory_reserved() - reserved) / MIB, runner.graph_id)
+
+
+def _failed(name: str, error: BaseException, runner: StreamRunner) -> CaptureError:
+    """What a capture that was refused ends with. Where the refusal came with no call, the first one stands for all."""
+    call = runner.current
+    return CaptureError(
+        f"the capture of {name} failed: {_first_line(error)}",
+        where=where(call) if call is not None and call.op != "output" else beginning(runner.graph),
+        rule="what CANN refuses during a capture, it refuses here",
+        fix=f"take that call out of the compiled function, or {UNCAPTURED}",
+    )
 
 
 def _make_room(size: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from npu_compiler.graph.running import note, run
 from npu_compiler.graph.source import place
 from npu_compiler.runtime import trace
 
@@ -63,8 +64,13 @@ class LabelledCall:
 
     def __call__(self, *args: Any) -> Any:
         if trace.recording() or torch.npu.is_current_stream_capturing():
-            return Labeller(self._program, self._labels).run(*args, enable_io_processing=False)
-        return self._program.forward(*args)
+            labeller = Labeller(self._program, self._labels)
+            try:
+                return labeller.run(*args, enable_io_processing=False)
+            except Exception as error:
+                note(error, labeller.current)
+                raise
+        return run(self._program, args)
 
 
 class Labeller(fx.Interpreter):

@@ -46,6 +46,7 @@ class Ledger:
     """Everything that happened to one compiled graph at run time.
 
     Attributes:
+        of: the compiled graph, and where it begins in the user's model, for the log.
         captures: in order. `evicted`: keys whose captured graph was dropped for capture_limit, in order.
         replays: calls served by a replay.
         uncaptured: calls that ran operator by operator, counted by reason; the run before each capture is one of them.
@@ -53,6 +54,7 @@ class Ledger:
         watch: told of each capture, with its plan of streams (None: one), when it has been made.
     """
 
+    of: str = ""
     captures: list[Capture] = field(default_factory=list)
     evicted: list[str] = field(default_factory=list)
     replays: int = 0
@@ -62,7 +64,7 @@ class Ledger:
 
     def add(self, capture: Capture, plan: StreamPlan | None) -> None:
         """Notes a capture."""
-        logger.info("%s", capture)
+        logger.info("%s: %s", self.of, capture)
         self.captures.append(capture)
         if self.watch is not None:
             self.watch(capture, plan)

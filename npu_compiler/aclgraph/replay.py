@@ -30,7 +30,7 @@ from npu_compiler.aclgraph.streams import Streams, summary
 from npu_compiler.config import Options
 from npu_compiler.errors import CaptureBudgetWarning
 from npu_compiler.graph.effects import draws_on_host, tensors
-from npu_compiler.graph.source import beginning, where
+from npu_compiler.graph.source import beginning, first_use, where
 from npu_compiler.plan.schedule import StreamPlan
 from npu_compiler.reasons import Why
 
@@ -85,7 +85,8 @@ class Replayer:
         names: Sequence[str],
         streams: Streams | None = None,
     ) -> None:
-        self.ledger = Ledger()
+        place = beginning(program.graph)
+        self.ledger = Ledger(f"{name} ({place})" if place else name)
         self._program = program
         self._labels = Labels(name)
         self._call = LabelledCall(program, self._labels)
@@ -188,7 +189,7 @@ class Replayer:
         self._refused[key] = reasons.OVER_BUDGET.said(f"{size}, {why}")
         warnings.warn(
             f"{self._name} runs {size} uncaptured: {why}; other sizes are captured as before"
-            f" ({beginning(self._program.graph)})",
+            f" ({beginning(self._program.graph)}). {reasons.OVER_BUDGET.change.capitalize()}",
             CaptureBudgetWarning,
             stacklevel=2,
         )
@@ -312,7 +313,9 @@ def _why_not(graph: fx.Graph, plan: InputPlan, options: Options) -> Why | None:
     if not any("npu" in {tensor.device.type for tensor in tensors(node)} for node in calls):
         return reasons.NOTHING_ON_DEVICE.said()
     if plan.host:
-        return reasons.HOST_SCALAR.said(", ".join(plan.names[position] for position in plan.host))
+        listed = ", ".join(plan.names[position] for position in plan.host)
+        placeholders = graph.find_nodes(op="placeholder")
+        return reasons.HOST_SCALAR.said(f"{listed} ({first_use(graph, (placeholders[i] for i in plan.host))})")
     draw = next((node for node in calls if draws_on_host(node)), None)
     if draw is not None:
         return reasons.HOST_RANDOM.said(f"{draw.target} ({where(draw)})")

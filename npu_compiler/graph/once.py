@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from npu_compiler.graph import running
 from npu_compiler.graph.traffic import Amount, size_in_bytes
 
 ONCE = "npu_once"
@@ -115,7 +116,7 @@ class Once:
 
     def __init__(self, part: Split) -> None:
         self.runs = 0
-        self._compute: Callable[..., tuple[Tensor, ...]] = part.first
+        self._compute: Callable[..., tuple[Tensor, ...]] = running.caller(part.first)
         self._sources = part.sources
         self._on_device = any(node.meta["val"].device.type != "cpu" for node in part.values)
         self._values: tuple[Tensor, ...] | None = None

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from npu_compiler.graph.effects import has_fixed_layout, has_unknown_size, storage, tensors, value
 from npu_compiler.graph.once import ONCE
+from npu_compiler.graph.source import where
 from npu_compiler.graph.values import like
 
 KEPT = ("stack_trace", "npu_origin", ONCE)
@@ -65,10 +66,14 @@ def dumps(program: fx.GraphModule) -> bytes:
     """The program as bytes.
 
     Raises:
-        NotStorable: it holds a constant, or something that no other process knows.
+        NotStorable: it holds a constant, or something that no other process knows; says at which place of the model.
     """
-    writer = _Writer()
-    calls = [writer.call(node) for node in program.graph.nodes]
+    writer, calls = _Writer(), []
+    for node in program.graph.nodes:
+        try:
+            calls.append(writer.call(node))
+        except NotStorable as reason:
+            raise NotStorable(f"{reason} ({where(node)})") from None
     return pickle.dumps((writer.inputs, calls), protocol=5)
 
 

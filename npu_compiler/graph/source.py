@@ -61,7 +61,7 @@ def first_use(graph: fx.Graph, inputs: Iterable[fx.Node]) -> str:
 
 def beginning(graph: fx.Graph) -> str:
     """Where the model makes the first call of a graph: what a message names that is about all of it."""
-    calls = (node for node in graph.nodes if node.op == "call_function")
+    calls = (node for node in graph.nodes if node.op.startswith("call"))
     return next((str(place(node)) for node in calls if str(place(node))), "")
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from npu_compiler.errors import SpecError
 from npu_compiler.facts.sizes import equal, expression, same_layout
 from npu_compiler.graph.effects import storage, tensors, value, written_storages
-from npu_compiler.graph.source import where
+from npu_compiler.graph.source import beginning, where
 from npu_compiler.graph.traffic import is_view
 
 RULE = "graph/spec.py: what holds for a program between two passes"
+_NODE = re.compile(r"Node (?:redefined name )?'?(\w+)")
+"""How fx's lint names a node."""
 
 
 class SpecCheck:
@@ -43,7 +46,7 @@ class SpecCheck:
         Raises:
             SpecError: names the node, the place and what is wrong with it.
         """
-        module.graph.lint()
+        lint(stage, module.graph)
         for node in module.graph.nodes:
             if node.op == "call_function":
                 self._check_value(stage, node)
@@ -69,6 +72,18 @@ class SpecCheck:
                 _broke(stage, f"{node.format_node()}: {wrong}"), where=where(node), rule=RULE, fix=_fix(stage)
             )
         self._seen[node] = repr(signature)
+
+
+def lint(stage: str, graph: fx.Graph) -> None:
+    """Raises SpecError where `stage` (a pass) left a graph that is none: a value used before it is made, say."""
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        named = _NODE.findall(str(error))
+        node = next((node for node in graph.nodes if node.name in named), None)
+        place = beginning(graph) if node is None else where(node)
+        text = str(error).splitlines()[0]  # the whole graph follows
+        raise SpecError(_broke(stage, text), where=place, rule=RULE, fix=_fix(stage)) from error
 
 
 def refresh_aliases(graph: fx.Graph) -> None:

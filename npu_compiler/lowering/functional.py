@@ -24,10 +24,11 @@ from torch._functorch._aot_autograd.schemas import OutputType, PlainTensorMeta
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from npu_compiler.errors import TrainingWarning
+from npu_compiler.graph.running import caller
 from npu_compiler.graph.source import beginning
 
 NEEDS_GRADIENTS = (
@@ -74,10 +75,10 @@ def lower(
 
     def forward(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
         warnings.warn(f"{NEEDS_GRADIENTS} ({beginning(graph.graph)})", TrainingWarning, stacklevel=2)
-        return _boxed(_forward_of(graph))
+        return _boxed(caller(graph))
 
     def backward(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
-        return _boxed(_forward_of(graph))
+        return _boxed(caller(graph))
 
     # The autograd cache stores Inductor's artifact types only.
     uncached = {"enable_autograd_cache": False, "bundled_autograd_cache": False, "strict_autograd_cache": False}
@@ -92,12 +93,6 @@ def lower(
             decompositions={},
             keep_inference_input_mutations=True,
         )
-
-
-def _forward_of(program: fx.GraphModule) -> Callable[..., Any]:
-    """What runs `program`. Its code is generated now, not at the first call."""
-    _LazyGraphModule.force_recompile(program)
-    return program.forward
 
 
 def _boxed(run: Callable[..., Any]) -> Callable[[list[Any]], Any]:

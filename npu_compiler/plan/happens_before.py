@@ -20,7 +20,7 @@ from torch import fx
 
 from npu_compiler.errors import PlanError
 from npu_compiler.graph.effects import storage, tensors
-from npu_compiler.graph.source import where
+from npu_compiler.graph.source import beginning, where
 from npu_compiler.graph.traffic import launches
 from npu_compiler.plan.accesses import HIDDEN, accesses
 from npu_compiler.plan.schedule import FORK, MAIN, Step, StreamPlan
@@ -152,4 +152,5 @@ class _Checker:
         )
 
     def _fail(self, text: str, node: fx.Node | None) -> None:
-        raise PlanError(text, where=where(node) if node is not None else "", rule=RULE, fix=FIX)
+        place = where(node) if node is not None else beginning(self._graph)
+        raise PlanError(text, where=place, rule=RULE, fix=FIX)

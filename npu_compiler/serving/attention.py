@@ -32,8 +32,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from npu_compiler.errors import UnservedError
 from npu_compiler.serving.graph_updates import AttentionCall, GraphUpdates
 from npu_compiler.serving.padding import spread_padding
+from npu_compiler.serving.places import here
 from npu_compiler.serving.plain_attention import Extras, attend
 
 if TYPE_CHECKING:
@@ -277,6 +279,15 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
         output: Tensor,
     ) -> Tensor:
         if self.extras:
+            if self.fractal:
+                raise UnservedError(
+                    f"attention with {self.extras} over the cache of {self.cache_owner}, which is in fractal order, is "
+                    "not served on npu",
+                    where=here(layer.layer_name),  # type: ignore[attr-defined]  # of every layer of vLLM's
+                    rule="plain operators read caches in the plain order only",
+                    fix="leave the pass out that chooses the order: --additional-config "
+                    '\'{"compile": {"disabled_passes": ["qkv_attention"]}}\'',
+                )
             return self._attend_plainly(query, key_cache, value_cache, attn_metadata, output)
         call = AttentionCall(
             query=query,
@@ -300,11 +311,6 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
     def _attend_plainly(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, step: NPUAttentionMetadata, output: Tensor
     ) -> Tensor:
-        if self.fractal:
-            raise NotImplementedError(
-                f"{self.extras} over the cache of {self.cache_owner}, which is in fractal order, is not served on npu; "
-                "leave the pass qkv_attention out (disabled_passes)"
-            )
         found = attend(
             query, key_cache, value_cache, step.block_table, step.query_starts, step.lengths, self.scale, self.extras
         )

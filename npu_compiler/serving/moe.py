@@ -11,6 +11,7 @@ and nothing of it is read back on the host, so a full graph holds it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +21,16 @@ from torch.nn import functional
 from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
+from npu_compiler.errors import UnservedError
+from npu_compiler.serving.places import here
+
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts
 
+Formula = Callable[[Tensor, ApplyMoEActivationConfig], Tensor]
+"""[rows, n] to [rows, n] or, of a gated activation, to [rows, n / 2]."""
 _SOFTMAX, _SIGMOID = 0, 1
 _EPSILON = 1e-20  # keeps a sum of sigmoids that are all zero from dividing
 
@@ -38,10 +44,16 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
     """
 
     def __init__(self, moe: FusedMoEConfig) -> None:
+        """Raises UnservedError for experts that are not served; it names the layer."""
         if moe.moe_parallel_config.dp_size > 1:
-            raise NotImplementedError(
-                "data parallelism of a mixture of experts (--data-parallel-size) is not served on npu yet; leave it out"
+            raise UnservedError(
+                "data parallelism of a mixture of experts (--data-parallel-size) is not served on npu yet",
+                where=here(),
+                rule="experts are split over the ranks of tensor parallelism",
+                fix="leave the option out; --enable-expert-parallel gives each of those ranks whole experts",
             )
+        if _formula(moe.activation, moe.swiglu_limit) is None:
+            raise _unserved_activation(moe.activation, here())
         super().__init__(moe)
 
     @property
@@ -60,10 +72,11 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
         """x [tokens, hidden], topk_weights [tokens, k] float32, topk_ids [tokens, k]; sums over a token's experts."""
         if layer.apply_router_weight_on_input:
             if topk_ids.shape[1] != 1:
-                raise NotImplementedError(
-                    f"{layer.layer_name}: router weights on the input of {topk_ids.shape[1]} experts a token are not "
-                    "served: with more "
-                    "than one a token would have several inputs"
+                raise UnservedError(
+                    f"router weights on the input of {topk_ids.shape[1]} experts a token are not served on npu",
+                    where=here(layer.layer_name),
+                    rule="with more than one expert a token would have several inputs",
+                    fix="serve a model whose router weighs the experts' outputs (apply_router_weight_on_input=False)",
                 )
             x = x * topk_weights.to(x.dtype)
             topk_weights = torch.ones_like(topk_weights)
@@ -82,7 +95,7 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
         quantisation = self.moe_quant_config or self.get_fused_moe_quant_config(layer)
         settings = ApplyMoEActivationConfig.from_configs(self.moe, quantisation)
         rows = grouped_product(rows, layer.w13_weight, getattr(layer, "w13_bias", None), counts)
-        rows = activated(layer.activation, rows, settings)
+        rows = activated(layer.activation, rows, settings, layer.layer_name)
         rows = grouped_product(rows, layer.w2_weight, getattr(layer, "w2_bias", None), counts)
         if end - first < self.moe.num_experts:
             places, topk_weights = own_share(rows, places, topk_weights, counts)
@@ -133,31 +146,69 @@ def grouped_product(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: T
     )[0]
 
 
-def activated(activation: MoEActivation, rows: Tensor, settings: ApplyMoEActivationConfig) -> Tensor:
+def activated(activation: MoEActivation, rows: Tensor, settings: ApplyMoEActivationConfig, layer: str) -> Tensor:
     """What vLLM's apply_moe_activation computes: gated kinds halve the last dimension.
 
+    Args:
+        layer: the layer's path, for the message.
+
     Raises:
-        NotImplementedError: a kind that has no meaning here yet.
+        UnservedError: a kind that has no meaning here yet.
     """
-    kind, limit = activation, settings.clamp_limit
+    formula = _formula(activation, settings.clamp_limit)
+    if formula is None:
+        raise _unserved_activation(activation, here(layer))
+    return formula(rows, settings)
+
+
+def _formula(kind: MoEActivation, limit: float | None) -> Formula | None:
+    """How an activation is computed; None where it is not served. `limit` clamps gate and up."""
     if kind == MoEActivation.SILU and limit is None:
-        return torch_npu.npu_swiglu(rows)
+        return lambda rows, _: torch_npu.npu_swiglu(rows)
     if kind in (MoEActivation.SILU_NO_MUL, MoEActivation.GELU_NO_MUL, MoEActivation.GELU_TANH_NO_MUL):
-        return _plain(kind)(rows)
+        return lambda rows, _: _plain(kind)(rows)
     if kind == MoEActivation.RELU2_NO_MUL:
-        return torch.relu(rows).square()
+        return lambda rows, _: torch.relu(rows).square()
     if kind == MoEActivation.SWIGLUOAI:  # gate and up alternate
-        return _clamped_swiglu(rows[..., ::2], rows[..., 1::2], limit=7.0, alpha=1.702, beta=1.0)
-    gate, up = rows.chunk(2, dim=-1)
+        return lambda rows, _: _clamped_swiglu(rows[..., ::2], rows[..., 1::2], limit=7.0, alpha=1.702, beta=1.0)
     if kind in (MoEActivation.GELU, MoEActivation.GELU_TANH):
-        return _plain(kind.without_mul())(gate) * up
+        return _gated(_plain(kind.without_mul()))
     if kind == MoEActivation.RELU2:
-        return torch.relu(gate).square() * up
+        return _gated(lambda gate: torch.relu(gate).square())
     if limit is not None and kind in (MoEActivation.SILU, MoEActivation.SWIGLUOAI_UNINTERLEAVE):
-        return _clamped_swiglu(gate, up, limit, settings.alpha, settings.beta)
+        return _clamped(limit)
     if kind == MoEActivation.SWIGLUSTEP:
-        return functional.silu(gate).clamp(max=7.0) * up.clamp(-7.0, 7.0)
-    raise NotImplementedError(f"experts with the activation {kind.value} are not served on npu")
+        return lambda rows, _: _swiglu_step(*rows.chunk(2, dim=-1))
+    return None
+
+
+def _clamped(limit: float) -> Formula:
+    def formula(rows: Tensor, settings: ApplyMoEActivationConfig) -> Tensor:
+        gate, up = rows.chunk(2, dim=-1)
+        return _clamped_swiglu(gate, up, limit, settings.alpha, settings.beta)
+
+    return formula
+
+
+def _gated(activation: Callable[[Tensor], Tensor]) -> Formula:
+    def formula(rows: Tensor, settings: ApplyMoEActivationConfig) -> Tensor:
+        gate, up = rows.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    return formula
+
+
+def _swiglu_step(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate).clamp(max=7.0) * up.clamp(-7.0, 7.0)
+
+
+def _unserved_activation(kind: MoEActivation, where: str) -> UnservedError:
+    return UnservedError(
+        f"experts with the activation {kind.value} are not served on npu",
+        where=where,
+        rule="npu_compiler/serving/moe.py lists the activations that are",
+        fix="serve a model with one of those, or report which model has this one",
+    )
 
 
 def _plain(kind: MoEActivation) -> torch.nn.Module:

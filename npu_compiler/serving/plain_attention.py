@@ -33,6 +33,10 @@ class Extras:
     sinks: Tensor | None = None
     """[heads]: a score of no key, which takes its part of the softmax"""
 
+    def __str__(self) -> str:
+        kinds = {"a window": self.window, "a soft cap": self.soft_cap, "slopes": self.slopes, "sinks": self.sinks}
+        return " and ".join(kind for kind, value in kinds.items() if value is not None)
+
     def __bool__(self) -> bool:
         return any(value is not None for value in (self.window, self.soft_cap, self.slopes, self.sinks))
 

@@ -10,6 +10,9 @@ from torch_npu import npu
 from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
+from npu_compiler.errors import UnservedError
+from npu_compiler.serving.places import here
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.config.kernel import IrOpPriorityConfig
@@ -100,16 +103,25 @@ class NPUPlatform(Platform):
         from npu_compiler.serving.attention import NPUAttentionBackend
 
         if selected_backend is not None and selected_backend.name != NPUAttentionBackend.get_name():
-            raise ValueError(
-                f"attention backend {selected_backend.name} does not run on npu; leave --attention-backend out, or, "
-                "where vLLM chose it for this model (Gemma 4), give --attention-backend CUSTOM"
+            raise UnservedError(
+                f"attention backend {selected_backend.name} does not run on npu",
+                where=here(),
+                rule="npu has one backend, CUSTOM",
+                fix="leave --attention-backend out, or, where vLLM chose it for this model (Gemma 4), give "
+                "--attention-backend CUSTOM",
             )
         reasons = NPUAttentionBackend.validate_configuration(
             device_capability=None,  # type: ignore[arg-type]  # a CUDA notion, which this backend does not ask for
             **attn_selector_config._asdict(),
         )
         if reasons:
-            raise ValueError(f"attention on npu can't serve this model: {'; '.join(reasons)} ({attn_selector_config})")
+            raise UnservedError(
+                f"attention on npu can't serve this model: {'; '.join(reasons)}",
+                where=here(),
+                rule=f"what npu_compiler/serving/attention.py supports; asked for: {attn_selector_config}",
+                fix="change the option that asks for it (a dtype, --kv-cache-dtype, --block-size), or serve a model "
+                "without such layers",
+            )
         return f"{_HERE}.attention.NPUAttentionBackend"
 
     @classmethod

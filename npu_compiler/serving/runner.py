@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import lock_workspace
 
 from npu_compiler import reasons
+from npu_compiler.errors import UnservedError
 from npu_compiler.reasons import Reason
 from npu_compiler.serving import dump
 from npu_compiler.serving.capture_budget import CaptureBudget, agreed
@@ -73,12 +74,16 @@ class NPUModelRunner(GPUModelRunner):
         """Allocates as vLLM does. What copies whole blocks (`self.kv_caches`) sees keys and values apart.
 
         Raises:
-            NotImplementedError: the model needs several KV cache groups, whose blocks would share memory.
+            UnservedError: the model needs several KV cache groups, whose blocks would share memory.
         """
-        groups = len(kv_cache_config.kv_cache_groups)
-        if groups > 1:
-            raise NotImplementedError(
-                f"the model has {groups} KV cache groups (attention of several kinds); npu serves one kind a model"
+        groups = kv_cache_config.kv_cache_groups
+        if len(groups) > 1:
+            kinds = "; ".join(_group(group.layer_names, type(group.kv_cache_spec).__name__) for group in groups)
+            raise UnservedError(
+                f"the model has {len(groups)} KV cache groups (attention of several kinds)",
+                where=kinds,
+                rule="npu serves one kind of cache a model",
+                fix="serve a model whose layers all keep keys and values of one kind; no option changes this",
             )
         caches = super().initialize_kv_cache_tensors(kv_cache_config, kernel_block_sizes, kv_cache_allocation_context)
         self.kv_caches[:] = [half for cache in self.kv_caches for half in _halves(cache)]
@@ -242,6 +247,12 @@ class NPUModelRunner(GPUModelRunner):
         if self.parallel_config.data_parallel_size > 1:
             return reasons.OTHER_RANK, ""
         return reasons.NO_GRAPH, ""
+
+
+def _group(layers: Sequence[str], kind: str) -> str:
+    """The layers of a KV cache group, in a few words."""
+    rest = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    return f"{layers[0]}{rest}: {kind}"
 
 
 def _halves(cache: torch.Tensor) -> list[torch.Tensor]:

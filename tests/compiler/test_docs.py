@@ -51,6 +51,7 @@ BISECT = (
 RUNS = (
     "4 of 6 calls: first call of a shape, before its capture\n  change: nothing: one call a shape",
     *("moved in memory, once, ", ": cache 0x", "called again after its graph was driven out, once, "),
+    *("tensors on npu:0: fn.0_names (8, 4)\n  where: 0 at ", "example.py:36: return x @ self.table.T, self.names + 1"),
 )
 TRACE = ("critical path: ", "['step ", " swiglu_default\n")
 WATCH = ("gate at ", " of 64", "tensor([[", " NaN")

@@ -90,7 +90,7 @@ FORMULAS = {
 
 def layer(kind: Kind, dtype: torch.dtype, with_bias: bool, on_input: bool = False) -> SimpleNamespace:
     inner = 2 * INNER if kind.is_gated else INNER
-    made = SimpleNamespace(activation=kind, apply_router_weight_on_input=on_input)
+    made = SimpleNamespace(layer_name="model.layers.0.mlp", activation=kind, apply_router_weight_on_input=on_input)
     made.w13_weight = torch.randn(EXPERTS, inner, HIDDEN).to(dtype) / 4
     made.w2_weight = torch.randn(EXPERTS, HIDDEN, INNER).to(dtype) / 8
     if with_bias:
@@ -179,13 +179,13 @@ def test_a_limit_of_the_gate() -> None:
     settings = ApplyMoEActivationConfig(clamp_limit=2.0, alpha=1.5, beta=1.0)
     gate, up = rows[:, :INNER].double().clamp(max=2.0), rows[:, INNER:].double().clamp(-2.0, 2.0)
     expected = gate * torch.sigmoid(1.5 * gate) * (up + 1)
-    actual = moe.activated(Kind.SWIGLUOAI_UNINTERLEAVE, rows.npu(), settings)
+    actual = moe.activated(Kind.SWIGLUOAI_UNINTERLEAVE, rows.npu(), settings, "model.layers.0.mlp")
     reference.assert_close(actual, expected, torch.float32)
 
 
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="experts with the activation situ are not served on npu"):
-        moe.activated(Kind.SITU, torch.ones(1, 4).npu(), ApplyMoEActivationConfig())
+        moe.activated(Kind.SITU, torch.ones(1, 4).npu(), ApplyMoEActivationConfig(), "model.layers.0.mlp")
 
 
 # -- a model -----------------------------------------------------------------------------------------------------------
