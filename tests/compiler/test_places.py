@@ -190,12 +190,12 @@ def gradients() -> str:
 # -- an operator that fails when it runs -------------------------------------------------------------------------------
 
 
-@says("npu_compiler/graph/running.py:_run", "x = getattr(torch.ops.places_test, kind)(x)")
+@says("npu_compiler/graph/running.py:note", "x = getattr(torch.ops.places_test, kind)(x)")
 def an_operator_that_fails() -> str:
     return error_of(lambda: compiled()(rows(), "fails"), ValueError)
 
 
-@says("npu_compiler/graph/running.py:_run", "x = getattr(torch.ops.places_test, kind)(x)")
+@says("npu_compiler/graph/running.py:note", "x = getattr(torch.ops.places_test, kind)(x)")
 def an_operator_that_fails_in_vllm() -> str:
     """vLLM compiles by compile_fx, and calls what comes out."""
 
@@ -207,7 +207,7 @@ def an_operator_that_fails_in_vllm() -> str:
     return error_of(lambda: run(rows(), "fails"), ValueError)
 
 
-@says("npu_compiler/graph/running.py:_run", "x = getattr(torch.ops.places_test, kind)(x)")
+@says("npu_compiler/graph/running.py:note", "x = getattr(torch.ops.places_test, kind)(x)")
 def an_operator_that_fails_in_training() -> str:
     torch._dynamo.reset()
     run = torch.compile(Model().npu(), backend=AscendBackend())

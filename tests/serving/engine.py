@@ -34,7 +34,11 @@ SETTINGS: dict[str, Any] = {
 def engine(folder: Path, **changes: Any) -> Iterator[LLM]:
     """An engine on `folder` with SETTINGS and `changes`; its device memory and groups are gone afterwards."""
     cleanup_dist_env_and_memory()  # of an engine that failed to start: its groups may lack those this model needs
-    llm = LLM(model=str(folder), **(SETTINGS | changes))
+    try:
+        llm = LLM(model=str(folder), **(SETTINGS | changes))
+    except BaseException:
+        cleanup_dist_env_and_memory()  # other tests make groups of their own
+        raise
     try:
         yield llm
     finally:
