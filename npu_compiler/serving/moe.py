@@ -106,14 +106,16 @@ def experts_of(layer: RoutedExperts, moe: FusedMoEConfig) -> tuple[int, int]:
     """The experts that this rank has: the first, and the one behind the last.
 
     Raises:
-        NotImplementedError: they are not neighbours.
+        UnservedError: they are not neighbours.
     """
     if not moe.moe_parallel_config.use_ep:
         return 0, moe.num_experts
     if layer.expert_placement_strategy != "linear":
-        raise NotImplementedError(
-            f"{layer.layer_name}: experts placed {layer.expert_placement_strategy} are not served on npu; use "
-            "--expert-placement-strategy linear"
+        raise UnservedError(
+            f"experts placed {layer.expert_placement_strategy} are not served on npu",
+            where=here(layer.layer_name),
+            rule="the experts of a rank are neighbours",
+            fix="use --expert-placement-strategy linear",
         )
     ranks, rank = moe.moe_parallel_config.ep_size, moe.moe_parallel_config.ep_rank
     each, more = divmod(moe.num_experts, ranks)  # vLLM's determine_expert_map: the first ranks have one more

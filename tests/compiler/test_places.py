@@ -20,7 +20,9 @@ import npu_compiler.passes.pattern as pattern
 from npu_compiler import Pass, Rule
 from npu_compiler.backend import AscendBackend, compile_fx, load_fx
 from npu_compiler.errors import CaptureBudgetWarning, CaptureError, NpuCompilerError, TrainingWarning
+from npu_compiler.graph.source import where
 from npu_compiler.passes.record import PassRecord
+from npu_compiler.plan import agreement
 from npu_compiler.plan.dependencies import Dependencies
 from npu_compiler.plan.estimate import Device
 from npu_compiler.plan.happens_before import verify
@@ -45,6 +47,7 @@ NO_CALL = {
     "npu_compiler/graph/content.py:_object": "an option: the content of a user's rule",
     "npu_compiler/lowering/floats.py:specialize_module_floats": "has Dynamo trace again; nobody sees it",
     "npu_compiler/plan/amounts.py:evaluate": "sizes that a caller of the memory plan gave",
+    "npu_compiler/plan/agreement.py:compare": "an input, by its name, that differs between ranks",
     "passes/common.py:_frozen": "caught where it is called",
     "passes/matching.py:_match": "the definition of a rule",
     "passes/pipeline.py:selected": "an option",
@@ -282,7 +285,8 @@ says("passes/rewrite.py:_replacement", RELU)(lambda: broken_rule(replacement=lam
 # -- plans and stored programs -----------------------------------------------------------------------------------------
 
 
-def wrong_plan(change: Callable[[fx.Graph, StreamPlan], StreamPlan]) -> str:
+def program(kind: str) -> fx.Graph:
+    """The model's program, as it is captured."""
     graphs: list[fx.Graph] = []
 
     def backend(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -293,8 +297,13 @@ def wrong_plan(change: Callable[[fx.Graph, StreamPlan], StreamPlan]) -> str:
 
     torch._dynamo.reset()
     with torch.inference_mode():
-        torch.compile(Model().npu(), backend=backend)(rows(), "two")
+        torch.compile(Model().npu(), backend=backend)(rows(), kind)
     (graph,) = graphs
+    return graph
+
+
+def wrong_plan(change: Callable[[fx.Graph, StreamPlan], StreamPlan]) -> str:
+    graph = program("two")
     plan = place(Dependencies.of(graph), {}, 2, Device(event=0.0))
     assert plan.streams == 2
     return error_of(lambda: verify(graph, change(graph, plan)), NpuCompilerError)
@@ -325,6 +334,13 @@ def let_go_early(graph: fx.Graph, plan: StreamPlan) -> StreamPlan:
 says("npu_compiler/plan/happens_before.py:_race", "return left + right, left.sqrt()")(lambda: wrong_plan(without_waits))
 says("npu_compiler/plan/happens_before.py:_fail", "return left + right, left.sqrt()")(lambda: wrong_plan(unjoined))
 says("npu_compiler/plan/happens_before.py:_early", "x = x * self.scale")(lambda: wrong_plan(let_go_early))
+
+
+@says("npu_compiler/plan/agreement.py:_same_plan", "x = x * self.scale")
+def ranks_that_planned_different_collectives() -> str:
+    (first, *_) = (node for node in program("two").nodes if node.op == "call_function")
+    ours = agreement.Planned(("all_reduce float32 [2, 4]",), (where(first),))
+    return error_of(lambda: agreement._same_plan("tp:0", ours, agreement.Planned(), 1), NpuCompilerError)
 
 
 @says("npu_compiler/backend.py:load_fx", "x = x * self.scale")

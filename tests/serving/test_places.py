@@ -87,6 +87,11 @@ def weights_on_the_input() -> Any:
     return method.apply(layer, torch.zeros(1, 4), two, two.int(), None, None)
 
 
+def experts_in_turn() -> Any:
+    layer: Any = SimpleNamespace(layer_name=PATH, expert_placement_strategy="round_robin")
+    return moe.experts_of(layer, experts(use_ep=True))
+
+
 def an_unknown_activation() -> Any:
     return moe.activated(MoEActivation.SITU, torch.ones(1, 4), ApplyMoEActivationConfig(), PATH)
 
@@ -103,6 +108,7 @@ MADE, CALLED = "make()  # what makes the layer", "return run()  # what calls the
 PROVOKED: list[tuple[str, str, Callable[[], Any]]] = [
     ("moe.py:__init__", MADE, lambda: made(experts(dp_size=2))),
     ("moe.py:__init__", MADE, lambda: made(experts(MoEActivation.SITU))),
+    ("moe.py:experts_of", CALLED, lambda: Layer.called(experts_in_turn)),
     ("moe.py:apply", CALLED, lambda: Layer.called(weights_on_the_input)),
     ("moe.py:activated", CALLED, lambda: Layer.called(an_unknown_activation)),
     ("attention.py:_attend", CALLED, lambda: Layer.called(a_window_over_a_fractal_cache)),
