@@ -37,7 +37,7 @@ Record = dict[str, Any]
 
 
 def apart(cache: str, kind: str, *arguments: object, module: str = "compiling") -> Record:
-    """One measurement of benchmarks/compiling.py, or another module, in a fresh process, its compiler caches in `cache`.
+    """One measurement of benchmarks/compiling.py (or of `module`) in a fresh process, its compiler caches in `cache`.
 
     Returns:
         What it measured, or `missing` with the reason.

@@ -1,8 +1,8 @@
 """`python -m benchmarks dump`: what a bundle costs (docs/inspect.md): CPU seconds of a compilation with it over those
 without, and MiB of the bundle, for decode steps of Qwen3's shape, standalone and in vLLM.
 
-Every compilation is a fresh process, without any cache. Those with and without a bundle take turns; rows hold the medians
-and all starts, and go to benchmarks/results/dump.json.
+Every compilation is a fresh process, without any cache. Those with and without a bundle take turns; rows hold the
+medians and all starts, and go to benchmarks/results/dump.json.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ def rows(kind: str, layers: int, turns: int) -> list[Record]:
         for dumps in found:
             with tempfile.TemporaryDirectory() as cache:
                 folder = str(Path(cache) / "bundle") if dumps else ""
-                found[dumps].append(compiler.apart(cache, kind, layers, folder, module="dumping"))
+                one = compiler.apart(cache, kind, layers, folder, module="dumping")
+            found[dumps].append(one)
+            said = one["missing"] or f"{one['seconds']:.2f} s, bundle of {one['mebibytes']:.1f} MiB"
+            print(f"  {kind}, {layers} layers, {'with' if dumps else 'without'} a bundle: {said}", flush=True)
     label = {"layers": layers}
     missing = next((one["missing"] for starts in found.values() for one in starts if one["missing"]), None)
     if missing:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from npu_compiler.inspect.bundle import Bundle, StoredGraph
-from npu_compiler.inspect.contents import Plan, Stage
+from npu_compiler.inspect.contents import Captured, Plan, Stage
 from npu_compiler.inspect.program import Call, Data, Program, Result, SizeValue
+from npu_compiler.inspect.streams import planned, said
 
 NOT_COMPARED = frozenset({"dump", "dump_inputs", "cache", "check", "print_pipeline"})
 """Options that the compiled program does not depend on."""
@@ -70,6 +71,31 @@ def _graph(left: StoredGraph, right: StoredGraph) -> Iterator[Difference]:
     yield from _plan(left.name, left.plan, right.plan)
     keys = [tuple(entry.key for entry in graph.captures) for graph in (left, right)]
     yield from _if_differ(left.name, "captures", "captured sizes", *keys)
+    yield from _streams(left, right)
+
+
+def _streams(left: StoredGraph, right: StoredGraph) -> Iterator[Difference]:
+    """The first call of each captured size that runs on another stream, or waits for others."""
+    theirs = {capture.key: capture for capture in right.captures}
+    for capture in left.captures:
+        other = theirs.get(capture.key)
+        if other is None:
+            continue
+        pairs = itertools.zip_longest(_placed(left, capture), _placed(right, other), fillvalue=(None, ""))
+        for (one, place), (two, other_place) in pairs:
+            if one != two:
+                yield _of(left.name, f"streams: {capture.key}", "from this call on", one, two, place or other_place)
+                break
+
+
+def _placed(graph: StoredGraph, capture: Captured) -> Iterator[tuple[str, str]]:
+    """Where each call of a capture runs, and its place in the user's model."""
+    stage = next((stage for stage in graph.stages if stage.name == "final"), None)
+    if stage is None or not stage.program:
+        return
+    for call in planned(graph.program(stage), capture).calls:
+        if call.cost is not None or call.waits:
+            yield f"{call.name} on {said(call.stream, call.waits)}", str(call.place)
 
 
 def _stages(left: StoredGraph, right: StoredGraph) -> Iterator[Difference]:

@@ -121,6 +121,8 @@ class Call(Data):
         lasting: of an input, whether it lies at the same address at every call.
         layers: how many equal layers of the model it stands for.
         cost: None for what launches nothing, and in bundles that were written before there was an estimate.
+        stream, waits: where a capture has it run (0 is the main stream), and the calls of other streams that it waits
+            for; in no file of a bundle (inspect/streams.py).
     """
 
     name: Name
@@ -137,6 +139,8 @@ class Call(Data):
     lasting: bool = False
     layers: int = 1
     cost: Cost | None = None
+    stream: int = 0
+    waits: tuple[str, ...] = ()
 
     def inputs(self) -> list[str]:
         """Names of the calls whose results it reads, in order, each once."""

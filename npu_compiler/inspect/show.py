@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from npu_compiler.inspect.bundle import Bundle, StoredGraph
 from npu_compiler.inspect.contents import Plan, Stage
+from npu_compiler.inspect.streams import summary
 
 
 def pipeline(graph: StoredGraph) -> str:
@@ -16,6 +17,7 @@ def pipeline(graph: StoredGraph) -> str:
     lines += [f"  {line}" for stage in graph.stages for line in _stage(stage)]
     if graph.plan is not None:
         lines += [f"  {line}" for line in _plan(graph.plan)]
+    lines += [f"  streams: {entry.key}: {summary(entry)}" for entry in graph.captures if entry.steps]
     lines += [
         f"  captured {entry.key}: {entry.calls} calls, {entry.milliseconds:.1f} ms, {entry.mebibytes:.1f} MiB "
         f"({entry.reason}){'; ' if entry.streams else ''}{entry.streams}"

@@ -227,6 +227,19 @@ def test_stepping_through_the_passes_shows_what_each_changed(opened: Opened, dec
     assert len(cards) >= len(stages[number].fired) + min(60, len(stages[number].refused))
 
 
+def test_the_plan_of_streams_is_a_stage_behind_the_final_program(opened: Opened, decode: Bundle) -> None:
+    graph = decode.graph()
+    (capture,) = graph.captures
+    assert opened.texts(".stage.selected .name") == ["final"]
+    opened.press("]")
+    assert opened.texts(".stage.selected .name") == [f"streams: {capture.key}"]
+    assert not opened.texts(".stat.added") and not opened.texts(".stat.removed")
+    aside = next(step for step in capture.steps if step.stream)
+    opened.go(stage=len(graph.stages), call=aside.node)
+    assert "side stream 1" in opened.texts(".row.selected .values")[0]
+    assert any("ran on main stream" in text for text in opened.texts("#detail .was"))
+
+
 def test_from_a_call_to_its_line_to_its_task_and_back(opened: Opened, decode: Bundle) -> None:
     graph = decode.graph()
     final = graph.program(graph.stage("final"))

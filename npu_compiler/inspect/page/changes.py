@@ -6,11 +6,14 @@ from bisect import bisect_left
 from typing import Literal
 
 from npu_compiler.inspect.program import Call, Data, Program, TensorValue
+from npu_compiler.inspect.streams import said
 
-Aspect = Literal["target", "inputs", "arguments", "shape", "layout", "memory", "writes", "once", "layers", "place"]
+Aspect = Literal[
+    "target", "inputs", "arguments", "shape", "layout", "memory", "writes", "once", "layers", "place", "stream"
+]
 """In which way a call that stayed is another one: it calls another operator, reads other calls, has other constants,
 yields other shapes or dtypes, other strides, lies in or writes other memory, is computed once or at every call, stands
-for more or fewer layers, comes from elsewhere."""
+for more or fewer layers, comes from elsewhere, runs on another stream or behind other calls."""
 
 
 class Changed(Data):
@@ -94,6 +97,8 @@ def _aspects(
         found["layers"] = str(old.layers)
     if old.place != new.place:
         found["place"] = str(old.place)
+    if (old.stream, old.waits) != (new.stream, new.waits):
+        found["stream"] = said(old.stream, old.waits)
     return found
 
 

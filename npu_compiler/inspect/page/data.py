@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from npu_compiler.inspect.bundle import Bundle, StoredGraph
-from npu_compiler.inspect.contents import Memory, Stage
+from npu_compiler.inspect.contents import Captured, Memory, Stage
 from npu_compiler.inspect.page.changes import Changes, changes
 from npu_compiler.inspect.page.texts import Texts, argument_text
 from npu_compiler.inspect.page.timeline import Timeline, timeline
 from npu_compiler.inspect.program import Call, Cost, Program, TensorValue
+from npu_compiler.inspect.streams import planned, said, summary
 
 OPS = ("placeholder", "get_attr", "call_function", "output")
 ENGINES = ("", "matrix", "vector", "copy", "link")
@@ -46,6 +47,8 @@ def _graph(graph: StoredGraph, texts: Texts) -> dict[str, Any]:
                 delta = _changes(changes(programs[number - 1], programs[number]), texts)
         stages.append(_stage(stage, number, delta))
     last = programs[-1] if programs and graph.stages[-1].name == "final" else None
+    if last is not None:
+        stages += [_streams(last, len(programs) - 1, capture, texts) for capture in graph.captures if capture.steps]
     lines = [timeline(last, capture) for capture in graph.captures] if last is not None else []
     if last is not None and not lines:
         lines = [timeline(last, None)]
@@ -65,6 +68,18 @@ def _graph(graph: StoredGraph, texts: Texts) -> dict[str, Any]:
 def _stage(stage: Stage, program: int, delta: dict[str, Any] | None) -> dict[str, Any]:
     kept = stage.model_dump(mode="json", exclude={"program"}, exclude_defaults=True)
     return {**kept, "name": stage.name, "program": program, "changes": delta}
+
+
+def _streams(program: Program, number: int, capture: Captured, texts: Texts) -> dict[str, Any]:
+    """The plan of a capture's streams as a stage of its own: it leaves the program and says where each call runs."""
+    placed = planned(program, capture)
+    calls = [(index, call) for index, call in enumerate(placed.calls) if call.stream or call.waits]
+    return {
+        **_stage(Stage(name=f"streams: {capture.key}"), number, _changes(changes(program, placed), texts)),
+        "streams": {index: texts(said(call.stream, call.waits)) for index, call in calls},
+        "calls": len(program.calls),
+        "note": f"Planned when {capture.key} was captured: {summary(capture)}.",
+    }
 
 
 def _changes(found: Changes, texts: Texts) -> dict[str, Any]:

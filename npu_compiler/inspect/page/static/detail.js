@@ -6,7 +6,7 @@ import { go, graph, program, selected, state } from "./state.js";
 
 const box = byId("detail");
 const MANY = 12;
-const WAS = { target: "called", inputs: "read", arguments: "had", shape: "yielded", layout: "lay with", memory: "memory was", writes: "wrote", once: "ran", layers: "layers were", place: "came from" };
+const WAS = { target: "called", inputs: "read", arguments: "had", shape: "yielded", layout: "lay with", memory: "memory was", writes: "wrote", once: "ran", layers: "layers were", place: "came from", stream: "ran on" };
 
 const section = (title, ...parts) => (parts.flat(9).some(Boolean) ? h("section", {}, h("h3", {}, title), parts) : null);
 
@@ -85,7 +85,7 @@ function becomesOf(from, i) {
   const { final } = graph();
   if (!final || from === final || !from.isCall(i)) return null;
   const found = graph().inFinal(from, i);
-  return found.length ? names(found, final, graph().stages.length - 1) : h("span", { class: "dim" }, "nothing stands for it");
+  return found.length ? names(found, final, graph().finalStage) : h("span", { class: "dim" }, "nothing stands for it");
 }
 
 function tasksOf(from, i) {
@@ -93,7 +93,7 @@ function tasksOf(from, i) {
   return tasks.slice(0, MANY).map(([line, at]) => {
     const [call, stream, start, taken, slack] = graph().timelines[line].launches[at];
     const key = graph().captures[line]?.key ?? "not captured";
-    return h("div", {}, link(`${key}: task ${at}, stream ${stream}`, () => go({ view: "streams", capture: line, call: graph().final.name(call), stage: graph().stages.length - 1 })),
+    return h("div", {}, link(`${key}: task ${at}, stream ${stream}`, () => go({ view: "streams", capture: line, call: graph().final.name(call), stage: graph().finalStage })),
       h("span", { class: "dim" }, ` at ${micros(start)}, ${micros(taken)}, ${slack ? `slack ${micros(slack)}` : "critical"}`));
   });
 }

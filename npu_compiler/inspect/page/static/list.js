@@ -88,12 +88,18 @@ function putRow(row, index) {
   parts.name.textContent = from.name(i);
   parts.target.textContent = from.isCall(i) ? ` = ${from.shortTarget(i)}` : from.columns.op[i] === 3 ? "" : ` : ${["input", "constant"][from.columns.op[i]]}`;
   parts.args.textContent = from.isInput(i) ? "" : `(${from.args(i)})`;
-  parts.values.textContent = from.values(i) + (from.layers(i) > 1 ? `  ×${from.layers(i)} layers` : "") + (from.once.has(i) ? "  once" : "");
+  parts.values.textContent = from.values(i) + (from.layers(i) > 1 ? `  ×${from.layers(i)} layers` : "") + (from.once.has(i) ? "  once" : "") + onStream(i);
   parts.cost.textContent = launched ? micros(from.micros(i)) : "";
   parts.cost.className = `cost engine${launched}`;
   const path = from.module(i).split(".");
   parts.module.textContent = path.length > 3 ? `…${path.slice(-3).join(".")}` : path.join(".");
   parts.module.title = path.join(".");
+}
+
+// Where a stage that plans streams has a call run.
+function onStream(i) {
+  const said = graph().stages[state.stage].streams?.[i];
+  return said === undefined ? "" : `  ${graph().texts[said]}`;
 }
 
 function choose(index, quiet = false) {

@@ -88,14 +88,14 @@ async function start() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => VIEWS[state.view]?.redraw?.());
   bind(Object.keys(VIEWS), toggleTheme);
   subscribe(update);
-  state.stage = graph().stages.length - 1;
+  state.stage = graph().finalStage;
   if (location.hash.length > 1) readAddress();
   update(new Set(["all", "graph", "stage"]));
   document.documentElement.dataset.ready = String(performance.now());
 }
 
 function openGraph(number) {
-  go({ graph: number, stage: data().graphs[number].stages.length - 1, call: "", filter: "", module: "", file: "", line: 0, mark: "", capture: 0 });
+  go({ graph: number, stage: data().graphs[number].finalStage, call: "", filter: "", module: "", file: "", line: 0, mark: "", capture: 0 });
 }
 
 start().catch((error) => { fill(byId("view"), emptyNote("The page could not be built", String(error?.stack ?? error))); throw error; });

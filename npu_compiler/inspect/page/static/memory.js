@@ -132,7 +132,7 @@ function hit(x, y) {
 
 function click(x, y) {
   const block = hit(x, y);
-  if (block?.call >= 0) go({ call: graph().final.name(block.call), stage: graph().stages.length - 1, mark: "" });
+  if (block?.call >= 0) go({ call: graph().final.name(block.call), stage: graph().finalStage, mark: "" });
 }
 
 function hover(x, y, event) {

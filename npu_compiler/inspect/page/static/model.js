@@ -123,7 +123,8 @@ class Graph {
     Object.assign(this, data);
     this.texts = texts;
     this.all = data.programs.map((columns) => new Program(columns, texts));
-    this.final = data.stages.at(-1)?.name === "final" ? this.all.at(-1) : null;
+    this.final = data.stages.some((stage) => stage.name === "final") ? this.all.at(-1) : null; // stages of streams come behind it
+    this.finalStage = data.stages.findLastIndex((stage) => !stage.streams); // "final", unless the compilation ended before
     this.rows = new Map();
   }
   // The program at a stage; that of the last stage before it that has one, where a failure left none.

@@ -54,9 +54,9 @@ function draw() {
   const idle = !stage.error && !stage.fired?.length && !stage.refused?.length && !misses.length && !stage.asked?.length;
   fill(element,
     h("h2", {}, stage.name, stage.seconds ? h("span", { class: "dim" }, `  ${(stage.seconds * 1e3).toFixed(1)} ms`) : null),
-    about?.place ? h("p", { class: "lead" }, about.place) : null,
+    about?.place || stage.note ? h("p", { class: "lead" }, about?.place ?? stage.note) : null,
     stage.error ? h("p", { class: "error" }, stage.error) : null,
-    idle && !rules.length ? emptyNote(about ? "It had nothing to do" : "This stage is no pass", about ? "No call of the program is one that this pass looks for." : "It is the program as it stood here. Step on with ]") : null,
+    idle && !rules.length && !stage.note ? emptyNote(about ? "It had nothing to do" : "This stage is no pass", about ? "No call of the program is one that this pass looks for." : "It is the program as it stood here. Step on with ]") : null,
     rules.length ? h("table", {}, h("thead", {}, h("tr", {}, ["rule", "fired", "left out", "missed", "pattern ends in", "written in"].map((title) => h("th", {}, title)))),
       h("tbody", {}, rules.map((rule) => h("tr", { class: rule.disabled ? "dim" : "" },
         h("td", {}, h("b", {}, rule.name), rule.disabled ? " (disabled)" : ""), h("td", { class: "n" }, times(stage.fired, rule.name) || ""), h("td", { class: "n" }, times(stage.refused, rule.name) || ""), h("td", { class: "n" }, times(misses, rule.name) || ""),

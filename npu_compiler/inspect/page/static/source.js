@@ -75,7 +75,7 @@ function drawFound(file, entry) {
     tasks.length ? clipped(tasks, ([call, number, at]) => {
       const [, stream, start, taken] = graph().timelines[number].launches[at];
       const { final } = graph();
-      return h("div", { class: "hit" }, link(`${graph().captures[number]?.key ?? "not captured"}: task ${at}`, () => go({ view: "streams", capture: number, call: final.name(call), stage: graph().stages.length - 1 })), h("code", {}, ` ${final.shortTarget(call)}`), h("span", { class: "dim end" }, `stream ${stream}, at ${micros(start)}, ${micros(taken)}`));
+      return h("div", { class: "hit" }, link(`${graph().captures[number]?.key ?? "not captured"}: task ${at}`, () => go({ view: "streams", capture: number, call: final.name(call), stage: graph().finalStage })), h("code", {}, ` ${final.shortTarget(call)}`), h("span", { class: "dim end" }, `stream ${stream}, at ${micros(start)}, ${micros(taken)}`));
     }) : h("p", { class: "dim" }, "None: it launches nothing."),
     state.stage ? [h("h3", {}, "Calls when lowered", h("span", { class: "count" }, count(entry.lowered.length))), clipped(entry.lowered, (i) => row(lowered, i, { stage: 0, mark: "" }))] : null,
   );

@@ -37,8 +37,9 @@ export function readAddress() {
     if (found.has(key)) patch[key] = typeof START[key] === "number" ? Number.parseInt(found.get(key), 10) || 0 : found.get(key);
   }
   patch.graph = Math.max(0, Math.min(patch.graph, loaded.graphs.length - 1));
-  const last = (loaded.graphs[patch.graph]?.stages.length ?? 1) - 1; // shown where the address names none
-  patch.stage = found.has("stage") ? Math.max(0, Math.min(patch.stage, last)) : last;
+  const shown = loaded.graphs[patch.graph];
+  const last = (shown?.stages.length ?? 1) - 1;
+  patch.stage = found.has("stage") ? Math.max(0, Math.min(patch.stage, last)) : shown?.finalStage ?? 0;
   const changed = new Set(KEPT.filter((key) => patch[key] !== state[key]));
   Object.assign(state, patch);
   if (changed.size) listeners.forEach((listener) => listener(changed));

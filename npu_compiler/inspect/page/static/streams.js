@@ -57,7 +57,7 @@ function drawLongest(shown, final) {
 }
 
 function choose(call) {
-  go({ call: graph().final.name(call), stage: graph().stages.length - 1, mark: "" });
+  go({ call: graph().final.name(call), stage: graph().finalStage, mark: "" });
 }
 
 export function stepLaunch(by) {
@@ -65,7 +65,7 @@ export function stepLaunch(by) {
   if (!launches.length) return;
   const at = launches.findIndex(([call]) => call === current());
   const next = launches[Math.max(0, Math.min(launches.length - 1, at < 0 ? 0 : at + by))];
-  go({ call: graph().final.name(next[0]), stage: graph().stages.length - 1, mark: "" }, true);
+  go({ call: graph().final.name(next[0]), stage: graph().finalStage, mark: "" }, true);
 }
 
 function paint(pen, view) {
