@@ -20,6 +20,7 @@ import npu_compiler.passes.pattern as pattern
 from npu_compiler import Pass, Rule
 from npu_compiler.backend import AscendBackend, compile_fx, load_fx
 from npu_compiler.errors import CaptureBudgetWarning, CaptureError, NpuCompilerError, TrainingWarning
+from npu_compiler.graph.serialized import NotStorable, dumps
 from npu_compiler.graph.source import where
 from npu_compiler.passes.record import PassRecord
 from npu_compiler.plan import agreement
@@ -45,6 +46,10 @@ NO_CALL = {
     "npu_compiler/facts/emit.py:_emit": "raised in a rule, which is blamed with its place (passes/rewrite.py:_blamed)",
     "npu_compiler/graph/build.py:call": "raised in a rule, which is blamed with its place (passes/rewrite.py:_blamed)",
     "npu_compiler/graph/content.py:_object": "an option: the content of a user's rule",
+    **dict.fromkeys(
+        (f"npu_compiler/graph/serialized.py:{name}" for name in ("_argument", "_target", "_value", "call", "dumps")),
+        "what the report says of a program that is not stored; it has the place (a test below)",
+    ),
     "npu_compiler/lowering/floats.py:specialize_module_floats": "has Dynamo trace again; nobody sees it",
     "npu_compiler/plan/amounts.py:evaluate": "sizes that a caller of the memory plan gave",
     "npu_compiler/plan/agreement.py:compare": "an input, by its name, that differs between ranks",
@@ -86,6 +91,8 @@ class Block(nn.Module):
         x = x * self.scale
         if kind == "mixes":
             return torch.relu(x), self.held * 2
+        if kind == "counts":
+            return x.nonzero()
         if kind == "draws":
             x = x + torch.rand_like(x)
         if kind == "leaves":
@@ -373,6 +380,16 @@ def test_every_message_is_in_the_table() -> None:
     assert provoked.isdisjoint(NO_CALL)
     assert found - provoked - NO_CALL.keys() == set(), "provoke it here, or say what else it is about in NO_CALL"
     assert (provoked | NO_CALL.keys()) - found == set(), "these are gone"
+
+
+def test_a_program_that_is_not_stored_says_where_the_reason_is() -> None:
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        counting = program("counts")
+    with pytest.raises(NotStorable) as caught:
+        dumps(fx.GraphModule(nn.Module(), counting))
+    assert re.search(
+        rf"found at run time \(block at {re.escape(__file__)}:\d+: return x\.nonzero\(\)\)", str(caught.value)
+    )
 
 
 def test_reports_and_logs_name_the_place(caplog: pytest.LogCaptureFixture) -> None:
