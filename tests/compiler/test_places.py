@@ -31,7 +31,13 @@ from npu_compiler.plan.schedule import StreamPlan, place
 from tests.compiler.message_sites import sites
 
 COMPILER = (
-    *("npu_compiler/lowering", "npu_compiler/backend.py", "npu_compiler/cache.py", "npu_compiler/aclgraph"),
+    *(
+        "npu_compiler/lowering",
+        "npu_compiler/backend.py",
+        "npu_compiler/dumps.py",
+        "npu_compiler/cache.py",
+        "npu_compiler/aclgraph",
+    ),
     *("npu_compiler/plan", "npu_compiler/graph", "npu_compiler/facts", "passes", "fusion_kernels"),
 )
 NO_CALL = {
@@ -39,8 +45,8 @@ NO_CALL = {
     "npu_compiler/aclgraph/buckets.py:buckets": "arguments of a function that chooses sizes",
     "npu_compiler/aclgraph/capture.py:_abandon": "a second error, noted on the first, which names the call",
     "npu_compiler/aclgraph/npugraph_ex.py:serve": "an option",
-    "npu_compiler/backend.py:_dump": "an option",
-    "npu_compiler/backend.py:bundle_of": "an option",
+    "npu_compiler/dumps.py:bundle_of": "an option",
+    "npu_compiler/dumps.py:open_graph": "an option",
     "npu_compiler/facts/domain.py:__post_init__": "assumptions that a caller of the engine made",
     "npu_compiler/facts/domain.py:congruent": "assumptions that a caller of the engine made",
     "npu_compiler/facts/emit.py:_emit": "raised in a rule, which is blamed with its place (passes/rewrite.py:_blamed)",
