@@ -73,8 +73,8 @@ COMPILE = (
         "28 / 4 layers",
     ),
     "Seconds from `torch.compile` to the end of the first call; warm is a process with the caches of the first.\n"
-    "Inductor runs on the plain CPU. `cold / aot_eager` has to be at most 1.3; `28 / 4 layers` is what comes after\n"
-    "AOTAutograd (passes, order of calls, capture), at most 2.",
+    "aot_eager and npugraph_ex keep nothing; Inductor runs on the plain CPU. `cold / aot_eager` must be at most 1.3;\n"
+    "`28 / 4 layers` is what comes after AOTAutograd (passes, order of calls, capture), at most 2.",
 )
 
 
@@ -152,7 +152,7 @@ def _pool(records: Sequence[Record]) -> Iterator[Sequence[str]]:
 
 
 CONDITIONS = (
-    ("model", "part", "measured", "took s", "other programs", "compiler"),
+    ("model", "part", "measured", "took s", "CPU s", "other programs", "compiler"),
     "`other programs` is the share of the machine's cores that they had meanwhile; above 10 % it is loaded.\n"
     "`compiler` is the beginning of the compiler's fingerprint.",
 )
@@ -163,7 +163,8 @@ def _conditions(models: Mapping[str, Parts]) -> Iterator[Sequence[str]]:
         for part, found in parts.items():
             about = found["about"]
             others = f"{about['others']:.0%}{', loaded' if kept.loaded(found) else ''}"
-            yield [name, part, about["time"], f"{about['seconds']:.0f}", others, f"`{about['compiler'][:6]}`"]
+            cpu = f"{about['cpu']:.0f}" if "cpu" in about else "-"
+            yield [name, part, about["time"], f"{about['seconds']:.0f}", cpu, others, f"`{about['compiler'][:6]}`"]
 
 
 def _each(
@@ -183,5 +184,8 @@ def _value(record: Record, form: str = ".2f") -> str:
 
 
 def _table(columns: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
+    found = list(rows)
+    if not found:
+        return ["Not measured yet.", ""]
+    lines = [columns, ["---"] * len(columns), *found]
     return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]

@@ -23,8 +23,9 @@ def measured(make: Callable[[], list[Record]], **about: Any) -> Record:
     start, busy, own = time.perf_counter(), _busy(), _own()
     records = make()
     seconds = time.perf_counter() - start
-    others = max(0.0, _busy() - busy - (_own() - own)) / (seconds * (os.cpu_count() or 1))
-    about |= {"time": made_at, "seconds": round(seconds, 1), "others": round(others, 3)}
+    cpu = _own() - own
+    others = max(0.0, _busy() - busy - cpu) / (seconds * (os.cpu_count() or 1))
+    about |= {"time": made_at, "seconds": round(seconds, 1), "cpu": round(cpu, 1), "others": round(others, 3)}
     return {"about": about, "records": records}
 
 

@@ -109,6 +109,7 @@ class UpdateResources:
     stream: npu.Stream = field(default_factory=npu.Stream)
     ready: npu.Event = field(default_factory=npu.Event)
     workspace: Tensor | None = None
+    unused_lse: Tensor | None = None
 
 
 class GraphUpdates:
@@ -124,13 +125,15 @@ class GraphUpdates:
     def capture(self, layer_name: str, call: AttentionCall, lengths: Lengths) -> None:
         """Captures `call` on the current stream as a group that `enqueue` can give other lengths."""
         shared = self._resources
-        # Asking makes tensors as large as the output. On a stream that is not captured they, and the workspace, stay
-        # out of the graphs' pool, which would keep room for them for good.
+        # Asking makes tensors as large as the output. On a stream that is not captured they, and what stays, are not of
+        # the graphs' pool: it would keep room for them, and what stays would lie between the tensors of later graphs.
         with npu.stream(shared.stream):
             needed = call.max_workspace(lengths.query_ends, lengths.kv_lengths)
+            if shared.unused_lse is None:
+                shared.unused_lse = call.unused_lse()
         if shared.workspace is None or shared.workspace.numel() < needed.numel():
             shared.workspace = needed
-        call = replace(call, workspace=shared.workspace, softmax_lse=call.unused_lse())
+        call = replace(call, workspace=shared.workspace, softmax_lse=shared.unused_lse)
         stream = npu.current_stream()
         event = npu.ExternalEvent()  # one a group: torch_npu pairs each captured wait with one record
         event.wait(stream)

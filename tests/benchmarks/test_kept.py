@@ -14,8 +14,8 @@ from benchmarks.compiler import record
 
 
 def part(*records: kept.Record, others: float = 0.0, compiler: str = "abcdefgh") -> kept.Record:
-    about = {"time": "2026-01-01T00:00:00Z", "seconds": 12.0, "others": others, "depths": [4, 28], "compiler": compiler}
-    return {"about": about, "records": list(records)}
+    about: kept.Record = {"time": "2026-01-01T00:00:00Z", "seconds": 12.0, "cpu": 10.0, "others": others}
+    return {"about": about | {"depths": [4, 28], "compiler": compiler}, "records": list(records)}
 
 
 def test_a_part_takes_the_place_of_its_own_rows_only(tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_the_page_marks_missed_goals_and_loaded_parts() -> None:
     assert "| qwen3 | 9 | 11 | 30 | 20 -> 12 | 20 -> 12 | 10* |" in page
     assert "| qwen3 | 1024 | 35 | 50 | 52 | 1.040 |" in page
     assert "| qwen3 | 2048 | - | - | - | missing |" in page
-    assert "| qwen3 | pool | 2026-01-01T00:00:00Z | 12 | 50%, loaded | `abcdef` |" in page
-    assert "| qwen3 | kernels | 2026-01-01T00:00:00Z | 12 | 0% | `abcdef` |" in page
+    assert "| qwen3 | pool | 2026-01-01T00:00:00Z | 12 | 10 | 50%, loaded | `abcdef` |" in page
+    assert "| qwen3 | kernels | 2026-01-01T00:00:00Z | 12 | 10 | 0% | `abcdef` |" in page
 
 
 def test_the_page_of_compile_seconds() -> None:
