@@ -2,8 +2,9 @@
 
 For each model: kernels and FX calls of a layer; cold and warm compile seconds by stage; milliseconds and MiB of 35
 captured sizes; vLLM's cold and warm start; what 35 decode graphs of vLLM add to their pool. Every measurement is a
-fresh process; peers of a row run one after the other. Rows go to benchmarks/results/compiler_<model>.json with their
-goals, part by part: what is stopped goes on by --resume. The page docs/compiler_figures.md is written from them.
+fresh process; where times are taken, one after the other. Rows go to benchmarks/results/compiler_<model>.json with
+their goals, part by part: what is stopped goes on by --resume. The page docs/compiler_figures.md is written from
+them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ PAGE = ROOT / "docs" / "compiler_figures.md"
 TIMEOUT_S = 600
 PARTS = ("kernels", "compile", "sizes", "vllm", "pool")
 TURNS = 3
+AT_ONCE = 2
+"""Processes at a time where only counts and bytes are taken, never times."""
 WIDTHS, LARGEST = (1024, 2048), 2240
 """Hidden sizes, and the most requests, of the models whose decode graphs' memory is measured."""
 COMPARED = ("ascend", "aot_eager")
@@ -85,7 +89,9 @@ def goal(value: float | None, text: str, met: bool) -> Record:
 
 def kernel_rows(name: str, depths: Sequence[int]) -> list[Record]:
     """Kernels a layer of each backend; ours has to be below npugraph_ex's, and Qwen3's decode graph at most 9."""
-    found = {backend: kernels.measure_apart(backend, name, depths) for backend in kernels.BACKENDS}
+    with ThreadPoolExecutor(AT_ONCE) as processes:
+        counts = processes.map(lambda backend: kernels.measure_apart(backend, name, depths), kernels.BACKENDS)
+        found = dict(zip(kernels.BACKENDS, counts, strict=True))
     out = []
     for backend, one in found.items():
         value = one.get("kernels")
@@ -199,10 +205,15 @@ def pool_rows(name: str, widths: Sequence[int]) -> list[Record]:
     """How much 35 decode graphs of vLLM need over the largest alone, for several widths of a model."""
     if models.FAMILIES[name].encoder:
         return []
-    out = []
-    for hidden in widths:
+
+    def measured(hidden: int) -> Record:
         with tempfile.TemporaryDirectory() as cache:
-            found = apart(cache, "vllm_pool", name, hidden, LARGEST)
+            return apart(cache, "vllm_pool", name, hidden, LARGEST)
+
+    with ThreadPoolExecutor(AT_ONCE) as processes:
+        of_widths = list(processes.map(measured, widths))
+    out = []
+    for hidden, found in zip(widths, of_widths, strict=True):
         about: Record = {"hidden": hidden, "missing": found["missing"]}
         if found["missing"]:
             out.append(record("vllm_pool_growth", "vllm", "x", None, **about))

@@ -23,7 +23,7 @@ from torch import fx
 from benchmarks import captured, devices, models
 
 BACKENDS = ("ascend", "npugraph_ex", "npugraphs", "vllm")
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 
 
 def calls(graph: fx.Graph) -> int:
@@ -130,15 +130,18 @@ def measure_apart(backend: str, name: str, depths: Sequence[int]) -> dict[str, A
         target = Path(folder) / "found.json"
         command = [sys.executable, "-m", "benchmarks", "kernels", "--model", name, "--backends", backend]
         command += ["--depths", ",".join(map(str, depths)), "--measure", str(target)]
-        done = subprocess.run(
-            command,
-            cwd=Path(__file__).parent.parent,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                cwd=Path(__file__).parent.parent,
+                env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired:
+            return {"missing": f"no result within {TIMEOUT_S} s"}
         if not target.exists():
             lines = [line for line in done.stdout.splitlines() if "Error" in line]
             return {"missing": (lines or [f"exit code {done.returncode}"])[-1][:300]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,22 @@ def test_resume_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytes
     compiler.main([*arguments, "qwen3"])
     compiler.main([*arguments, "qwen3,llama"])
     assert measured == ["qwen3 vllm", "qwen3 pool", "llama vllm", "llama pool"]
+
+
+def test_processes_at_once_keep_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pool(cache: str, kind: str, name: str, hidden: int, largest: int) -> kept.Record:
+        time.sleep(0.3 if hidden == 1 else 0.0)
+        return {"missing": None, "mebibytes": [100.0 * hidden, 2.0]}
+
+    def counts(backend: str, name: str, depths: tuple[int, int]) -> kept.Record:
+        time.sleep(0.3 if backend == "ascend" else 0.0)
+        return {"missing": None, "kernels": len(backend)}
+
+    monkeypatch.setattr(compiler, "apart", pool)
+    monkeypatch.setattr(compiler.kernels, "measure_apart", counts)
+    assert [(row["hidden"], row["mib_largest"]) for row in compiler.pool_rows("qwen3", [1, 2])] == [(1, 100), (2, 200)]
+    rows = compiler.kernel_rows("qwen3", (4, 28))
+    assert [(row["peer"], row["value"]) for row in rows] == [(name, len(name)) for name in compiler.kernels.BACKENDS]
 
 
 def test_work_of_other_programs_is_noticed() -> None:
