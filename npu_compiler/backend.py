@@ -51,6 +51,7 @@ from npu_compiler.plan.memory import MemoryPlan
 from npu_compiler.plan.order import Arrangement, arrange
 
 if TYPE_CHECKING:
+    from npu_compiler.inspect.surroundings import Noted
     from npu_compiler.inspect.writer import GraphWriter
 
 GraphHook = Callable[[fx.Graph], None]
@@ -208,6 +209,7 @@ def compile_fx(
     after_passes: GraphHook | None = None,
     keep: Callable[[bytes], None] | None = None,
     name: str = "graph",
+    surroundings: Noted | None = None,
 ) -> CompiledGraph:
     """Lowers `gm` and runs the passes; captures nothing.
 
@@ -218,6 +220,7 @@ def compile_fx(
         after_passes: called with the functional graph after the passes and before writes go back in place. It sees the
             whole program, unless it says by a true attribute `local` that one of a few layers will do (passes.record).
         keep: called with the result as bytes, which `load_fx` takes, if it can be stored.
+        surroundings: what the graph's calls need besides their arguments, for a bundle.
 
     Returns:
         A callable with the graph's own convention, mutations and returned structure included (a flat tuple comes back
@@ -231,7 +234,9 @@ def compile_fx(
         before_lowering(gm.graph)
         gm.recompile()
     keep_program = None if keep is None else lambda program: keep(cache.write(program))
-    return _compile(compiled, gm, example_inputs, _labelled(name), after_passes, keep=keep_program)
+    return _compile(
+        compiled, gm, example_inputs, _labelled(name), after_passes, keep=keep_program, surroundings=surroundings
+    )
 
 
 def load_fx(
@@ -274,6 +279,7 @@ def _compile(
     after_passes: GraphHook | None = None,
     found: Program | None = None,
     keep: Callable[[Program], None] | None = None,
+    surroundings: Noted | None = None,
 ) -> CompiledGraph:
     """The common road: lowering, passes, then whatever serves the calls.
 
@@ -308,6 +314,8 @@ def _compile(
     unflatten = _return_flat_tuple(gm)
     with _no_collections(), dumps.open_graph(compiled.name, compiled.options, _input_names(gm)) as dump:
         watch = dumps.shown_to(compiled.name, dump)
+        if dump is not None:
+            dump.surround(surroundings)
         if found is not None:
             compiled.graph, compiled.records, compiled.stored = found.graph, found.records, FROM_CACHE
             functional = Functional(found.graph, list(example_inputs), found.stable)

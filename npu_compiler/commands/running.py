@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 RUNS_CODE = (
     "This runs what is in the bundle, in a process of its own: operators of torch.ops by their names, and the modules "
-    "that the options `rules` and `passes` of the compilation name. Use it on bundles that you trust."
+    "that the options `rules` and `passes` of the compilation, and the file surroundings.json, name. Use it on bundles "
+    "that you trust."
 )
 RIGHT, WRONG, CAN_NOT, INTERRUPTED = 0, 1, 2, 130
 CODES = "Exits 0 where nothing is wrong, 1 where something is, 2 where it can't be told, 130 when interrupted."

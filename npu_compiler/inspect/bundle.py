@@ -24,15 +24,18 @@ from npu_compiler.inspect.contents import (
     GRAPH,
     HEADER,
     INPUTS,
+    MEMORY,
     NUMBERS,
     PLAN,
     STAGES,
+    SURROUNDINGS,
     Captured,
     Graph,
     Header,
     Inputs,
     Plan,
     Stage,
+    Surroundings,
 )
 from npu_compiler.inspect.program import Data, Program
 from npu_compiler.inspect.python_text import CONSTANTS
@@ -141,6 +144,11 @@ class StoredGraph:
         """The first call's inputs; None where they were not asked for."""
         return _read(self.place / NUMBERS, Inputs) if (self.place / NUMBERS).exists() else None
 
+    @functools.cached_property
+    def surroundings(self) -> Surroundings | None:
+        """What its calls need besides their arguments; None where that is nothing."""
+        return _read(self.place / SURROUNDINGS, Surroundings) if (self.place / SURROUNDINGS).exists() else None
+
     def stage(self, name: str) -> Stage:
         """The last stage of this name. `common` stands twice in the pipeline.
 
@@ -164,12 +172,16 @@ class StoredGraph:
         return python_text(self.program(stage), f"{self.name}, {stage.name}")
 
     def constants(self) -> Mapping[str, Tensor]:
-        """The values of the programs' small constants. This, and `tensors`, take torch."""
+        """The values of the programs' small constants. This, `tensors` and `memory` take torch."""
         return _tensors(self.place / CONSTANTS)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The memory of the first call's tensors as bytes, by the names that `inputs` gives."""
         return _tensors(self.place / INPUTS)
+
+    def memory(self) -> Mapping[str, Tensor]:
+        """Contents of memory that the calls read besides their arguments, by the names of `surroundings`."""
+        return _tensors(self.place / MEMORY)
 
     @property
     def size(self) -> int:

@@ -13,6 +13,8 @@ A bundle is what one process left behind, a folder or a zip of it:
     GRAPH/captures.jsonl        Captured, a line each
     GRAPH/calls.json            Calls, when the compiled graph is gone: replays and other calls (run.py)
     GRAPH/inputs.safetensors    the first call's inputs, if asked for, and inputs.json: the numbers among them
+    GRAPH/surroundings.json     Surroundings: what the calls need besides arguments; of the step whose inputs are kept,
+                                only if they are. surroundings.safetensors: contents of memory, likewise
 
 Each file is written when its content is known, so that a crash leaves what came before it.
 """
@@ -21,14 +23,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, JsonValue, StringConstraints
 
-from npu_compiler.inspect.names import Device, Name, TorchName
+from npu_compiler.inspect.names import Device, Dotted, Name, TorchName
 from npu_compiler.inspect.program import Data
 
 FORMAT: Literal[1] = 1
 HEADER, GRAPH, STAGES, PLAN, CAPTURES = "bundle.json", "graph.json", "stages.jsonl", "plan.json", "captures.jsonl"
 INPUTS, NUMBERS = "inputs.safetensors", "inputs.json"
+SURROUNDINGS, MEMORY = "surroundings.json", "surroundings.safetensors"
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]*$")]
 """A file in the graph's folder, without its ending: nothing that leads out of it."""
 
@@ -294,3 +297,18 @@ class Inputs(Data):
 
     inputs: tuple[SavedTensor | bool | int | float | None, ...]
     left_out: tuple[str, ...] = ()
+
+
+class Surroundings(Data):
+    """What the calls of a graph need besides their arguments (inspect/surroundings.py).
+
+    Attributes:
+        module: what makes it anew when the graph is replayed, and registers its operators.
+        inputs: inputs that are neither tensors nor numbers, by name.
+        about: what was known when the graph was compiled. `step`: and when its inputs were kept.
+    """
+
+    module: Dotted
+    inputs: dict[Name, str] = Field(default_factory=dict)
+    about: dict[str, JsonValue] = Field(default_factory=dict)
+    step: dict[str, JsonValue] | None = None

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.utils._pytree import tree_map
 
 from npu_compiler.graph.effects import value
+from npu_compiler.graph.functionalized import Wrapped
+from npu_compiler.inspect.surroundings import Meanings
 
 DTYPE_CASTS = frozenset({"npu::npu_dtype_cast", "npu::_npu_dtype_cast"})
 NO_KERNEL = (NotImplementedError, RuntimeError, ValueError)
@@ -23,12 +26,16 @@ NO_KERNEL = (NotImplementedError, RuntimeError, ValueError)
 class Reference(fx.Interpreter):
     """Runs a program with fake values recorded, on widened arguments that lie on the CPU.
 
+    Args:
+        meanings: what operators do, in float64, that the CPU can't call.
+
     Attributes:
         on_device: names of the calls that ran on the device, in its own dtypes.
     """
 
-    def __init__(self, program: fx.GraphModule) -> None:
+    def __init__(self, program: fx.GraphModule, meanings: Meanings) -> None:
         super().__init__(program)
+        self._meanings = meanings
         self.on_device: list[str] = []
         self.extra_traceback = False
 
@@ -38,6 +45,8 @@ class Reference(fx.Interpreter):
         if n.op != "call_function" or not isinstance(n.target, torch._ops.OperatorBase):
             return super().run_node(n)
         args, kwargs = tree_map(_on_cpu, self.fetch_args_kwargs_from_env(n), is_leaf=_is_leaf)
+        if n.target in self._meanings:
+            return self._meanings[n.target](*args, **kwargs)
         if _casts_to_float(n):
             return args[0].double()
         draws = isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
@@ -65,12 +74,35 @@ class Reference(fx.Interpreter):
         return tree_map(_wide, result)
 
 
-def run(program: fx.GraphModule, arguments: Sequence[Any]) -> tuple[list[Any], list[str]]:
-    """The outputs, and the names of the calls that ran on the device. Tensors among the arguments are written."""
-    reference = Reference(program)
+def run(
+    program: fx.GraphModule, arguments: Sequence[Any], meanings: Meanings | None = None
+) -> tuple[list[Any], list[str]]:
+    """The outputs, and the names of the calls that ran on the device. Tensors among the arguments are written.
+
+    Args:
+        program: AOTAutograd's wrappers are taken off calls that have a meaning of their own.
+    """
+    _unwrap(program, meanings or {})
+    reference = Reference(program, meanings or {})
     with torch.no_grad():
         outputs = reference.run(*arguments)
     return list(outputs), reference.on_device
+
+
+def _unwrap(program: fx.GraphModule, meanings: Meanings) -> None:
+    """Calls what has a meaning of its own itself, on copies of what it writes."""
+    graph = program.graph
+    for node in list(graph.find_nodes(op="call_function", target=auto_functionalized_v2)):
+        wrapped = Wrapped.of(node)
+        if wrapped is None or wrapped.operator not in meanings:
+            continue
+        copies = {}
+        with graph.inserting_before(node):
+            for base in wrapped.bases:
+                copies[base.path] = graph.call_function(torch.ops.aten.clone.default, (base.node,))
+                copies[base.path].meta["val"] = value(base.node)
+        wrapped.take_off(copies, "")
+    program.recompile()
 
 
 def _casts_to_float(node: fx.Node) -> bool:

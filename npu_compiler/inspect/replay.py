@@ -2,7 +2,8 @@
 
 The lowered program of a bundle is compiled again, as far as a `Point` says, and called several times with other values
 at the same addresses; what it returns, and what it leaves in its inputs, is judged (judge.py). This runs code:
-operators of torch.ops by the names in the bundle, and the modules that its options `rules` and `passes` name.
+operators of torch.ops by the names in the bundle, and the modules that its options `rules` and `passes`, and its
+surroundings, name.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from npu_compiler.errors import BundleError
 from npu_compiler.graph import once
 from npu_compiler.graph.source import where
 from npu_compiler.graph.spec import SpecCheck
-from npu_compiler.inspect import collectives, partly, reference
+from npu_compiler.inspect import collectives, partly, reference, undefined
 from npu_compiler.inspect.bundle import StoredGraph
 from npu_compiler.inspect.contents import Fire
 from npu_compiler.inspect.from_graph import program_of
 from npu_compiler.inspect.judge import Compared, Difference, Expected, Seen, compared, judge, shared_memory
 from npu_compiler.inspect.program import Data, Program
+from npu_compiler.inspect.surroundings import Nothing, Restored, calls_of, restored
 from npu_compiler.inspect.to_graph import graph_of
 from npu_compiler.inspect.values import Values
 from npu_compiler.passes import pipeline
@@ -139,6 +141,7 @@ class Subject:
         values: its inputs.
         stored: the program of a stage of the bundle, by the stage's index; it may be run in its place.
         ranks: how many ranks there were.
+        surroundings: what its calls need besides their arguments.
     """
 
     def __init__(
@@ -149,8 +152,10 @@ class Subject:
         values: Values,
         stored: Callable[[int], Program] | None = None,
         ranks: int = 1,
+        surroundings: Restored | None = None,
     ) -> None:
         self.program, self.options, self.values = program, options, values
+        self._surroundings = surroundings or Nothing()
         self.constants = constants
         self._stored, self._ranks = stored, ranks
 
@@ -175,7 +180,12 @@ class Subject:
         kept = None if made_up else graph.inputs
         values = Values(program, kept, graph.tensors() if kept is not None else None)
         chosen = options or options_of(graph)
-        return cls(program, graph.constants(), chosen, values, lambda index: graph.program(graph.stages[index]), ranks)
+        around = surroundings_of(graph, made_up)
+
+        def stored(index: int) -> Program:
+            return graph.program(graph.stages[index])
+
+        return cls(program, graph.constants(), chosen, values, stored, ranks, around)
 
     def run(self, point: Point) -> Outcome:
         """Compiles and calls the program as far as `point` says, and judges what it gives."""
@@ -216,35 +226,39 @@ class Subject:
     def _expected(self) -> tuple[list[Expected], list[str]]:
         """What each call should leave, and the calls of the reference that ran on the device."""
         module = self._module(self.program)
+        self._surroundings.fit(calls_of(module.graph))
         try:
-            wide, on_device = self._reference(module)
+            wide, on_device = self._reference()
         except FAILURES:
             self.values.count_integers = False  # some integer is an index into something shorter
             try:
-                wide, on_device = self._reference(module)
+                wide, on_device = self._reference()
             except FAILURES:  # not what the CPU can do: the lowered program on the device decides alone
                 wide, on_device = [None] * CALLS, [call.name for call in self.program.calls if call.target != "output"]
         lowered, _ = self._calls(module, keep=False)
         return [Expected(*pair) for pair in zip(lowered, wide, strict=True)], on_device
 
-    def _reference(self, module: fx.GraphModule) -> tuple[list[Seen | None], list[str]]:
+    def _reference(self) -> tuple[list[Seen | None], list[str]]:
+        module, around = self._module(self.program), self._surroundings.in_float64()
         found: list[Seen | None] = []
         on_device: list[str] = []
         for turn in range(CALLS):
             arguments = self.values.in_float64(turn)
             if arguments is None:
                 return [None] * CALLS, []
+            arguments = self._with_objects(arguments)
             before = [item.clone() if isinstance(item, Tensor) else item for item in arguments]
             torch.npu.manual_seed(SEED)
-            outputs, on_device = reference.run(module, arguments)
-            found.append(self._seen(outputs, arguments, before))
+            with around.turn(turn):
+                outputs, on_device = reference.run(module, arguments, around.meanings)
+            found.append(self._seen(outputs, arguments, before, around.left()))
         return found, on_device
 
     def _calls(self, run: Callable[..., Any], keep: bool) -> tuple[list[Seen], list[Difference]]:
         """Calls a program with one set of values after the other at the same addresses; also returns what changed in
         results that were handed out, where the caller may keep them."""
-        memory = self.values.memory(0)
-        arguments = self.values.arguments(memory)
+        memory, around = self.values.memory(0), self._surroundings.on_device()
+        arguments = self._with_objects(self.values.arguments(memory))
         found: list[Seen] = []
         held: list[Any] = []
         later: list[Difference] = []
@@ -254,10 +268,10 @@ class Subject:
                     memory[name].copy_(self.values.bytes_of(name, turn))
             before = [item.clone() if isinstance(item, Tensor) else item for item in arguments]
             torch.npu.manual_seed(SEED)
-            with torch.no_grad():
+            with torch.no_grad(), around.turn(turn):
                 outputs = list(run(*arguments))
             torch.npu.synchronize()
-            found.append(self._seen(outputs, arguments, before))
+            found.append(self._seen(outputs, arguments, before, around.left()))
             later += self._overwritten(turn, held, found, arguments) if keep else ()
             held = outputs if keep else []
             del outputs
@@ -276,7 +290,14 @@ class Subject:
                         call=turn, what=f"output {index}", text="of the call before was overwritten", kind="overwritten"
                     )
 
-    def _seen(self, outputs: Sequence[Any], arguments: Sequence[Any], before: Sequence[Any]) -> Seen:
+    def _with_objects(self, arguments: Sequence[Any]) -> list[Any]:
+        """The arguments, with the inputs that are neither tensors nor numbers."""
+        objects = self._surroundings.objects
+        return [objects.get(call.name, item) for call, item in zip(self.program.inputs, arguments, strict=True)]
+
+    def _seen(
+        self, outputs: Sequence[Any], arguments: Sequence[Any], before: Sequence[Any], left: Mapping[str, Tensor]
+    ) -> Seen:
         names = [call.name for call in self.program.inputs]
         written = {
             name: now.cpu().clone()
@@ -286,31 +307,39 @@ class Subject:
         named = [(f"output {index}", item) for index, item in enumerate(outputs)]
         named += [(f"input {name}", item) for name, item in zip(names, arguments, strict=True)]
         host = [item.cpu().clone() if isinstance(item, Tensor) else item for item in outputs]
-        return Seen(host, written, shared_memory(named, len(outputs)))
+        return Seen(host, {**written, **left}, shared_memory(named, len(outputs)))
 
     def _module(self, program: Program) -> fx.GraphModule:
-        module = graph_of(program, self.constants)
-        collectives.replace(module, self._ranks)
+        module = self._graph(program)
+        self._alone(module)
         return module
+
+    def _alone(self, module: fx.GraphModule) -> None:
+        """Makes a program one that runs alone, and does the same again."""
+        collectives.replace(module, self._ranks)
+        undefined.fill(module)
+
+    def _graph(self, program: Program) -> fx.GraphModule:
+        return graph_of(program, self.constants, self._surroundings.objects)
 
     @functools.cached_property
     def _collectives(self) -> list[str]:
-        return collectives.in_order(graph_of(self.program, self.constants).graph)
+        return collectives.in_order(self._graph(self.program).graph)
 
     def _compiled(self, point: Point, made: dict[str, Any]) -> Callable[..., Any]:
         """The program at a point, as something to call; `made` receives what is known of it."""
         expected = self._collectives
         if point.stage is not None:
             assert self._stored is not None, "only a bundle has stages"
-            module = graph_of(self._stored(point.stage), self.constants)
+            module = self._graph(self._stored(point.stage))
             made["disorder"] = collectives.disorder(module.graph, expected)
-            collectives.replace(module, self._ranks)
+            self._alone(module)
             return module
         options = _with(self.options, point)
         module = self._rewritten(point, options, made)
         stable = partly.lasting(module.graph)
         made["disorder"] = collectives.disorder(module.graph, expected)
-        collectives.replace(module, self._ranks)
+        self._alone(module)
         part = once.split(module)
         if part is not None:
             inputs = len(self.program.inputs)
@@ -326,7 +355,7 @@ class Subject:
         return program_of(self._rewritten(point, _with(self.options, point), {}).graph)
 
     def _rewritten(self, point: Point, options: Options, made: dict[str, Any]) -> fx.GraphModule:
-        module = graph_of(self.program, self.constants)
+        module = self._graph(self.program)
         if options.freeze:
             once.freeze(module.graph, partly.lasting(module.graph))
         check = SpecCheck(module)
@@ -364,6 +393,18 @@ def _with(options: Options, point: Point) -> Options:
         multistream="off" if point.streams == 0 else options.multistream,
         check=False,
     )
+
+
+def surroundings_of(graph: StoredGraph, made_up: bool) -> Restored:
+    """What the calls of a dumped graph need besides their arguments; imports the module that makes it anew.
+
+    Args:
+        made_up: leave what was kept of a step alone.
+    """
+    stored = graph.surroundings
+    if stored is not None and made_up:
+        return restored(stored.model_copy(update={"step": None}), {})
+    return restored(stored, graph.memory())
 
 
 def options_of(graph: StoredGraph) -> Options:

@@ -22,6 +22,10 @@ from npu_compiler.inspect.worker import Source, Worker
 from npu_compiler.passes import pipeline
 
 FINAL = "final"
+THERE = frozenset(
+    {"aten", "prims", "npu", "npu_fused", "_c10d_functional", "operator", "math", "torch", "higher_order"}
+)
+"""Where a program's calls come from that need no import of their own."""
 Say = Callable[[str], None]
 
 
@@ -95,11 +99,24 @@ def minify(source: Source, cause: Cause, worker: Worker, file: Path, say: Say = 
         )
     near = [*(cause.match.nodes if cause.match is not None else ()), *([cause.call.name] if cause.call else ())]
     small = shrink(program, holds, near, say)
+    _refuse_surroundings(small, graph)
     _write(file, small, cause, step, graph, options)
     outcome = worker.run_file(file)
     return Smallest(
         file=str(file), step=step, calls=len(list(calls_in(small))), of=len(list(calls_in(program))), outcome=outcome
     )
+
+
+def _refuse_surroundings(small: Program, graph: StoredGraph) -> None:
+    """A test holds a program, but not what vLLM's attention needs besides."""
+    named = graph.surroundings.inputs if graph.surroundings is not None else {}
+    needed = [named[call.name] for call in small.inputs if call.name in named]
+    if needed:
+        raise BundleError(
+            f"no smaller program shows it without calls that need {', '.join(needed)}",
+            rule="a test holds a program and inputs, not the step of a serving engine",
+            fix="keep the bundle: npu-compiler replay runs it",
+        )
 
 
 def _before(cause: Cause, options: Options) -> Point:
@@ -127,18 +144,28 @@ def _write(file: Path, program: Program, cause: Cause, step: str, graph: StoredG
     if wanted:
         constants = graph.constants()
         save_file({name: constants[name] for name in wanted}, file.parent / CONSTANTS)
-    file.write_text(text_of(program, cause, step, _given(options)))
+    file.write_text(text_of(program, cause, step, _given(options), _registering(program, graph)))
 
 
-def text_of(program: Program, cause: Cause, step: str, options: dict[str, Any]) -> str:
-    """The test, as Python."""
+def _registering(program: Program, graph: StoredGraph) -> str:
+    """The module that registers the program's operators, where they are not torch's, torch_npu's or this project's."""
+    spaces = {call.target.partition(".")[0] for call in calls_in(program)}
+    return graph.surroundings.module if graph.surroundings is not None and spaces - THERE else ""
+
+
+def text_of(program: Program, cause: Cause, step: str, options: dict[str, Any], registering: str = "") -> str:
+    """The test, as Python.
+
+    Args:
+        registering: a module that registers operators.
+    """
     what = f"rule {cause.rule} of {step}" if cause.rule else step
     first = cause.outcome.differences[0] if cause.outcome.differences else cause.outcome.text
     body = python_text(program, f"{what} is wrong here: {first}", counted=True)
     body = body[: body.index('\n\nif __name__ == "__main__"')].rstrip()
-    body = re.sub(
-        r"(from npu_compiler\.inspect\.made_up .*\n)", r"\1from npu_compiler.inspect.rerun import rerun\n", body
-    )
+    more = f"import {registering}  # registers operators\n" if registering else ""
+    more += "from npu_compiler.inspect.rerun import rerun\n"
+    body = re.sub(r"(from npu_compiler\.inspect\.made_up .*\n)", rf"\1{more}", body)
     name = re.sub(r"\W+", "_", cause.rule or step).strip("_")
     given = f", options={options!r}" if options else ""
     return f"""{body}

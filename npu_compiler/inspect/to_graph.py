@@ -43,22 +43,25 @@ _CALLED: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def graph_of(program: Program, constants: Mapping[str, torch.Tensor] | None = None) -> fx.GraphModule:
+def graph_of(
+    program: Program, constants: Mapping[str, torch.Tensor] | None = None, objects: Mapping[str, Any] | None = None
+) -> fx.GraphModule:
     """`program` as a graph whose nodes carry fake values, places and origins.
 
     Args:
         constants: their values by name; those that are missing are made up.
+        objects: values of inputs that are neither tensors nor numbers, by name; None where they are missing.
 
     Raises:
         BundleError: the program calls what is no operator, or an operator that is not there.
     """
     register()
-    return _Builder(program, constants or {}).build()
+    return _Builder(program, constants or {}, objects or {}).build()
 
 
 class _Builder:
-    def __init__(self, program: Program, constants: Mapping[str, torch.Tensor]) -> None:
-        self._program, self._constants = program, constants
+    def __init__(self, program: Program, constants: Mapping[str, torch.Tensor], objects: Mapping[str, Any]) -> None:
+        self._program, self._constants, self._objects = program, constants, objects
         self._environment = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._environment, allow_non_fake_inputs=True)
         self._symbols = {name: self._symbol(name, hint) for name, hint in program.sizes.items()}
@@ -128,7 +131,7 @@ class _Builder:
         (found,) = call.values or (None,)
         if isinstance(found, SizeValue):
             return self._size(found.size)
-        return None if found is None else self._fake(found)
+        return self._objects.get(call.name) if found is None else self._fake(found)
 
     def _fake(self, found: TensorValue) -> torch.Tensor:
         shape, stride = ([self._size(item) for item in sizes] for sizes in (found.shape, found.stride))

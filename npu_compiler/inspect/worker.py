@@ -28,7 +28,7 @@ from npu_compiler.errors import BundleError
 from npu_compiler.inspect import bundle
 from npu_compiler.inspect.bundle import StoredGraph
 from npu_compiler.inspect.program import Data, Program
-from npu_compiler.inspect.replay import FAILURES, MEMORY, Outcome, Point, Subject, options_of
+from npu_compiler.inspect.replay import FAILURES, MEMORY, Outcome, Point, Subject, options_of, surroundings_of
 from npu_compiler.inspect.values import Values
 
 TIMEOUT = 300.0
@@ -206,7 +206,10 @@ def _subject(source: Source) -> Subject:
     graph, options = source.open(), source.chosen()
     ranks = bundle.open(source.bundle).header.environment.ranks
     if source.program is not None:
-        return Subject(source.program, graph.constants(), options, Values(source.program), ranks=ranks)
+        around = surroundings_of(graph, made_up=True)
+        return Subject(
+            source.program, graph.constants(), options, Values(source.program), ranks=ranks, surroundings=around
+        )
     return Subject.of(graph, options, ranks, source.made_up)
 
 

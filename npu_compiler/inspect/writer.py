@@ -30,6 +30,7 @@ from npu_compiler.cache import CacheNote
 from npu_compiler.config import DEFAULTS, Options
 from npu_compiler.facts.fact import Fact
 from npu_compiler.facts.sizes import listening
+from npu_compiler.graph.effects import value
 from npu_compiler.graph.once import Split
 from npu_compiler.inspect import bundle, contents, show
 from npu_compiler.inspect.contents import (
@@ -38,9 +39,11 @@ from npu_compiler.inspect.contents import (
     GRAPH,
     HEADER,
     INPUTS,
+    MEMORY,
     NUMBERS,
     PLAN,
     STAGES,
+    SURROUNDINGS,
     Environment,
     Header,
     PassInfo,
@@ -50,9 +53,10 @@ from npu_compiler.inspect.from_graph import constants_of, program_of, sizes_of
 from npu_compiler.inspect.program import Data, Program
 from npu_compiler.inspect.python_text import CONSTANTS, python_text
 from npu_compiler.inspect.run import CALLS, Calls
+from npu_compiler.inspect.surroundings import Noted
 from npu_compiler.inspect.values import saved
 from npu_compiler.passes.pattern import call_count, root_targets
-from npu_compiler.passes.pipeline import count_calls
+from npu_compiler.passes.pipeline import LOWERED, count_calls
 from npu_compiler.passes.record import Pass, PassRecord
 from npu_compiler.passes.rewrite import Rule
 from npu_compiler.plan.estimate import Sizes
@@ -177,6 +181,8 @@ class GraphWriter:
         self._asked: Counter[Fact] = Counter()
         self._listening = listening(self._hear)
         self._stopped = False
+        self._noted: Noted | None = None
+        self._surroundings: contents.Surroundings | None = None
         values = {entry.name: getattr(options, entry.name) for entry in fields(options)}
         graph = contents.Graph(
             format=FORMAT,
@@ -204,9 +210,19 @@ class GraphWriter:
         if self._prints and not self._stopped:
             print(show.pipeline(bundle.StoredGraph(self.place)), file=sys.stderr)
 
+    def surround(self, noted: Noted | None) -> None:
+        """Says what the program's calls need besides their arguments; before the first stage."""
+        self._noted = noted
+
     def stage(self, name: str, module: fx.GraphModule, record: PassRecord | None = None) -> None:
         """Writes a stage (passes.pipeline.Watch)."""
         self._stage = name
+        if name == LOWERED and self._noted is not None:
+            inputs = self._noted.inputs({node.name: value(node) for node in module.graph.find_nodes(op="placeholder")})
+            self._surroundings = contents.Surroundings(
+                module=self._noted.module, inputs=inputs, about=self._noted.about(inputs)
+            )
+            self._write(SURROUNDINGS, self._surroundings.model_dump_json())
         asked = tuple(
             contents.Asked(answer=fact.truth.value, text=fact.text, times=times) for fact, times in self._asked.items()
         )
@@ -286,20 +302,34 @@ class GraphWriter:
         return found[-1] if found and self._compile_id else ""
 
     def keep_inputs(self, run: Callable[..., Any], stable: Sequence[int]) -> Callable[..., Any]:
-        """`run`, which at its first call writes down its inputs, as far as they are asked for; `stable` as in
-        lowering.functional.Functional."""
+        """`run`, which at its first call (that its surroundings take for one) writes down its inputs, as far as they
+        are asked for; `stable` as in lowering.functional.Functional."""
         if self._which_inputs == "off":
             return run
-        waiting, left_out = True, stable if self._which_inputs == "call" else ()
+        waiting, everything = True, self._which_inputs == "all"
 
         def with_inputs(*args: Any) -> Any:
             nonlocal waiting
-            if waiting:
+            if waiting and self._step_is_kept(everything):
                 waiting = False
-                self._inputs(args, set(left_out))
+                parameters = {index for index, arg in enumerate(args) if isinstance(arg, torch.nn.Parameter)}
+                self._inputs(args, set() if everything else parameters.union(stable))
             return run(*args)
 
         return with_inputs
+
+    def _step_is_kept(self, everything: bool) -> bool:
+        """Writes what the call's surroundings are; false if it is none that is worth keeping."""
+        if self._noted is None or self._surroundings is None:
+            return True
+        step = self._noted.step(everything)
+        if step is None:
+            return False
+        about, memory = step
+        self._write(SURROUNDINGS, self._surroundings.model_copy(update={"step": about}).model_dump_json())
+        if memory:
+            self._write(MEMORY, save(memory))
+        return True
 
     def _inputs(self, args: Sequence[Any], left_out: set[int]) -> None:
         kept = [None if i in left_out else arg for i, arg in enumerate(args)]

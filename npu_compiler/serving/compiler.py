@@ -26,6 +26,7 @@ from npu_compiler.backend import STORED, compile_fx, fingerprint, is_watched, lo
 from npu_compiler.config import Options
 from npu_compiler.errors import StoredProgramError
 from npu_compiler.serving import dump, qkv_attention
+from npu_compiler.serving.attention_notes import AttentionNotes
 from npu_compiler.serving.options import compile_options
 
 logger = init_logger(f"vllm.{__name__}")
@@ -85,6 +86,7 @@ class AscendCompiler(CompilerInterface):
         # Programs that could not be loaded. vLLM's CompilerManager.load notes them as loaded all the same, and would
         # stop their compilation to hand out nothing.
         self._unusable: set[str] = set()
+        self._notes: AttentionNotes | None = None
 
     def initialize_cache(self, cache_dir: str, disable_cache: bool = False, prefix: str = "") -> None:
         """See CompilerInterface."""
@@ -93,6 +95,7 @@ class AscendCompiler(CompilerInterface):
     def compute_hash(self, vllm_config: VllmConfig) -> str:
         """Changes when the backend, its options or its passes do. vLLM calls it before the first `compile`."""
         self._options = dump.options_of(vllm_config)
+        self._notes = AttentionNotes(vllm_config.compilation_config.static_forward_context)
         return fingerprint(self._options)
 
     def compile(
@@ -120,6 +123,7 @@ class AscendCompiler(CompilerInterface):
             after_passes=compiler_config[current_platform.pass_key],
             keep=None if file is None else functools.partial(_write, file),
             name=name,
+            surroundings=self._notes,
         )
         logger.debug("%s", compiled)
         stored = file is not None and compiled.stored == STORED

@@ -14,7 +14,7 @@ from vllm.compilation.counter import compilation_counter
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.compilation.monitor import set_cudagraph_capturing_enabled
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.forward_context import BatchDescriptor
+from vllm.forward_context import BatchDescriptor, get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -25,6 +25,7 @@ from npu_compiler import reasons
 from npu_compiler.errors import UnservedError
 from npu_compiler.reasons import Reason
 from npu_compiler.serving import dump
+from npu_compiler.serving.attention_notes import STEP_KEY
 from npu_compiler.serving.capture_budget import CaptureBudget, agreed
 from npu_compiler.serving.graph_updates import UpdateResources
 from npu_compiler.serving.graph_wrapper import ACLGraphWrapper
@@ -215,6 +216,7 @@ class NPUModelRunner(GPUModelRunner):
         return (mode, descriptor, *between, stat_of(self._step))
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        get_forward_context().additional_kwargs[STEP_KEY] = True
         output = super()._model_forward(*args, **kwargs)
         self._count_step()
         return output
