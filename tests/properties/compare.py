@@ -204,12 +204,16 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, index: int, dynamic: bool) -> Te
 
 
 def _sizes(inputs: Sequence[Tensor]) -> list[tuple[torch.SymInt, Callable[[Sequence[Tensor]], int]]]:
-    """The symbols of the inputs' sizes and offsets, each with how to read its value off real arguments."""
+    """The symbols of the inputs' sizes, strides and offsets, each with how to read its value off real arguments."""
     found: dict[Any, tuple[torch.SymInt, Callable[[Sequence[Tensor]], int]]] = {}
     for index, fake in enumerate(inputs):
         for size, read in (
             (fake.shape[0], lambda arguments, index=index: arguments[index].shape[0]),
             (fake.storage_offset(), lambda arguments, index=index: arguments[index].storage_offset()),
+            *(
+                (stride, lambda arguments, index=index, at=at: arguments[index].stride(at))
+                for at, stride in enumerate(fake.stride())
+            ),
         ):
             if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                 found.setdefault(size.node.expr, (size, read))

@@ -177,10 +177,19 @@ JUMPS = {"where", "bfloat16_and_back"}
 """Steps that make much of one rounding, or end in float32: not for programs in half precision."""
 
 
+LAYOUTS: dict[str, tuple[Callable[[int], tuple[int, int]], Callable[[Tensor, int], Tensor]]] = {
+    "": (lambda rows: (rows + 2, COLUMNS), lambda base, rows: base[:rows]),
+    "transposed": (lambda rows: (COLUMNS, rows), lambda base, rows: base.t()),
+    "strided": (lambda rows: (rows, 2 * COLUMNS), lambda base, rows: base[:, ::2]),
+    "gaps": (lambda rows: (rows, COLUMNS + 3), lambda base, rows: base[:, :COLUMNS]),
+}
+"""For each layout of an input the shape of what it is a view of, and the view."""
+
+
 @dataclass(frozen=True)
 class Input:
-    """One argument: `rows` of its own (`of` is None), `rows` of another one from row `start` on, or all of it; or what
-    a fragment takes in a place."""
+    """One argument: `rows` of its own (`of` is None) in a layout, `rows` of another one from row `start` on, or all of
+    it; or what a fragment takes in a place."""
 
     rows: int
     of: int | None = None
@@ -189,6 +198,7 @@ class Input:
     fragment: str = ""
     place: int = 0
     grows: bool = True
+    layout: str = ""
 
 
 @dataclass(frozen=True)
@@ -231,8 +241,9 @@ class Program:
             if entry.fragment:
                 made.append(self._moved(self._of_fragment(entry, seed + index, more), device, exact))
             elif entry.of is None:
-                base = torch.randn(entry.rows + more + 2, COLUMNS, generator=generator).to(self.dtype)
-                made.append(self._moved(base, device, exact)[: entry.rows + more])
+                shape, view = LAYOUTS[entry.layout]
+                base = torch.randn(shape(entry.rows + more), generator=generator).to(self.dtype)
+                made.append(view(self._moved(base, device, exact), entry.rows + more))
             elif entry.whole:
                 made.append(made[entry.of])
             else:
@@ -297,7 +308,7 @@ def programs(draw: st.DrawFn, max_steps: int = 10, first: str = "") -> Program:
     """
     dtypes = [torch.float32, torch.float32, *HALVES]
     dtype = draw(st.sampled_from([one for one in dtypes if not first or one in fragments()[first].dtypes]))
-    inputs = draw(_inputs())
+    inputs = draw(_inputs(dtype))
     values = Program(tuple(inputs), (), (), dtype).arguments(seed=0)
     steps: list[tuple[str, tuple[int, ...]]] = []
     for _ in range(draw(st.integers(1, max_steps))):
@@ -374,18 +385,21 @@ def _rows(example: Sequence[Tensor]) -> int:
 
 
 @st.composite
-def _inputs(draw: st.DrawFn) -> Sequence[Input]:
+def _inputs(draw: st.DrawFn, dtype: torch.dtype) -> Sequence[Input]:
+    """Dense ones on the device: torch_npu's `x + 1` does not keep the strides of x, where `x.add_(1)` does."""
+    layouts = [""] if dtype in HALVES else [*[""] * 5, *LAYOUTS]
     inputs: list[Input] = []
     for index in range(draw(st.integers(1, 3))):
-        kind = draw(st.sampled_from(["own", "own", "own", "same", "overlap"])) if index else "own"
-        of = draw(st.integers(0, index - 1)) if kind != "own" else None
+        dense = [place for place, entry in enumerate(inputs) if not entry.layout]
+        kind = draw(st.sampled_from(["own", "own", "own", "same", *["overlap"][: len(dense)]])) if index else "own"
         if kind == "own":
-            inputs.append(Input(draw(st.sampled_from([2, 3, 4]))))
+            layout = draw(st.sampled_from(layouts))
+            inputs.append(Input(draw(st.sampled_from([2, 3, 4])), layout=layout))
         elif kind == "same":
-            assert of is not None
-            inputs.append(Input(inputs[of].rows, of, whole=True))
+            of = draw(st.integers(0, index - 1))
+            inputs.append(Input(inputs[of].rows, of, whole=True, layout=inputs[of].layout))
         else:
-            inputs.append(Input(2, of, draw(st.integers(0, 2))))
+            inputs.append(Input(2, draw(st.sampled_from(dense)), draw(st.integers(0, 2))))
     return inputs
 
 

@@ -19,6 +19,7 @@ from npu_compiler.backend import AscendBackend
 from tests.properties.compare import SEED, Seen, check_all_stages, promised_strides
 from tests.properties.fragments import expected_to_fire, fragments
 from tests.properties.programs import Program, alone, programs, traced
+from tests.properties.seeded import PHASES
 
 SCALE = float(os.environ.get("PROPERTY_SCALE", "1"))
 """How many times the default number of programs."""
@@ -36,6 +37,7 @@ def examples(count: int, fixed: bool) -> settings:
         deadline=None,
         database=None,
         print_blob=True,
+        phases=PHASES,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 
