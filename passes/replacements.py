@@ -23,11 +23,14 @@ import torch
 from torch import fx
 from torch._dynamo.utils import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from npu_compiler.facts.sizes import Fact, known
 from npu_compiler.graph.effects import value
+from npu_compiler.passes import noop
 from npu_compiler.passes.matching import find
 from npu_compiler.passes.pattern import Any, Call, Exactly, Match, Number, Pattern, Size, Together
+from npu_compiler.passes.record import PassRecord
 from npu_compiler.passes.rewrite import Build, NearMiss, Rule
 
 Function = Callable[..., Anything]
@@ -252,10 +255,12 @@ def _traced_at(function: Function, found: Sequence[Anything]) -> fx.GraphModule:
 
 
 def _traced(function: Function, values: Sequence[Anything]) -> fx.GraphModule:
-    from torch._inductor.pattern_matcher import fwd_only
-
+    """The calls of `function` as the lowering leaves them, without those that do nothing or that nobody needs."""
     with torch.no_grad():
-        return fwd_only(function, values, get_decomp_fn=dict)  # nothing decomposed: as the lowering leaves it
+        traced = make_fx(function)(*values)
+    noop.run(traced, PassRecord(noop.NAME))
+    traced.graph.eliminate_dead_code()
+    return traced
 
 
 def _mode_of(values: Sequence[Anything]) -> FakeTensorMode:

@@ -1,16 +1,18 @@
 """Defects of other graph compilers for this kind of device, each with a test that ours does not have it.
 
 Sources are named by project and issue; npugraph_ex is the one in the wheel of torch_npu 2.13.0. docs/peers.md lists
-those that can't apply here, and those that are tested elsewhere.
+them all, with those that can't apply here, and those that are tested elsewhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from npu_compiler.errors import OptionError, StaleOutputError
 from npu_compiler.passes import pipeline
 from tests.compiler.test_capture import Compiled, assert_same, check, rows
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def operators() -> Iterator[None]:
@@ -29,6 +33,7 @@ def operators() -> Iterator[None]:
     with torch.library._scoped_library("peer_defects", "DEF") as library:
         library.define("write_two(Tensor(a!) one, Tensor(b!) other, Tensor x) -> ()")
         library.define("fails(Tensor x) -> Tensor")
+        library.define("stack_into(Tensor(a!) out, Tensor[] parts) -> ()")
 
         def write_two(one: Tensor, other: Tensor, x: Tensor) -> None:
             one.zero_()
@@ -39,6 +44,12 @@ def operators() -> Iterator[None]:
         def fails(x: Tensor) -> Tensor:
             raise Unusual("code 7", 7)
 
+        def stack_into(out: Tensor, parts: list[Tensor]) -> None:
+            out.zero_()
+            out.add_(torch.stack(parts))
+
+        library.impl("stack_into", stack_into, "CompositeExplicitAutograd")
+        library.impl("stack_into", lambda out, parts: None, "Meta")
         library.impl("write_two", write_two, "CompositeExplicitAutograd")
         library.impl("write_two", lambda one, other, x: None, "Meta")
         library.impl("fails", fails, "CompositeExplicitAutograd")
@@ -157,6 +168,76 @@ def test_repeated_argument_of_an_operator_that_writes_two() -> None:
     check(into_inputs, [(torch.rand(4), torch.rand(4)) for _ in range(4)], dynamic=False)
 
 
+def rows_move_up(x: Tensor) -> Tensor:
+    x[1:] = x[:-1].clone()
+    return x * 2
+
+
+def columns_move_left(x: Tensor) -> Tensor:
+    x[:, :-1].copy_(x[:, 1:].clone())
+    return x.sum(0)
+
+
+def rows_change_places(x: Tensor) -> Tensor:
+    x[[0, 2]] = x[[2, 0]]
+    return x + 1
+
+
+def transposed_in_place(x: Tensor) -> Tensor:
+    x.copy_(x.t().clone())
+    return x + 1
+
+
+def scattered_and_zeroed(x: Tensor) -> Tensor:
+    y = torch.slice_scatter(x, x[:2] * 3, 0, 1, 3)
+    x.zero_()
+    return y
+
+
+def copied_between_two_writes(x: Tensor) -> Tensor:
+    x[1] = 5
+    y = x.clone()
+    x.clamp_(max=0.5)
+    return y
+
+
+def read_before_a_write(x: Tensor) -> Tensor:
+    y = x.view(torch.int32) * 2
+    y.sub_(-4)
+    x[:, 2:] = 2
+    return y.view(torch.float32)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "step",
+    [
+        rows_move_up,
+        columns_move_left,
+        rows_change_places,
+        transposed_in_place,
+        scattered_and_zeroed,
+        copied_between_two_writes,
+        read_before_a_write,
+    ],
+)
+def test_writes_of_what_the_same_memory_holds(step: Callable[[Tensor], Tensor], dynamic: bool) -> None:
+    """pytorch 197829: the clone in `x[1:] = x[:-1].clone()` was dropped, and a copy overlapped itself. 198094: a
+    scatter was written into an input that something else overwrote. 198101: an input was read after its write."""
+    check(step, [(torch.rand(4, 4),) for _ in range(3)], dynamic=dynamic)
+
+
+def test_what_an_operator_wrote_is_what_is_read() -> None:
+    """pytorch 127821: behind an operator that writes a constant's memory, the constant was read."""
+
+    def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        out = torch.full((2, 4), 1.0, device=x.device)
+        torch.ops.peer_defects.stack_into(out, [x, y])
+        return (out * out).sum(), out
+
+    check(step, [(torch.rand(4), torch.rand(4)) for _ in range(3)], dynamic=False)
+
+
 def test_strides_are_looked_at_in_every_call() -> None:
     """npugraph_ex asserts sizes and strides in the first call only."""
     square = torch.rand(4, 4)
@@ -205,6 +286,32 @@ def test_uncloned_outputs_of_one_shape_are_refused_when_stale() -> None:
     with pytest.raises(StaleOutputError):
         own(torch.zeros(4).npu())
     assert held.cpu().eq(2).all()
+
+
+def test_advice_on_stale_outputs_helps() -> None:
+    """pytorch 177192: the error on overwritten outputs advised what overwrites them."""
+    own = Compiled(lambda x: x + 1, dynamic=False, options={"clone_outputs": False})
+    own(torch.ones(4).npu())
+    held = own(torch.ones(4).npu())
+    with pytest.raises(StaleOutputError) as caught:
+        own(torch.zeros(4).npu())
+    advice = str(caught.value)
+    assert "clone" in advice
+    cloned = held.clone()
+    del held
+    assert own(torch.zeros(4).npu()).cpu().eq(1).all()
+    assert cloned.cpu().eq(2).all()
+    assert "clone_outputs" in advice
+
+
+def test_output_of_a_call_is_the_input_of_the_next() -> None:
+    """pytorch 152887: `f(f(x))` failed at the second call of the first use."""
+    compiled = Compiled(lambda x: x + 1, dynamic=False)
+    x = torch.ones(2).npu()
+    assert compiled(compiled(x)).cpu().eq(3).all()
+    for _ in range(4):
+        x = compiled(x)
+    assert x.cpu().eq(5).all()
 
 
 def test_every_option_is_part_of_the_cache_key() -> None:
@@ -309,3 +416,11 @@ def test_blocking_copies_of_another_thread_during_a_capture() -> None:
             compiled(torch.rand(size, size).npu())
         assert copying.result()
     assert len(compiled.ledger.captures) == 20
+
+
+def test_the_page_lists_every_test() -> None:
+    """docs/peers.md names each test of this file, and no file of tests that does not exist."""
+    page = (ROOT / "docs/peers.md").read_text()
+    here = {name for name in globals() if name.startswith("test_") and name != "test_the_page_lists_every_test"}
+    assert here == set(re.findall(r"`(test_\w+)` \|$", page, re.MULTILINE))
+    assert not [name for name in re.findall(r"`(tests/[\w/.]+)`", page) if not (ROOT / name).exists()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from npu_compiler.passes import common, constant_folding, noop, qk_norm_rope, reinplace
+from npu_compiler.passes import common, constant_folding, dead_code, noop, pipeline, qk_norm_rope, reinplace
 from npu_compiler.passes.record import Pass, PassRecord
 from tests.passes.conditions import conditions, unexplained
 from tests.passes.lowered import apply, lowered
@@ -305,6 +306,56 @@ WHERE = {reinplace: (reinplace.__name__, "npu_compiler.graph.holders")}
 """Modules whose conditions count as a pass's, if they are not its own alone."""
 BEFORE = {reinplace: (noop,)}
 """Passes in front of one, without which it meets other programs."""
+
+
+def copies(x: Tensor) -> Tensor:
+    return x.clone().view(x.shape) + x[:]
+
+
+def repeated(x: Tensor) -> Tensor:
+    return (x + x) * (x + x)
+
+
+def with_a_constant(x: Tensor) -> Tensor:
+    return x + torch.arange(8).to(x.dtype) * 2
+
+
+def written(x: Tensor) -> Tensor:
+    return torch.slice_scatter(x + x, x[:2], 0, 1, 3)
+
+
+EXAMPLES: dict[ModuleType, Program] = {
+    noop: copies,
+    common: repeated,
+    constant_folding: with_a_constant,
+    reinplace: written,
+}
+"""Of the passes that change no arithmetic; the files of qk_norm_rope and dead_code compare theirs."""
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=lambda dtype: str(dtype)[6:]
+)
+@pytest.mark.parametrize("module", EXAMPLES, ids=lambda module: module.NAME)
+def test_fires_on_its_example_and_keeps_every_bit(module: ModuleType, dtype: torch.dtype) -> None:
+    x = torch.randint(-8, 9, (4, 8)).to(dtype)
+    program = lowered(EXAMPLES[module], x).graph
+    assert apply(Pass(module.NAME, "", module.run), program).fired
+    (got,) = program(x.clone())
+    expected = EXAMPLES[module](x)
+    assert got.dtype == dtype
+    assert torch.equal(got, expected)
+
+
+def test_every_pass_has_its_tests() -> None:
+    """Each has a file. Rules are walked by test_rules.py; a function is among EXAMPLES and PASSES here;
+    dead_code refuses nothing."""
+    names = {entry.name for entry in pipeline.PASSES} - {pipeline.USER_RULES}
+    assert not {name for name in names if not (HERE / f"test_{name}.py").exists()}
+    functions = {entry.name for entry in pipeline.PASSES if entry.run is not None}
+    assert functions == {module.NAME for module in EXAMPLES} | {qk_norm_rope.NAME, dead_code.NAME}
+    assert functions == {module.NAME for module, _ in PASSES} | {dead_code.NAME}
 
 
 FIRES_ELSEWHERE = (constant_folding, reinplace)

@@ -1,4 +1,4 @@
-"""noop and dead_code: needless calls go, needed ones stay."""
+"""noop: needless calls go, needed ones stay."""
 
 from __future__ import annotations
 
@@ -198,18 +198,3 @@ def test_sizes_that_nobody_knows_are_left_alone() -> None:
     assert "aten.slice.Tensor" in calls(program.graph)
     assert any("can't be proven" in refused.reason for refused in record.refused)
     assert program.graph is not None
-
-
-def test_unused_chain_goes_and_random_draw_stays() -> None:
-    """Dropping an unused random draw would shift the numbers every later one gives."""
-
-    def unused(x: Tensor) -> Tensor:
-        (x * 2).exp()
-        torch.rand(4)
-        return x + 1
-
-    program = lowered(unused, torch.rand(4))
-    apply(DEAD, program.graph)
-    left = calls(program.graph)
-    assert "aten.exp.default" not in left
-    assert "aten.mul.Tensor" not in left

@@ -69,7 +69,7 @@ def arguments(form: Callable[..., object], normed: bool, dtype: torch.dtype) -> 
     return x, *weights, angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("form", [hugging_face, vllm])
 def test_pair_becomes_one_operator(form: Callable[..., tuple[Tensor, ...]], normed: bool, dtype: torch.dtype) -> None:

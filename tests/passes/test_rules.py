@@ -17,7 +17,7 @@ from npu_compiler.config import Options
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
 from npu_compiler.passes.record import Pass, PassRecord
-from npu_compiler.passes.rewrite import NearMiss, Rule, apply
+from npu_compiler.passes.rewrite import DTYPES, NearMiss, Rule, apply
 from tests.one_rank import one_rank
 from tests.passes.conditions import conditions, unexplained
 from tests.passes.lowered import calls, lowered
@@ -130,6 +130,25 @@ def test_leaves_its_near_misses_alone_and_says_why(rule: Rule, miss: NearMiss) -
 def test_is_complete(rule: Rule) -> None:
     assert rule.near_misses, "a rule lists programs on which it must not fire"
     assert [other.name for other in RULES].count(rule.name) == 1, "the name is what disabled_rules goes by"
+
+
+def untested() -> list[Any]:
+    return [
+        pytest.param(rule, dtype, id=f"{rule.name}-{dtype}")
+        for rule in RULES
+        for dtype in DTYPES
+        if dtype not in rule.dtypes
+    ]
+
+
+@pytest.mark.parametrize(("rule", "dtype"), untested())
+def test_is_refused_in_dtypes_that_its_numerics_are_not_tested_in(rule: Rule, dtype: torch.dtype) -> None:
+    """Half precision is every rule's; a rule that is not for float32 says why."""
+    assert dtype is torch.float32
+    _, record = rewritten(rule, rule.reference, rule.example(dtype))
+    assert not record.fired, str(record)
+    nothing_there = rule.name == "add_rms_norm_cast"  # in float32 nothing is widened
+    assert record.refused or nothing_there, "no reason is given"
 
 
 @pytest.mark.parametrize("entry", [entry for entry in pipeline.PASSES if entry.rules], ids=lambda entry: entry.name)

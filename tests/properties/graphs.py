@@ -17,13 +17,16 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from npu_compiler.graph.effects import storage
-from tests.properties.compare import Lowered
+from tests.properties.compare import fake_input
 from tests.properties.fragments import HALVES, fragments
 from tests.properties.graph_kinds import Kind, kind_of
 from tests.properties.graph_steps import STEPS
@@ -207,9 +210,9 @@ class Draft:
         self._fragments: list[tuple[str, tuple[fx.Node, ...], tuple[fx.Node, ...]]] = []
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        fake_args, fake_kwargs = tree_map(_fake, (args, kwargs))
+        fakes, named = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
         with self._mode:
-            value = target(*fake_args, **fake_kwargs)
+            value = target(*fakes, **named)
         node = self._graph.call_function(target, args, kwargs)
         node.meta["val"] = value
         return node
@@ -340,11 +343,9 @@ class Draft:
 
     def _inlined(self, name: str, operands: Sequence[fx.Node]) -> list[fx.Node]:
         """The calls of a fragment, with these operands for its arguments."""
-        template = _template(name, self.dtype)
-        known: dict[fx.Node, Any] = dict(zip(template.tensors, operands, strict=True))
-        for node, (operand, dimension) in template.sizes.items():
-            known[node] = self.size(operands[operand], dimension)
-        for node in template.graph.nodes:
+        graph = template(name, self.dtype)
+        known: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), operands, strict=True))
+        for node in graph.nodes:
             if node.op != "call_function":
                 continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
@@ -354,7 +355,7 @@ class Draft:
                 known[node] = node.target(*args, **kwargs)
             else:
                 known[node] = self(node.target, *args, **kwargs)
-        return [known[node] for node in template.graph.output_node().args[0]]
+        return [known[node] for node in graph.output_node().args[0]]
 
     def _value(self, node: fx.Node) -> None:
         tensor = node.meta["val"]
@@ -362,35 +363,28 @@ class Draft:
         self.kinds.append(kind_of(tensor, storage(tensor) in self._memory))
 
 
-def _fake(item: Any) -> Any:
-    return item.meta["val"] if isinstance(item, fx.Node) else item
-
-
 def _nodes_in(args: Any) -> bool:
     return any(isinstance(leaf, fx.Node) for leaf in tree_leaves(args))
 
 
-@dataclass(frozen=True)
-class _Template:
-    """A lowered fragment: its tensors, and for each size an operand and dimension that has it."""
-
-    graph: fx.Graph
-    tensors: tuple[fx.Node, ...]
-    sizes: Mapping[fx.Node, tuple[int, int]]
-
-
 @functools.cache
-def _template(name: str, dtype: torch.dtype) -> _Template:
-    graph = Lowered(alone(name, dtype), dynamic=True).functional.graph
-    placeholders = graph.find_nodes(op="placeholder")
-    tensors = tuple(node for node in placeholders if isinstance(node.meta["val"], Tensor))
-    found = {
-        str(size): (operand, dimension)
-        for operand, node in enumerate(tensors)
-        for dimension, size in enumerate(node.meta["val"].shape)
-    }
-    sizes = {node: found[str(node.meta["val"])] for node in placeholders if node not in tensors}
-    return _Template(graph, tensors, sizes)
+def template(name: str, dtype: torch.dtype) -> fx.Graph:
+    """The calls of a fragment as lowering makes them, except that sizes are calls. Without AOTAutograd, which traces
+    everything twice; test_graphs.py compares the two."""
+    program = alone(name, dtype)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    arguments = zip(program.arguments(0), program.inputs, strict=True)
+    fakes = [fake_input(mode, tensor, index, entry.grows) for index, (tensor, entry) in enumerate(arguments)]
+    graph = _traced(program, mode, fakes)
+    if any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in graph.nodes):
+        graph = _traced(functionalize(program), mode, fakes)
+    graph.eliminate_dead_code()
+    return graph
+
+
+def _traced(function: Callable[..., Any], mode: FakeTensorMode, fakes: Sequence[Tensor]) -> fx.Graph:
+    with mode, torch.no_grad():
+        return make_fx(lambda *given: list(function(*given)), _allow_non_fake_inputs=True)(*fakes).graph
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from npu_compiler.graph import once
 from npu_compiler.graph.spec import SpecCheck
 from npu_compiler.passes import pipeline, reinplace
 from npu_compiler.plan.order import arrange
-from tests.properties.compare import Seen, copied, promised_strides
+from tests.properties.compare import Seen, Strides, copied, interpreted, promised_strides
 from tests.properties.fragments import HALVES
 from tests.properties.graphs import Built
 from tests.properties.streams import interleavings
@@ -25,13 +25,15 @@ PASSES = pipeline.selected(Options())
 
 
 class Stages:
-    """Runs a program's graph through the stages. Those that leave it as it was are not run again.
+    """Runs a program's graph through the stages. Those that leave it as it was are not run again: what is compared is
+    each different graph once. The graphs between are interpreted, the one that is planned runs as generated code.
 
     Attributes:
         fired: how often each rule, or pass, fired.
         compared: how many graphs were compared with the program's own.
         left_out: the passes without which the program was compared.
-        changed: for each pass that changed the program, its place in the pipeline and the program before.
+        changed: for each pass that changed the program, its place in the pipeline and the program before, which
+            `without` uses up.
     """
 
     def __init__(self, built: Built) -> None:
@@ -44,7 +46,7 @@ class Stages:
         self._lengths = [one for one in ({}, longer) if built.serves(one)][: 2 if longer else 1]
         assert self._lengths, "the guards don't hold for what the program was made for"
         self._exact: dict[int, list[Tensor]] = {}
-        self._expected = [self._seen(built.module, lengths) for lengths in self._lengths]
+        self._expected = [self._seen(_run(built.module), lengths) for lengths in self._lengths]
 
     def prefixes(self, check: bool) -> fx.GraphModule:
         """After every prefix of the pipeline; returns the program at the end.
@@ -64,20 +66,20 @@ class Stages:
             if spec is not None:
                 spec.after(entry.name, module)
             assert entry.name == reinplace.NAME or len(self._built.environment.guards) == guards, f"{entry.name} guards"
-            self.compare(module, f"after the prefix up to {entry.name}")
+            self.compare(_run(module), f"after the prefix up to {entry.name}")
             self.changed.setdefault(entry.name, (index, before))
             before, text = copied(module), _text(module)
         return module
 
     def without(self, name: str) -> None:
         """With one pass left out."""
-        index, before = self.changed[name]
-        module = copied(before)
+        index, module = self.changed[name]
+        assert name not in self.left_out, "its graph is used up"
         for entry in PASSES[index:]:
             if entry.name != name:
                 pipeline.run_pass(entry, module, Options())
         self.left_out.append(name)
-        self.compare(module, f"without {name}")
+        self.compare(_run(module), f"without {name}")
 
     def planned(self, module: fx.GraphModule) -> None:
         """In the order that needs least memory, and on several streams in the orders that the plan allows."""
@@ -85,7 +87,7 @@ class Stages:
         module.recompile()
         self.compare(module, "in the order that needs least memory")
         for text, interleaved in interleavings(module):
-            self.compare(interleaved, f"on several streams, {text}")
+            self.compare(_run(interleaved), f"on several streams, {text}")
         part = once.split(module)
         if part is not None:
             values = once.Once(part)
@@ -106,8 +108,8 @@ class Stages:
             self._exact[place] = self._built.exact(self._built.arguments(SEED, self._lengths[place]))
         return self._exact[place]
 
-    def _promised(self, lengths: dict[int, int]) -> list[tuple[int, ...]]:
-        return promised_strides(self._built.module, self._built.arguments(SEED, lengths))
+    def _promised(self, lengths: dict[int, int]) -> list[Strides]:
+        return [promised_strides(_run(self._built.module), self._built.arguments(SEED, lengths))]
 
     def _seen(self, module: Callable[..., Any], lengths: dict[int, int]) -> Seen:
         given = self._built.arguments(SEED, lengths)
@@ -131,6 +133,10 @@ def check_all(built: Built, disabled: int, plan: bool = False, check: bool = Tru
     if plan:
         stages.planned(module)
     return stages
+
+
+def _run(module: fx.GraphModule) -> Callable[..., Any]:
+    return functools.partial(interpreted, module.graph)
 
 
 def _text(module: fx.GraphModule) -> list[tuple[Any, ...]]:

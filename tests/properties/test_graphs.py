@@ -9,14 +9,18 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import note
+from torch import fx
 
+from tests.properties.compare import Lowered
 from tests.properties.decode import Drawn, decode, drawn
 from tests.properties.fragments import expected_to_fire, fragments
-from tests.properties.graphs import Graph, Taken, build, example
+from tests.properties.graphs import Graph, Taken, build, example, template
+from tests.properties.programs import alone
 from tests.properties.seeded import try_all
 from tests.properties.stages import Stages, check_all
 
@@ -42,11 +46,21 @@ def few_collections() -> Iterator[None]:
     gc.set_threshold(*threshold)
 
 
+@dataclass(frozen=True)
+class Code:
+    """A program's text, made when it is printed."""
+
+    module: fx.GraphModule
+
+    def __repr__(self) -> str:
+        return self.module.code
+
+
 def check(numbers: Drawn) -> None:
     """The programs of some numbers, at all stages."""
     for place, built in enumerate(decode(numbers)):
-        note(repr(built.program))
-        note(built.module.code)
+        note(built.program)
+        note(Code(built.module))
         number = numbers.disabled + place
         stages = check_all(built, number, plan=number % PLANNED == 0, check=number % CHECKED == 0)
         FIRED.update(stages.fired)
@@ -74,6 +88,31 @@ def test_each_rule_alone(name: str) -> None:
         FIRED.update(stages.fired)
         CHANGED.update(stages.changed.keys())
         LEFT_OUT.update(stages.left_out)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", fragments())
+def test_templates_are_what_lowering_makes(name: str) -> None:
+    """The calls of each fragment, sizes apart, which lowering makes inputs."""
+    for dtype in fragments()[name].dtypes:
+        with torch.no_grad():
+            lowered = Lowered(alone(name, dtype), dynamic=True).functional.graph
+            assert operators(template(name, dtype)) == operators(lowered), dtype
+
+
+def operators(graph: fx.Graph) -> list[str]:
+    """Each call with its arguments: sizes as expressions, other values by number, the tensors given first."""
+    made: dict[fx.Node, str] = {}
+    found, values = [], 0
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            made[node] = str(node.meta["val"])
+        elif node.op in ("placeholder", "call_function"):
+            if node.op == "call_function":
+                found.append(f"{node.target}{fx.node.map_arg((node.args, node.kwargs), made.__getitem__)}")
+            made[node] = f"value {values}"
+            values += 1
+    return found
 
 
 @pytest.mark.full

@@ -6,6 +6,7 @@ test_found.py. `pytest --hypothesis-seed=N` repeats a whole run; the seed of a r
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, currently_in_test_context, given, note, sett
 from hypothesis import strategies as st
 
 from npu_compiler.backend import AscendBackend
-from tests.properties.compare import SEED, Seen, check_all_stages, promised_strides
+from tests.properties.compare import SEED, Seen, Strides, check_all_stages, promised_strides
 from tests.properties.fragments import expected_to_fire, fragments
 from tests.properties.programs import Program, alone, programs, traced
 from tests.properties.seeded import PHASES
@@ -61,7 +62,16 @@ def check_replay(program: Program, dynamic: bool) -> None:
         if program.device != "cpu":
             exact = Seen(program.exact, program.arguments(SEED + call, more_rows=more, exact=True))
         got = Seen(compiled, program.arguments(SEED + call, "npu", more_rows=more))
-        got.assert_same(expected, f"call {call}, {more} more rows", exact and (lambda: exact.values))  # noqa: B023
+        stage = f"call {call}, {more} more rows"
+        promised = functools.partial(lowered_strides, program, more)
+        got.assert_same(expected, stage, exact and (lambda: exact.values), promised)  # noqa: B023
+
+
+def lowered_strides(program: Program, more: int) -> list[Strides]:
+    """The outputs' strides on the device, of the calls that AOTAutograd makes of the program and as it infers them."""
+    given = program.arguments(SEED, "npu", more_rows=more)
+    lowered = torch.compile(traced(program), backend="aot_eager", dynamic=False, fullgraph=True)
+    return [Seen(lowered, given).strides, promised_strides(program, program.arguments(SEED, "npu", more_rows=more))]
 
 
 @examples(40, fixed=True)
