@@ -37,7 +37,9 @@ from npu_compiler.dumps import bundle_of as bundle_of  # serving adds its own ca
 from npu_compiler.errors import OptionError, StoredProgramError
 from npu_compiler.fusion_kernels import watched as watching
 from npu_compiler.fusion_kernels.chosen import providers
+from npu_compiler.fusion_kernels.watched import Notes as Notes
 from npu_compiler.fusion_kernels.watched import Seen as Seen
+from npu_compiler.fusion_kernels.watched import new_batch as new_batch
 from npu_compiler.graph import digest, once
 from npu_compiler.graph.serialized import NotStorable
 from npu_compiler.graph.source import beginning, where
@@ -51,6 +53,7 @@ from npu_compiler.plan.memory import MemoryPlan
 from npu_compiler.plan.order import Arrangement, arrange
 
 if TYPE_CHECKING:
+    from npu_compiler.aclgraph.watch_output import Output
     from npu_compiler.inspect.surroundings import Noted
     from npu_compiler.inspect.writer import GraphWriter
 
@@ -78,7 +81,8 @@ class CompiledGraph:
         key: what decides about the result, part by part: the key of the cache. Empty without a cache.
         missed: what differed from the nearest program that was stored before, where this one had to be stored.
         dumped: where its part of a bundle is, and how large; empty without a dump.
-        points: the memory of what the option `watch` names.
+        batch: how many rows of each call are no padding, and its step, where somebody writes that (watched.Notes).
+        notes: the memory of what the option `watch` names; None without it.
     """
 
     def __init__(self, name: str, options: Options) -> None:
@@ -94,7 +98,8 @@ class CompiledGraph:
         self.key: dict[str, str] = {}
         self.missed: list[str] = []
         self.dumped = ""
-        self.points: list[watching.Point] = []
+        self.batch: torch.Tensor | None = None
+        self.notes: Notes | None = None
         self._call: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -171,6 +176,7 @@ class AscendBackend:
 
         found, keep = _stored(compiled, gm, example_inputs) if chosen.cache else (None, None)
         _compile(compiled, gm, example_inputs, serve, found=found, keep=keep)
+        _tell(compiled)
         self._compiled.add(compiled)
         return compiled
 
@@ -193,6 +199,15 @@ def is_watched(graph: fx.Graph, options: Options) -> bool:
     return watch_places.concerns(graph, options.watch)
 
 
+def watch_output(options: Options, name: str) -> Output | None:
+    """What prints and saves what is watched; None where neither is asked for. `name`: of the folder."""
+    if not options.watch or not (options.watch_print or options.watch_save):
+        return None
+    from npu_compiler.aclgraph.watch_output import Output
+
+    return Output(options.watch_print, options.watch_save, name)
+
+
 def watched() -> list[Seen]:
     """What the values that the option `watch` names held in the calls since this was asked last, by graph, call and
     place in the program: of the entries of `nan`, the first of a call is where the NaN came from. Waits for the device,
@@ -210,6 +225,7 @@ def compile_fx(
     keep: Callable[[bytes], None] | None = None,
     name: str = "graph",
     surroundings: Noted | None = None,
+    batch: torch.Tensor | None = None,
 ) -> CompiledGraph:
     """Lowers `gm` and runs the passes; captures nothing.
 
@@ -221,6 +237,8 @@ def compile_fx(
             whole program, unless it says by a true attribute `local` that one of a few layers will do (passes.record).
         keep: called with the result as bytes, which `load_fx` takes, if it can be stored.
         surroundings: what the graph's calls need besides their arguments, for a bundle.
+        batch: for what is watched: int64 [2] on the device that the caller writes before each call: how many of the
+            batch's rows are no padding, and the number of the step.
 
     Returns:
         A callable with the graph's own convention, mutations and returned structure included (a flat tuple comes back
@@ -230,6 +248,7 @@ def compile_fx(
         OptionError: see there.
     """
     compiled = CompiledGraph(name, Options.of(options))
+    compiled.batch = batch
     if before_lowering is not None:
         before_lowering(gm.graph)
         gm.recompile()
@@ -245,11 +264,12 @@ def load_fx(
     example_inputs: Sequence[Any],
     name: str = "graph",
     options: Options = WITHOUT_CAPTURE,
+    batch: torch.Tensor | None = None,
 ) -> CompiledGraph:
     """What `compile_fx` made of `gm`, from the bytes it gave to `keep`. `gm` is changed in place.
 
     Args:
-        options: those of `compile_fx`.
+        options, batch: those of `compile_fx`.
 
     Raises:
         StoredProgramError: the bytes are damaged, of another version, or were made for other sizes.
@@ -263,7 +283,15 @@ def load_fx(
             fix="compile again",
         )
     compiled = CompiledGraph(name, options)
+    compiled.batch = batch
     return _compile(compiled, gm, example_inputs, _labelled(name), found=found)
+
+
+def _tell(compiled: CompiledGraph) -> None:
+    """Prints and saves what is watched behind each call, if that is asked for."""
+    output = watch_output(compiled.options, compiled.name)
+    if output is not None and compiled.notes is not None and compiled._call is not None:
+        compiled._call = output.behind(compiled._call, compiled.notes)
 
 
 def _labelled(name: str) -> Callable[[Functional], Callable[..., Any]]:
@@ -360,7 +388,8 @@ def _serve_once(
     if watch is not None:
         watch("final", functional.graph, None)
     if compiled.options.watch:
-        compiled.points = watching.bind(functional.graph.graph, compiled.name, compiled.options.watch_keep)
+        keep = compiled.options.watch_keep
+        compiled.notes = Notes(functional.graph.graph, compiled.name, keep, compiled.batch)
         functional.graph.recompile()
     call = serve(functional) if part is None else _with_values(part, functional, serve)
     call = weight_layout.applied(agreement.agreed(call, plans), compiled.weights)

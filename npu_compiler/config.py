@@ -95,9 +95,13 @@ class Options:
     watch: tuple[str, ...] = ()
     """Values to look at while the program runs, captured or not: "PLACE:WHAT", with a module path
     ("model.layers.3.mlp", "model.layers.*"), a line ("model.py:88") or "*" (what is behind the passes) for PLACE, and
-    stats, values, nan or inf for WHAT. `npu_compiler.watched()` reads them. Empty: $NPU_COMPILER_WATCH."""
+    stats, values, nan or inf for WHAT. Empty: $NPU_COMPILER_WATCH."""
+    watch_print: bool = True
+    """Print what was noted behind each call, which waits for the device. False: only `npu_compiler.watched()` reads."""
+    watch_save: str = ""
+    """Folder to write what was noted to, behind each call. Empty: none."""
     watch_keep: int = 16
-    """How many calls a watched value is kept until it is read."""
+    """How many calls a watched value is kept until `npu_compiler.watched()` reads it."""
     dump: str = ""
     """Folder for a bundle of everything that was done (npu_compiler/inspect). Empty: $NPU_COMPILER_DUMP, or no dump."""
     dump_inputs: str = "off"
@@ -214,7 +218,9 @@ def watched(entry: str) -> tuple[str, str]:
 
 
 DEFAULTS = Options()
-DECIDE_NOTHING = frozenset({"cache", "check", "dump", "dump_inputs", "print_pipeline"})
+DECIDE_NOTHING = frozenset(
+    {"cache", "check", "dump", "dump_inputs", "print_pipeline", "watch_print", "watch_save", "watch_keep"}
+)
 """Options that the compiled program does not depend on."""
 OF_CAPTURES = (
     "capture_limit",

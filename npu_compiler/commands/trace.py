@@ -8,8 +8,9 @@ from npu_compiler.commands import BUNDLE, add_graph, print_json
 
 HELP = "how busy each stream of a recorded run was, what its gaps waited for, what took the time"
 DESCRIPTION = (
-    "Reads a trace that npu_compiler.trace or torch_npu's profiler (trace_view.json) wrote. With --bundle the tasks of "
-    "a profiler's trace are told by the order of their launches which call of the compiled program they belong to."
+    "Reads a trace that npu_compiler.trace(FILE), vLLM's /start_profile or torch_npu's profiler (trace_view.json) "
+    "wrote; times are microseconds. ui.perfetto.dev shows the same file. With --bundle the tasks of a profiler's trace "
+    "are told by the order of their launches which call of the compiled program they belong to."
 )
 
 

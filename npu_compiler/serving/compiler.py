@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch._functorch._aot_autograd import autograd_cache
 from torch._functorch._aot_autograd.schemas import AOTConfig
@@ -22,12 +23,13 @@ from vllm.config.utils import Range
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from npu_compiler.backend import STORED, compile_fx, fingerprint, is_watched, load_fx
+from npu_compiler.backend import STORED, CompiledGraph, compile_fx, fingerprint, is_watched, load_fx
 from npu_compiler.config import Options
 from npu_compiler.errors import StoredProgramError
 from npu_compiler.serving import dump, qkv_attention
 from npu_compiler.serving.attention_notes import AttentionNotes
 from npu_compiler.serving.options import compile_options
+from npu_compiler.serving.watch import Watch
 
 logger = init_logger(f"vllm.{__name__}")
 IN_KEY = "npu_compiler"
@@ -87,6 +89,7 @@ class AscendCompiler(CompilerInterface):
         # stop their compilation to hand out nothing.
         self._unusable: set[str] = set()
         self._notes: AttentionNotes | None = None
+        self._watch: Watch | None = None
 
     def initialize_cache(self, cache_dir: str, disable_cache: bool = False, prefix: str = "") -> None:
         """See CompilerInterface."""
@@ -96,6 +99,8 @@ class AscendCompiler(CompilerInterface):
         """Changes when the backend, its options or its passes do. vLLM calls it before the first `compile`."""
         self._options = dump.options_of(vllm_config)
         self._notes = AttentionNotes(vllm_config.compilation_config.static_forward_context)
+        if self._options.watch and self._watch is None:
+            self._watch = Watch(vllm_config)
         return fingerprint(self._options)
 
     def compile(
@@ -124,7 +129,9 @@ class AscendCompiler(CompilerInterface):
             keep=None if file is None else functools.partial(_write, file),
             name=name,
             surroundings=self._notes,
+            batch=self._batch,
         )
+        self._add(compiled)
         logger.debug("%s", compiled)
         stored = file is not None and compiled.stored == STORED
         return compiled, (name, str(file)) if stored else None
@@ -140,11 +147,22 @@ class AscendCompiler(CompilerInterface):
         """See CompilerInterface. None, which makes vLLM compile, where the stored program can't be used."""
         name, file = handle
         try:
-            return load_fx(Path(file).read_bytes(), copy.deepcopy(graph), example_inputs, name, self._options)
+            stored = Path(file).read_bytes()
+            compiled = load_fx(stored, copy.deepcopy(graph), example_inputs, name, self._options, self._batch)
         except (OSError, StoredProgramError) as error:
             logger.warning("The stored program %s is compiled again: %s", file, error)
             self._unusable.add(name)
             return None
+        self._add(compiled)
+        return compiled
+
+    @property
+    def _batch(self) -> torch.Tensor | None:
+        return None if self._watch is None else self._watch.batch
+
+    def _add(self, compiled: CompiledGraph) -> None:
+        if self._watch is not None:
+            self._watch.add(compiled)
 
 
 def for_range(options: Options, tokens: Range) -> Options:

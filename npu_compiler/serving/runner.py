@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from npu_compiler.serving.options import ServingOptions
 from npu_compiler.serving.report import ReportFile, RunReport
 from npu_compiler.serving.seams import cuda_names_mean_npu
 from npu_compiler.serving.steps import Step
+from npu_compiler.serving.watch import Steps
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -55,6 +56,8 @@ class NPUModelRunner(GPUModelRunner):
         self._requests = 0  # and how many requests it has
         self._options = options
         self._budget: CaptureBudget | None = None  # while capture_model runs
+        compiler = dump.options_of(vllm_config)
+        self._watched = Steps(vllm_config, compiler) if compiler.watch else None
 
     # -- model and cache ----------------------------------------------------------------------------------------------
 
@@ -217,14 +220,16 @@ class NPUModelRunner(GPUModelRunner):
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         get_forward_context().additional_kwargs[STEP_KEY] = True
-        output = super()._model_forward(*args, **kwargs)
-        self._count_step()
+        assert self._step is not None, "vLLM decides about a step before it runs it"
+        watched = self._watched.step(self.report.steps.total, self._step.tokens) if self._watched else nullcontext()
+        with watched:
+            output = super()._model_forward(*args, **kwargs)
+        self._count(self._step)
         return output
 
-    def _count_step(self) -> None:
-        assert self._step is not None, "vLLM decides about a step before it runs it"
+    def _count(self, step: Step) -> None:
         discarded = int(self.discard_request_mask.np[: self._requests].sum())
-        self.report.add(dataclasses.replace(self._step, generated=self._requests - discarded))
+        self.report.add(dataclasses.replace(step, generated=self._requests - discarded))
         if self.report_file is not None:
             self.report_file.update(self.report)
 

@@ -54,7 +54,7 @@ RUNS = (
     *("tensors on npu:0: fn.0_names (8, 4)\n  where: 0 at ", "example.py:36: return x @ self.table.T, self.names + 1"),
 )
 TRACE = ("critical path: ", "['step ", " swiglu_default\n")
-WATCH = ("gate at ", " of 64", "tensor([[", " NaN")
+WATCH = ("watch graph_", ": gate at ", " of 64", "tensor([[", ": first ", " NaN of 32 at ", "torch.Size([4, 8])")
 FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,47 @@ def test_every_task_is_there_with_its_call(recorded: tuple[Path, Path, dict[str,
     assert {task.node for task in captured.tasks if task.node} <= known
 
 
+METADATA = {"process_name": "name", "thread_name": "name", "thread_sort_index": "sort_index"}
+
+
+def check_format(file: Path) -> None:
+    """The rules of Chrome's Trace Event Format: fields and types by phase, the slices of a line apart or within each
+    other, both ends of an arrow within slices."""
+    document = json.loads(file.read_bytes())
+    assert document["displayTimeUnit"] in ("ms", "ns") and isinstance(document["otherData"], dict)
+    slices: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    ends: dict[str, dict[int, tuple[tuple[int, int], int]]] = {"s": {}, "f": {}}
+    for event in document["traceEvents"]:
+        phase, line = event["ph"], (event["pid"], event["tid"])
+        assert all(type(number) is int and 0 <= number < 2**32 for number in line)
+        assert isinstance(event["name"], str) and event["name"]
+        if phase == "M":
+            assert type(event["args"][METADATA[event["name"]]]) is (int if "sort" in event["name"] else str)
+            continue
+        assert isinstance(event["cat"], str) and isinstance(event["ts"], (int, float)) and event["ts"] >= 0
+        begin = round(event["ts"] * 1000)
+        if phase == "X":
+            assert event["dur"] >= 0 and isinstance(event["args"], dict)
+            slices[line].append((begin, begin + round(event["dur"] * 1000)))
+        else:
+            assert (event["name"], event["cat"]) == ("launch", "launch") and event["id"] not in ends[phase]
+            assert phase == "s" or event["bp"] == "e"
+            ends[phase][event["id"]] = (line, begin)
+    for own in slices.values():
+        around: list[int] = []
+        for begin, end in sorted(own, key=lambda entry: (entry[0], -entry[1])):
+            while around and around[-1] <= begin:
+                around.pop()
+            assert not around or end <= around[-1]
+            around.append(end)
+    assert ends["s"].keys() == ends["f"].keys()
+    for launch, (line, begin) in ends["s"].items():
+        target, arrived = ends["f"][launch]
+        assert begin <= arrived
+        for place, time in ((line, begin), (target, arrived)):
+            assert any(first <= time <= last for first, last in slices[place])
+
+
 def of_launch(events: list[dict[str, Any]], category: str, replay: dict[str, Any]) -> list[dict[str, Any]]:
     found = [event for event in events if event.get("cat") == category]
     return [event for event in found if event["args"].get("launch") == replay["args"]["launch"]]
@@ -89,6 +131,7 @@ def within(inner: dict[str, Any], outer: dict[str, Any]) -> bool:
 
 
 def test_events_lie_as_the_device_worked(recorded: tuple[Path, Path, dict[str, int]]) -> None:
+    check_format(recorded[0])
     events = read(recorded[0])
     replays = [event for event in events if event.get("cat") == "replay"]
     for replay in replays:
@@ -141,6 +184,7 @@ def test_streams_of_a_graph_have_lines_of_their_own(tmp_path: Path) -> None:
         run(x)
         with npu_compiler.trace(tmp_path / "run.json"):
             run(x)
+    check_format(tmp_path / "run.json")
     found = timeline(tmp_path / "run.json")
     assert any("graph stream 1" in stream.name for stream in found.streams)
     assert sum(stream.tasks for stream in found.streams) == len(tasks_of(read(tmp_path / "run.json")))
