@@ -107,7 +107,7 @@ def test_the_first_nan_is_told_once_with_its_place(watch: list[str], capsys: pyt
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BackendCompilerFailed, match=r"OptionError: watch_save=.*file.*folder that can be written"):
+    with pytest.raises(BackendCompilerFailed, match=r"(?s)OptionError: watch_save=.*file.*folder that can be written"):
         replays_of(Model(), [torch.rand(4, 8)], watch=["layers.0.gate:values"], watch_save=str(tmp_path / "file"))
 
 
