@@ -45,6 +45,7 @@ NO_CALL = {
     "npu_compiler/aclgraph/buckets.py:buckets": "arguments of a function that chooses sizes",
     "npu_compiler/aclgraph/capture.py:_abandon": "a second error, noted on the first, which names the call",
     "npu_compiler/aclgraph/npugraph_ex.py:serve": "an option",
+    "npu_compiler/aclgraph/watch_output.py:_new_folder": "an option",
     "npu_compiler/dumps.py:bundle_of": "an option",
     "npu_compiler/dumps.py:open_graph": "an option",
     "npu_compiler/facts/domain.py:__post_init__": "assumptions that a caller of the engine made",
