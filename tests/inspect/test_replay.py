@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from npu_compiler import fusion_kernels
 from npu_compiler.config import Options
-from npu_compiler.inspect import bundle, collectives, partly, reference
+from npu_compiler.inspect import bundle, collectives, partly, reference, undefined
 from npu_compiler.inspect.from_graph import program_of
 from npu_compiler.inspect.judge import Expected, Seen, judge
 from npu_compiler.inspect.minify import calls_in, shrink
@@ -107,6 +107,16 @@ def test_a_conversion_of_torch_npu_stays_wide() -> None:
     (found,), on_device = reference.run(graph, [x])
     assert not on_device
     assert torch.equal(found, x * 2)
+
+
+def test_memory_that_a_program_returns_unwritten_is_zero() -> None:
+    x = torch.rand(4).npu()
+    module = lowered(lambda x: (x + 1, torch.empty(64, device=x.device)), x).graph
+    undefined.fill(module)
+    one, other = module(x)
+    assert torch.equal(one, x + 1)
+    assert other.shape == (64,) and not other.any()
+    assert "aten.zeros.default" in [str(node.target) for node in module.graph.nodes]
 
 
 BASE = torch.tensor([1.0, -2.0, 4.0, float("inf")])
