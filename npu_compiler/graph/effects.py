@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,16 +106,21 @@ def draws_on_host(node: fx.Node) -> bool:
 
 def written_storages(node: fx.Node) -> set[int]:
     """The storages that a call writes, by its operator's schema; the functional wrapper of a write counts as none."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
-        return set()
-    written = set()
-    for index, argument in enumerate(target._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            for item in given if isinstance(given, (list, tuple)) else [given]:
-                written |= {storage(tensor) for tensor in tensors(item)}
+    written: set[int] = set()
+    for index, name in written_arguments(node.target) if isinstance(node.target, torch._ops.OpOverload) else ():
+        given = node.args[index] if index < len(node.args) else node.kwargs.get(name)
+        for item in given if isinstance(given, (list, tuple)) else [given]:
+            written.update(storage(tensor) for tensor in tensors(item))
     return written
+
+
+@functools.cache
+def written_arguments(operator: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operator writes. Each look at a schema copies it."""
+    if not operator._schema.is_mutable:
+        return ()
+    kinds = [(entry.name, entry.alias_info) for entry in operator._schema.arguments]
+    return tuple((index, name) for index, (name, kind) in enumerate(kinds) if kind is not None and kind.is_write)
 
 
 def may_write(node: fx.Node) -> set[int]:

@@ -32,7 +32,7 @@ from torch.fx.node import map_aggregate
 
 from npu_compiler.graph.effects import has_fixed_layout, has_unknown_size, storage, tensors
 from npu_compiler.graph.source import TIMES
-from npu_compiler.graph.spec import infer, refresh_aliases
+from npu_compiler.graph.spec import refresh_alias, refresh_aliases
 from npu_compiler.graph.values import Repeated
 
 KEPT = 4
@@ -125,7 +125,11 @@ def find(graph: fx.Graph) -> Layers | str:
         if len(layers) > 1 or call.node.users or call.node.op == "output" or not reads:
             return f"{call.node.name} stands outside of the layers and uses an input of one"
         tail[call.node] = layers.pop()
-    if len({tuple(_tail_forms(calls, tail, layer)) for layer in range(run.count)}) > 1:
+    forms: list[list[Hashable]] = [[] for _ in range(run.count)]
+    for call in calls:
+        if call.node in tail:
+            forms[tail[call.node]].append(call.form)
+    if any(one != two for one, two in pairwise(forms)):
         return "calls behind the layers differ from layer to layer"
     return Layers(graph, nodes, run, after, layer_of, tail)
 
@@ -281,17 +285,18 @@ def _stamp(
     if tail:
         with graph.inserting_before(tail[-1].node.next):
             for periods in repetitions:
+                leaf = moved(periods)
                 for call in tail:
                     node = stamped(call.node, periods)
-                    node.meta["val"] = infer(node)
+                    node.meta["val"] = values.value(call.node, node, periods, leaf)
     leaf = moved(layers.left_out)
     for call in rest:
         node = call.node
         node.args, node.kwargs = map_aggregate(node.args, leaf), map_aggregate(node.kwargs, leaf)  # type: ignore[assignment]
         node.meta.update(origins.of(node, layers.left_out))
+        refresh_alias(node)
     for node in graph.nodes:
         node.meta.pop(TIMES, None)
-    refresh_aliases(graph)
     graph.lint()
 
 
@@ -506,7 +511,3 @@ def _shares_memory(graph: fx.Graph, layer_of: Mapping[Binding, int]) -> bool:
     """Whether an input of a layer shares memory with another input."""
     times = Counter(storage(tensor) for node in graph.find_nodes(op="placeholder") for tensor in tensors(node))
     return any(times[storage(tensor)] > 1 for node in layer_of if isinstance(node, fx.Node) for tensor in tensors(node))
-
-
-def _tail_forms(calls: Sequence[_Call], tail: Mapping[fx.Node, int], layer: int) -> list[Hashable]:
-    return [call.form for call in calls if tail.get(call.node) == layer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import re
 from collections.abc import Iterable, Iterator
@@ -43,9 +44,15 @@ class Place:
 
 def place(node: fx.Node) -> Place:
     """The place that made `node`: its innermost module, and the innermost line of code."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return Place(_module_path(node), *_innermost(node.meta.get("stack_trace") or ""))
+
+
+@functools.lru_cache(maxsize=256)
+def _innermost(trace: str) -> tuple[str, int, str, str]:
+    """File, line, function and text of a trace's last frame. Equal layers have equal traces."""
+    frames = _FRAME.findall(trace)
     file, line, function, text = frames[-1] if frames else ("", 0, "", "")
-    return Place(_module_path(node), file, int(line), function, text.strip())
+    return file, int(line), function, text.strip()
 
 
 def where(node: fx.Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import TypeAlias
 
@@ -21,13 +22,17 @@ Amount: TypeAlias = "int | sympy.Expr"
 
 def is_view(node: fx.Node) -> bool:
     """Whether a call only looks at memory in another way (split and getitem included)."""
-    if node.target is operator.getitem or str(node.target) == UNDECLARED_VIEW:
-        return True
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
+    return target is operator.getitem or (isinstance(target, torch._ops.OpOverload) and is_view_operator(target))
+
+
+@functools.cache
+def is_view_operator(target: torch._ops.OpOverload) -> bool:
+    """Whether every result of an operator is a view of an argument. Each look at a schema copies it."""
+    if str(target) == UNDECLARED_VIEW:
+        return True
     returns = target._schema.returns
-    return bool(returns) and all(entry.alias_info is not None for entry in returns)
+    return bool(returns) and not target._schema.is_mutable and all(entry.alias_info is not None for entry in returns)
 
 
 def launches(node: fx.Node) -> bool:

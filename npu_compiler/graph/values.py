@@ -59,13 +59,19 @@ class Repeated:
             return made
 
         value = template.meta.get("val")
-        if all(isinstance(tensor, FakeTensor) for tensor in tensors(value)):
+        if all(isinstance(tensor, FakeTensor) and self._knows(template, tensor) for tensor in tensors(value)):
             with unset_fake_temporarily():
                 whole = isinstance(value, torch.Tensor)
                 found = copied(value) if whole else tree_map_only(torch.Tensor, copied, value)
             if all(map(_same_memory, tensors(value), tensors(found))):
                 return found
         return infer(node)
+
+    def _knows(self, template: fx.Node, tensor: torch.Tensor) -> bool:
+        """Whether it is known where a result lies: not if a call behind the repetitions makes it."""
+        key = storage(tensor)
+        sources = (other for source in template.all_input_nodes for other in tensors(source))
+        return key in self._input or key in self._made or any(storage(other) == key for other in sources)
 
 
 def like(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +15,11 @@ from torch.fx.node import map_aggregate
 
 from benchmarks import models
 from npu_compiler.backend import CompiledGraph, ascend, compile_fx
+from npu_compiler.config import Options
 from npu_compiler.graph import periods
 from npu_compiler.graph.effects import storage, tensors
 from npu_compiler.graph.source import place
+from npu_compiler.passes import pipeline
 from npu_compiler.passes.pipeline import LAYERS_ONCE
 from tests.passes.lowered import lowered
 
@@ -142,3 +148,27 @@ def test_users_code_sees_every_layer() -> None:
     with torch.inference_mode():
         torch.compile(Chain(8), backend=backend)(torch.ones(4, 16, device=NPU))
     assert seen == [8]
+
+
+def work(layers: int) -> Counter[str]:
+    """How often each Python function is called while the passes run on a decode step, by file and name."""
+    with torch.inference_mode():
+        program = lowered(models.step("qwen3", layers, NPU), *models.inputs("qwen3", NPU), inference=True).graph
+    profile = cProfile.Profile()
+    with torch.inference_mode():
+        records = profile.runcall(pipeline.run, program, Options())
+    assert records[0].name == LAYERS_ONCE and records[0].fired
+    found: Counter[str] = Counter()
+    for (file, _, name), (_, calls, *_) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        found[f"{Path(file).name} {name}"] += calls
+    return found
+
+
+DEAR = ("fake_tensor.py dispatch", "spec.py infer", "matching.py find", "graph.py lint")
+
+
+def test_more_layers_are_no_more_work_but_for_their_stamp() -> None:
+    """Values are inferred, rules tried and code generated for the layers that are compiled, however many there are."""
+    few, many = work(6), work(12)
+    for dear in DEAR:
+        assert 0 < few[dear] == many[dear], dear
