@@ -27,14 +27,14 @@ def reduce_scatter_rows_reference(x: Tensor, group: str, ranks: int) -> Tensor:
     """
     whole = _filled_up(x, ranks)
     part = x.new_empty((whole.shape[0] // ranks, *x.shape[1:]))
-    dist.reduce_scatter_tensor(part, whole, group=_resolve_process_group(group))
+    dist.reduce_scatter_single(part, whole, group=_resolve_process_group(group))
     return part
 
 
 def all_gather_rows_reference(x: Tensor, group: str, ranks: int, rows: int) -> Tensor:
     """The first `rows` rows of all ranks' parts, [rows, ...]; x [ceil(rows / ranks), ...] is this rank's."""
     whole = x.new_empty((x.shape[0] * ranks, *x.shape[1:]))
-    dist.all_gather_into_tensor(whole, x.contiguous(), group=_resolve_process_group(group))
+    dist.all_gather_single(whole, x.contiguous(), group=_resolve_process_group(group))
     return whole[:rows]
 
 

@@ -29,6 +29,7 @@ Where the ranks don't divide the rows, the operators pad (fusion_kernels/row_col
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import sympy
@@ -313,7 +314,8 @@ def _worth_it(region: Region, rows: int) -> Fact:
         & known(not at_least(ranks - 1, region.rows, "rows"), f"{region.rows} rows for {ranks} ranks")
         & known(
             bool(more.is_nonpositive),
-            f"{len(region.gathered)} results would be gathered for {len(region.sums)} sums: {more} bytes more",
+            f"{_count(region.gathered, 'result')} would be gathered for {_count(region.sums, 'sum')}: "
+            f"{more} bytes more",
         )
     )
 
@@ -356,9 +358,13 @@ def _rewrite(graph: fx.Graph, region: Region, record: PassRecord) -> None:
 def _text(region: Region) -> str:
     padded = divisible(region.rows, region.sums[0].ranks, "rows")
     return (
-        f"{len(region.sums)} sums, {len(region.gathered)} gathers over {region.sums[0].ranks} ranks, "
+        f"{_count(region.sums, 'sum')}, {_count(region.gathered, 'gather')} over {region.sums[0].ranks} ranks, "
         f"{'no padding' if padded else 'padded where the ranks do not divide the rows'}"
     )
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def _saving(region: Region) -> Saving:

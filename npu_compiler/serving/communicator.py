@@ -47,12 +47,12 @@ class NPUCommunicator(DeviceCommunicatorBase):
     def _gather_rows(self, rows: torch.Tensor, sizes: list[int] | None) -> torch.Tensor:
         if sizes is None or len(set(sizes)) == 1:
             output = rows.new_empty((rows.shape[0] * self.world_size, *rows.shape[1:]))
-            dist.all_gather_into_tensor(output, rows.contiguous(), group=self.device_group)
+            dist.all_gather_single(output, rows.contiguous(), group=self.device_group)
             return output
         # HCCL gathers equal parts: pad to the largest rank, then drop the padding.
         largest = max(sizes)
         padded = rows.new_zeros((largest, *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
         gathered = rows.new_empty((self.world_size, largest, *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, padded, group=self.device_group)
+        dist.all_gather_single(gathered, padded, group=self.device_group)
         return torch.cat([gathered[rank, :size] for rank, size in enumerate(sizes)])

@@ -185,7 +185,7 @@ def per_row_factor(x, row, embedded):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (both_kept, "2 results would be gathered for 1 sums: 384 bytes more"),
+        (both_kept, "2 results would be gathered for 1 sum: 384 bytes more"),
         (sum_kept, ""),
         (nothing_behind, ""),
         (across_rows, ""),
