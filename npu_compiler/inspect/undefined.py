@@ -11,16 +11,15 @@ aten = torch.ops.aten
 
 
 def fill(module: fx.GraphModule) -> None:
-    """Lets results that are made as `empty` be zeros, so that two runs of a program can be compared."""
+    """Lets what is made as `empty` be zeros, so that runs of a program that returns it, or a view, can be compared."""
     changed = False
-    for node in module.graph.output_node().all_input_nodes:
-        if node.target is aten.empty.memory_format:
-            with module.graph.inserting_before(node):
-                keep = {name: given for name, given in node.kwargs.items() if name != "memory_format"}
-                zeros = module.graph.call_function(aten.zeros.default, node.args, keep)
-            zeros.meta = dict(node.meta, val=value(node))
-            node.replace_all_uses_with(zeros)
-            module.graph.erase_node(node)
-            changed = True
+    for node in module.graph.find_nodes(op="call_function", target=aten.empty.memory_format):
+        with module.graph.inserting_before(node):
+            keep = {name: given for name, given in node.kwargs.items() if name != "memory_format"}
+            zeros = module.graph.call_function(aten.zeros.default, node.args, keep)
+        zeros.meta = dict(node.meta, val=value(node))
+        node.replace_all_uses_with(zeros)
+        module.graph.erase_node(node)
+        changed = True
     if changed:
         module.recompile()
