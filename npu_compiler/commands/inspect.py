@@ -41,6 +41,9 @@ def run(parsed: argparse.Namespace) -> int:
         print(f"{file} can't be written: {error.strerror}; name another place with -o", file=sys.stderr)
         return 2
     print(f"{file.resolve()}, {file.stat().st_size / 1024:.0f} KiB")
+    for graph in found.graphs if graphs is None else graphs:
+        if graph.incomplete:
+            print(f"{graph.name} is incomplete: {graph.incomplete}")
     if parsed.open:
         webbrowser.open(file.resolve().as_uri())
     return 0

@@ -21,6 +21,8 @@ from pydantic import ValidationError
 from npu_compiler.errors import BundleError
 from npu_compiler.inspect.contents import (
     CAPTURES,
+    FAILED,
+    FINAL,
     GRAPH,
     HEADER,
     INPUTS,
@@ -48,6 +50,7 @@ Place = Path | zipfile.Path
 Kind = TypeVar("Kind", bound=Data)
 LARGEST = 1 << 33
 """Bytes that a file of a zipped bundle may unfold to."""
+A_BUNDLE = "a bundle is a folder that the option `dump` wrote, or a zip of it"
 
 
 class Bundle:
@@ -118,6 +121,16 @@ class StoredGraph:
     def stages(self) -> tuple[Stage, ...]:
         """The stages in their order; fewer where the process ended early."""
         return tuple(_lines(self.place / STAGES, Stage))
+
+    @functools.cached_property
+    def incomplete(self) -> str:
+        """What is missing of the stages; empty where the compilation was written to its end, or to its error."""
+        last = f"behind {self.stages[-1].name}" if self.stages else "from the first on"
+        if _is_cut_off(self.place / STAGES):
+            return f"the stages {last} are missing: {STAGES} ends in the middle of a line"
+        if not self.stages or self.stages[-1].name not in (FINAL, FAILED):
+            return f"the stages {last} are missing: the process ended while it compiled"
+        return ""
 
     @functools.cached_property
     def captures(self) -> tuple[Captured, ...]:
@@ -197,27 +210,38 @@ def open(path: str | Path) -> Bundle:
     """
     found = all_of(path)
     if len(found) != 1:
-        names = ", ".join(map(str, found)) or "none"
         raise BundleError(
-            f"{path} holds {len(found)} bundles", rule=f"a bundle is what one process wrote; here: {names}",
+            f"{path} holds {len(found)} bundles",
+            rule=f"a bundle is what one process wrote; here: {', '.join(map(str, found))}",
             fix="name one of them",
-        )  # fmt: skip
+        )
     return found[0]
 
 
 def all_of(path: str | Path) -> list[Bundle]:
-    """All bundles at a path: those of the ranks of one run, say.
+    """All bundles at a path: those of the ranks of one run, say. There is at least one.
 
     Raises:
-        BundleError: the path is neither a folder nor a zip.
+        BundleError: the path is neither a folder nor a zip, or holds no bundle.
     """
+    if not str(path):
+        raise BundleError("the path of the bundle is empty", rule=A_BUNDLE, fix="name the folder that was dumped to")
     place = _place(Path(path))
     if (place / HEADER).exists():
         return [Bundle(place)]
+    if (place / GRAPH).exists():
+        raise _graph_alone(Path(path))
     below = [entry for entry in place.iterdir() if entry.is_dir()]
     if not any((entry / HEADER).exists() for entry in below) and len(below) == 1:
         below = [entry for entry in below[0].iterdir() if entry.is_dir()]  # a zip of the folder above
-    return [Bundle(entry) for entry in sorted(below, key=lambda entry: entry.name) if (entry / HEADER).exists()]
+    found = [Bundle(entry) for entry in sorted(below, key=lambda entry: entry.name) if (entry / HEADER).exists()]
+    if not found:
+        raise BundleError(
+            f"{path} holds no bundle",
+            rule=f"{A_BUNDLE}; it has a file {HEADER}",
+            fix="check the path; if it is right: did the process compile anything, with the option `dump`?",
+        )
+    return found
 
 
 def _place(path: Path) -> Place:
@@ -228,7 +252,23 @@ def _place(path: Path) -> Place:
         if zipped.is_file() and zipfile.is_zipfile(zipped):
             inner = path.relative_to(zipped).as_posix()
             return zipfile.Path(zipped, "" if inner == "." else f"{inner}/")
-    raise BundleError(f"there is no bundle at {path}", rule="a bundle is a folder or a zip", fix="check the path")
+    if path.is_file():
+        inside = (path.parent / HEADER).exists() or (path.parent / GRAPH).exists()
+        fix = f"name the folder that it lies in, {path.parent}" if inside else "check the path"
+        raise BundleError(f"{path} is a file, and no zip", rule=A_BUNDLE, fix=fix)
+    raise BundleError(f"there is no bundle at {path}", rule=A_BUNDLE, fix="check the path: nothing is there")
+
+
+def _graph_alone(path: Path) -> BundleError:
+    """What to say of a graph's folder, which is a part of a bundle."""
+    above = path.absolute().parent
+    named = (_place(above) / HEADER).exists()
+    name = path.absolute().name
+    return BundleError(
+        f"{path} is one graph of a bundle",
+        rule=f"{A_BUNDLE}; it has a file {HEADER}, and a folder for each graph",
+        fix=f"name {above}, and this graph with --graph {name}" if named else "name the folder above it",
+    )
 
 
 def _read(file: Place, kind: type[Kind]) -> Kind:
@@ -255,6 +295,12 @@ def _lines(file: Place, kind: type[Kind]) -> Iterator[Kind]:
             yield kind.model_validate_json(line)
         except ValidationError as error:
             raise _damaged(file, error) from error
+
+
+def _is_cut_off(file: Place) -> bool:
+    """Whether the last line of a file with one entry a line was not written to its end."""
+    rest = _bytes(file).rpartition(b"\n")[2] if file.exists() else b""
+    return bool(rest) and not _is_json(rest)
 
 
 def _is_json(text: bytes) -> bool:

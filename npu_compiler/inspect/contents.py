@@ -31,6 +31,8 @@ from npu_compiler.inspect.program import Data
 FORMAT: Literal[1] = 1
 HEADER, GRAPH, STAGES, PLAN, CAPTURES = "bundle.json", "graph.json", "stages.jsonl", "plan.json", "captures.jsonl"
 INPUTS, NUMBERS = "inputs.safetensors", "inputs.json"
+FINAL, FAILED = "final", "failed"
+"""The stage behind all that was done to a graph, and the one with the error that ended a compilation."""
 SURROUNDINGS, MEMORY = "surroundings.json", "surroundings.safetensors"
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]*$")]
 """A file in the graph's folder, without its ending: nothing that leads out of it."""

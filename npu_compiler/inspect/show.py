@@ -14,6 +14,7 @@ def pipeline(graph: StoredGraph) -> str:
     """What was done to a graph, in order: rewrites, and what was left out and why, with their places."""
     given = ", ".join(f"{name}={graph.about.options[name]}" for name in graph.about.given if name != "dump")
     lines = [f"{graph.name}" + (f" ({given})" if given else "")]
+    lines += [f"  incomplete: {graph.incomplete}"] if graph.incomplete else []
     lines += [f"  {line}" for stage in graph.stages for line in _stage(stage)]
     if graph.plan is not None:
         lines += [f"  {line}" for line in _plan(graph.plan)]

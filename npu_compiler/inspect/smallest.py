@@ -13,6 +13,7 @@ from npu_compiler.config import Options
 from npu_compiler.errors import BundleError
 from npu_compiler.inspect.bisect import UNCAPTURED, Cause, bisect
 from npu_compiler.inspect.bundle import StoredGraph
+from npu_compiler.inspect.contents import FINAL
 from npu_compiler.inspect.minify import calls_in, shrink
 from npu_compiler.inspect.program import Data, Program
 from npu_compiler.inspect.python_text import CONSTANTS, python_text
@@ -21,7 +22,6 @@ from npu_compiler.inspect.rerun import ALL_PASSES, point_of
 from npu_compiler.inspect.worker import Source, Worker
 from npu_compiler.passes import pipeline
 
-FINAL = "final"
 THERE = frozenset(
     {"aten", "prims", "npu", "npu_fused", "_c10d_functional", "operator", "math", "torch", "higher_order"}
 )

@@ -63,7 +63,7 @@ def why_eager(path: str | Path) -> list[Eager]:
     if place.is_file() and place.suffix == ".json":
         return sorted(_steps(str(place), read_report(place)), key=lambda entry: -entry.count)
     found: list[Eager] = []
-    for one in bundle.all_of(place):
+    for one in bundle.all_of(path):
         if one.run is not None:
             found += _steps(str(one), one.run)
         for graph in one.graphs:
@@ -77,7 +77,7 @@ def summary(path: str | Path) -> str:
     if place.is_file() and place.suffix == ".json":
         return _summary(str(place), read_report(place))
     lines = []
-    for one in bundle.all_of(place):
+    for one in bundle.all_of(path):
         if one.run is not None:
             lines.append(_summary(str(one), one.run))
         lines += [

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from npu_compiler import reasons
+from npu_compiler.errors import BundleError
 from npu_compiler.inspect import bundle
 from npu_compiler.inspect.program import Data
 
@@ -46,6 +47,12 @@ def why_recapture(path: str | Path) -> list[Recapture]:
     Raises:
         BundleError: there is none, or it can't be read.
     """
+    if Path(path).is_file() and Path(path).suffix == ".json":
+        raise BundleError(
+            f"{path} is no bundle: what was captured again, and what had changed, is in none of a run's reports",
+            rule="this command reads the bundle of the run; `why-eager` reads its report too",
+            fix="name the folder that debug_dump_path (vLLM) or the option `dump` named",
+        )
     found: list[Recapture] = []
     for one in bundle.all_of(path):
         captures = ((entry.size, entry.reason, entry.milliseconds) for entry in one.captures)

@@ -205,7 +205,9 @@ class GraphWriter:
     ) -> None:
         self._listening.__exit__(None, None, None)
         if error is not None:
-            stopped = contents.Stage(name="failed", error=f"behind {self._stage}: {type(error).__name__}: {error}")
+            stopped = contents.Stage(
+                name=contents.FAILED, error=f"behind {self._stage}: {type(error).__name__}: {error}"
+            )
             self._append(STAGES, stopped)
         if self._prints and not self._stopped:
             print(show.pipeline(bundle.StoredGraph(self.place)), file=sys.stderr)

@@ -19,7 +19,7 @@ from npu_compiler import Pass
 from npu_compiler.backend import AscendBackend, CompiledGraph
 from npu_compiler.config import Options
 from npu_compiler.errors import BundleError, OptionError
-from npu_compiler.inspect import bundle
+from npu_compiler.inspect import bundle, page, show
 from npu_compiler.inspect.bundle import Bundle, StoredGraph
 from npu_compiler.inspect.contents import SavedTensor
 from npu_compiler.passes import pipeline
@@ -163,6 +163,22 @@ def test_a_zip_is_the_same_bundle(written: tuple[CompiledGraph, Path], tmp_path:
         assert graph.size == folder.size
 
 
+def test_a_part_of_a_bundle_names_the_bundle(written: tuple[CompiledGraph, Path], tmp_path: Path) -> None:
+    above = written[1] / "rank0"
+    name = written[0].name
+    below = shutil.make_archive(str(tmp_path / "below"), "zip", above)
+    for place in (above, Path(below)):
+        with pytest.raises(BundleError, match="is one graph of a bundle") as caught:
+            bundle.open(place / name)
+        assert caught.value.fix == f"name {place}, and this graph with --graph {name}"
+    with pytest.raises(BundleError) as caught:
+        bundle.open(shutil.make_archive(str(tmp_path / "graph"), "zip", above / name))
+    assert caught.value.fix == "name the folder above it"
+    with pytest.raises(BundleError, match="is a file, and no zip") as caught:
+        bundle.open(above / "bundle.json")
+    assert caught.value.fix == f"name the folder that it lies in, {above}"
+
+
 def test_the_report_says_where_and_how_large(written: tuple[CompiledGraph, Path]) -> None:
     compiled, folder = written
     assert f"dumped to {folder / 'rank0' / compiled.name}, " in str(compiled)
@@ -202,16 +218,27 @@ def test_what_a_crash_cut_off_is_left_out(written: tuple[CompiledGraph, Path], t
     file = next((tmp_path / "copy").rglob("stages.jsonl"))
     whole = bundle.open(written[1]).graph().stages
     file.write_bytes(file.read_bytes()[:-40])
-    assert bundle.open(tmp_path / "copy").graph().stages == whole[:-1]
+    graph = bundle.open(tmp_path / "copy").graph()
+    assert graph.stages == whole[:-1]
+    missing = f"the stages behind {whole[-2].name} are missing: stages.jsonl ends in the middle of a line"
+    assert (graph.incomplete, bundle.open(written[1]).graph().incomplete) == (missing, "")
+    assert f"  incomplete: {missing}" in show.pipeline(graph).splitlines()
+    assert "incomplete" not in show.pipeline(bundle.open(written[1]).graph())
+    assert page.data_of(bundle.open(tmp_path / "copy"))["graphs"][0]["stages"][-1]["error"] == missing
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
+    ended = bundle.open(tmp_path / "copy").graph().incomplete
+    assert ended == f"the stages behind {whole[1].name} are missing: the process ended while it compiled"
 
 
 def test_there_is_one_bundle_or_a_message(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="there is no bundle at"):
         bundle.open(tmp_path / "nowhere")
-    with pytest.raises(BundleError, match="holds 0 bundles"):
+    with pytest.raises(BundleError, match=r"holds no bundle[\s\S]*did the process compile anything"):
         bundle.open(tmp_path)
+    with pytest.raises(BundleError, match="the path of the bundle is empty"):
+        bundle.open("")
     (tmp_path / "a.zip").write_bytes(b"PK, but no zip")
-    with pytest.raises(BundleError, match="there is no bundle at"):
+    with pytest.raises(BundleError, match=r"a\.zip is a file, and no zip"):
         bundle.open(tmp_path / "a.zip")
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as out:
         out.writestr("rank0/bundle.json", "{}")

@@ -98,6 +98,12 @@ def test_a_report_that_is_none_is_refused(tmp_path: Path, capsys: pytest.Capture
         why_eager(tmp_path / "run.json")
     assert main(["why-eager", str(tmp_path / "nowhere.json")]) == 2
     assert "there is no bundle at" in capsys.readouterr().err
+    assert main(["why-recapture", str(tmp_path / "run.json")]) == 2
+    assert "this command reads the bundle of the run" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    for command in ("why-eager", "why-recapture", "show"):
+        assert main([command, str(tmp_path / "empty")]) == 2
+        assert "holds no bundle" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ def _graph(graph: StoredGraph, texts: Texts) -> dict[str, Any]:
             if fresh and number:
                 delta = _changes(changes(programs[number - 1], programs[number]), texts)
         stages.append(_stage(stage, number, delta))
+    if graph.incomplete:
+        stages.append(_stage(Stage(name="incomplete", error=graph.incomplete), -1, None))
     last = programs[-1] if programs and graph.stages[-1].name == "final" else None
     if last is not None:
         stages += [_streams(last, len(programs) - 1, capture, texts) for capture in graph.captures if capture.steps]
