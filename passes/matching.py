@@ -71,7 +71,12 @@ class Miss:
 
 
 def _shown(value: object) -> str:
-    return f"{value.name} ({value.target})" if isinstance(value, fx.Node) else repr(value)
+    return f"{value.name} ({_kind(value)})" if isinstance(value, fx.Node) else repr(value)
+
+
+def _kind(node: fx.Node) -> str:
+    """What a node is: its operator, or that it is no call."""
+    return {"placeholder": "an input", "get_attr": "a constant"}.get(node.op, str(node.target))
 
 
 def _wanted_instead(pattern: object) -> str:
@@ -202,7 +207,7 @@ def _match_call(pattern: Call, value: object, state: _State, miss: Miss) -> Iter
         miss.stop(state, pattern, value)
         return
     if str(value.target) not in pattern.targets:
-        miss.note(depth, f"{value.name} is {value.target}, the rule wants {' or '.join(pattern.targets)}", value)
+        miss.note(depth, f"{value.name} is {_kind(value)}, the rule wants {' or '.join(pattern.targets)}", value)
         return
     args = _arguments(value, len(pattern.args))
     if args is None:

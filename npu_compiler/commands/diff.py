@@ -12,7 +12,7 @@ HELP = "what differs between two bundles, the first difference first; exits 1 th
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The two bundles."""
     parser.add_argument("left", help=BUNDLE)
-    parser.add_argument("right")
+    parser.add_argument("right", help="the other one: of another version, machine, rank or set of options")
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -20,9 +20,11 @@ def run(parsed: argparse.Namespace) -> int:
     from npu_compiler.inspect import bundle
     from npu_compiler.inspect.diff import differences
 
-    found = differences(bundle.open(parsed.left), bundle.open(parsed.right))
+    left, right = bundle.open(parsed.left), bundle.open(parsed.right)
+    found = differences(left, right)
+    same_rank = left.header.environment.rank == right.header.environment.rank
     if parsed.json:
         print_json(found)
     else:
-        print("\n".join(map(str, found)) or "nothing differs but times")
+        print("\n".join(map(str, found)) or f"nothing differs but {'times' if same_rank else 'the rank, and times'}")
     return 1 if found else 0

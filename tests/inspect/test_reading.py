@@ -16,8 +16,11 @@ from npu_compiler.cli import main
 from npu_compiler.errors import BundleError
 from npu_compiler.inspect import bundle
 from npu_compiler.inspect.bundle import Bundle
+from npu_compiler.inspect.contents import Attempt, PassInfo, RuleInfo, Stage
 from npu_compiler.inspect.diff import differences
-from npu_compiler.inspect.why import why
+from npu_compiler.inspect.program import Named, Program
+from npu_compiler.inspect.why import answers, why
+from tests.inspect.made import call, program, written
 from tests.one_rank import one_rank
 
 
@@ -52,6 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dump(base / "near", near, (4, 16), (16,))
     dump(base / "without", norm, (4, 16), (16,), disabled_rules=["rms_norm"])
     dump(base / "wider", norm, (4, 32), (32,))
+    dump(base / "less", norm, (4, 16), (16,), disabled_passes=["add_rms_norm"])
     return base
 
 
@@ -73,7 +77,9 @@ def test_why_a_pattern_that_is_there_was_not_legal(tmp_path: Path) -> None:
     answers = [why(graph, rule.name) for entry in graph.about.passes if entry.name == "swiglu" for rule in entry.rules]
     misses = [miss for answer in answers for miss in answer.misses]
     assert misses, name
-    assert any("is also used by output" in miss.reason and "proven" in miss.advice for miss in misses)
+    (miss, *_) = [miss for miss in misses if miss.whole]
+    assert "is also used by output" in miss.reason
+    assert str(miss).splitlines()[1:] == [f"  not allowed: {miss.reason}"]
 
 
 def test_why_a_rule_fired_or_was_not_tried(folder: Path) -> None:
@@ -81,13 +87,75 @@ def test_why_a_rule_fired_or_was_not_tried(folder: Path) -> None:
     fired = why(graph, "rms_norm")
     assert len(fired.fired) == 1
     assert "test_reading.py" in fired.fired[0].place
-    assert why(graph, "rms_norm", "no such place").fired == ()
+    assert str(fired).startswith("rms_norm (add_rms_norm): fired once, missed ")
+    reasons = [attempt.reason for stage in graph.stages for attempt in stage.attempts]
+    assert any(reason.startswith("arg0_1 is an input, the rule wants ") for reason in reasons)
     assert why(graph, "rms_norm", "test_reading.py").fired == fired.fired
     assert "in disabled_rules" in why(bundle.open(folder / "without").graph(), "rms_norm").note
     idle = next(rule.name for entry in graph.about.passes if entry.name == "transpose_bmm" for rule in entry.rules)
     assert "the program has none before transpose_bmm" in why(graph, idle).note
     with pytest.raises(BundleError, match="did you mean 'rms_norm'"):
         why(graph, "rms_nrom")
+
+
+def test_why_names_what_there_is_instead_of_the_place_that_was_asked_for(folder: Path) -> None:
+    graph = bundle.open(folder / "norm").graph()
+    with pytest.raises(BundleError, match="did you mean 'rsqrt'") as caught:
+        why(graph, "rms_norm", "rsqt")
+    assert "has no call 'rsqt', and no call from such a place" in str(caught.value)
+    with pytest.raises(BundleError, match=r"has no call .nowhere\.py:3."):
+        why(graph, "common", "nowhere.py:3")
+    note = why(bundle.open(folder / "near").graph(), "rms_norm", "rsqrt").note
+    wrong, _, ends = note.partition("; the pattern ends in one of ")
+    assert wrong == "it was not tried: rsqrt is a call of aten.rsqrt.default"
+    assert "aten.mul.Tensor" in ends.split(" or ")
+    name = graph.stage("add_rms_norm").fired[0].nodes[-1]
+    assert why(graph, "mul_add", name).note.startswith(f"it was not tried: rms_norm had taken {name} before mul_add")
+    at = why(graph, "transpose_bmm", "test_reading.py").note
+    assert at.startswith("it was not tried: the pattern ends in a call of aten.")
+
+
+def test_why_a_pass_was_no_part_of_the_compilation(folder: Path) -> None:
+    graph = bundle.open(folder / "less").graph()
+    assert str(why(graph, "add_rms_norm")) == "add_rms_norm: it was not tried: add_rms_norm is in disabled_passes"
+    of = "it was not tried: it is a rule of add_rms_norm, which was not run: add_rms_norm is in disabled_passes"
+    assert why(graph, "rms_norm").note == of
+    for name, option in (("sequence_parallel", "0"), ("matmul_all_reduce", "0")):
+        assert why(graph, name).note == f"it was not tried: it needs the option {name}, which is {option} here"
+    assert why(graph, "user_rules").note == "it was not tried: it needs the option rules, which is () here"
+    assert "for models that vLLM serves" in why(graph, "qkv_attention").note
+    with pytest.raises(BundleError) as caught:
+        why(graph, "comon")
+    assert caught.value.rule.count(" common") == 1 and caught.value.fix == "did you mean 'common'?"
+    found = answers([graph], "cat_split")
+    assert [answer.rule for _, answer in found] == ["cat_of_parts", "cat_of_cats", "slice_of_cat", "part_of_cat"]
+
+
+def test_only_the_nearest_misses_are_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    calls = [call(f"mul_{index}", "x", "x", storage=index + 1, target="aten.mul.Tensor") for index in range(9)]
+    attempts = [
+        Attempt(rule="rms_norm", anchor=f"mul_{index}", place="a.py:1", matched=1 + (index == 7), reason="no")
+        for index in range(9)
+    ]
+    rule = RuleInfo(name="rms_norm", roots=("aten.mul.Tensor",), calls=6)
+    stages = [
+        Stage(name="lowered"),
+        Stage(name="add_rms_norm", ran=True, attempts=tuple(attempts)),
+        Stage(name="final"),
+    ]
+    passes = [PassInfo(name="add_rms_norm", place="", rules=(rule,))]
+    written(tmp_path, [(stage, program(*calls)) for stage in stages], about={"passes": passes})
+    lines = printed(capsys, "why", tmp_path, "rms_norm").splitlines()
+    assert [line.split(": ")[0] for line in lines if line.startswith("matched")] == [
+        "matched 2 of 6 calls at mul_7",
+        "matched 1 of 6 calls at mul_0",
+        "matched 1 of 6 calls at mul_1",
+    ]
+    assert lines[-1] == "and 6 more, the nearest of which matched 1 of 6 calls; --all shows them"
+    assert printed(capsys, "why", tmp_path, "rms_norm", "--all").count("\nmatched") == 9
+    (answer,) = json.loads(printed(capsys, "why", tmp_path, "rms_norm", "--json"))
+    assert len(answer["misses"]) == 9
+    assert main(["why", str(tmp_path), "rms_norm", "mul_70"]) == 2
 
 
 def test_why_a_pass_without_rules_left_something_out(tmp_path: Path) -> None:
@@ -100,7 +168,8 @@ def test_why_a_pass_without_rules_left_something_out(tmp_path: Path) -> None:
     (miss,) = why(graph, "sequence_parallel").misses
     assert miss.reason == "group '0' has one rank"
     assert "left out at " in str(miss) and "test_reading.py" in miss.place
-    assert why(graph, "sequence_parallel", "no such place").misses == ()
+    with pytest.raises(BundleError, match="has no call 'no such place'"):
+        why(graph, "sequence_parallel", "no such place")
     assert why(graph, "common").note == "it found nothing to do"
     with pytest.raises(BundleError, match="did you mean 'sequence_parallel'"):
         why(graph, "sequence_paralel")
@@ -129,6 +198,45 @@ def test_the_first_difference_is_the_cause(folder: Path) -> None:
         one.graph().program(one.graph().stages[0]).calls[0].name,
     )
     assert "[4, 16]" in found[0].left and "[4, 32]" in found[0].right
+
+
+def test_a_difference_is_told_where_it_begins_and_not_again(folder: Path) -> None:
+    found = differences(bundle.open(folder / "norm"), bundle.open(folder / "less"))
+    assert [(entry.stage, entry.what) for entry in found[:2]] == [
+        ("options", "disabled_passes"),
+        ("passes", "on one side only"),
+    ]
+    assert (found[1].left, found[1].right) == ("add_rms_norm", "nothing")
+    programs = [entry for entry in found if entry.what.startswith("program, ")]
+    assert programs and len({(entry.left, entry.right) for entry in programs}) == len(programs)
+    assert not [entry for entry in found if entry.stage.startswith(("stages", "streams"))]
+
+
+def on(device: str, of: Program) -> Program:
+    return Program.model_validate_json(of.model_dump_json().replace("npu:0", device))
+
+
+def test_ranks_differ_in_more_than_their_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("lowered", "noop", "final")
+    put = Named(kind="device", text="npu:0")
+    copied = call("copy", "x", storage=1, target="aten.to.device", kwargs={"device": put})
+    same = program(copied, call("a", "copy", storage=2))
+    other = program(copied, call("a", "copy", storage=2, target="aten.mul.Tensor"))
+    bundles = [
+        written(
+            tmp_path / str(number), [(Stage(name=name), of) for name in names], environment={"rank": rank, "ranks": 2}
+        )
+        for number, (rank, of) in enumerate(
+            [(0, same), (1, on("npu:1", same)), (1, on("npu:1", other)), (0, on("npu:1", same))]
+        )
+    ]
+    assert differences(bundles[0], bundles[1]) == []
+    (found,) = differences(bundles[0], bundles[2])
+    assert (found.stage, found.what) == ("lowered", "program, from call a on")
+    assert "aten.add.Tensor" in found.left and "aten.mul.Tensor" in found.right
+    (found,) = differences(bundles[0], bundles[3])
+    assert found.what == "program, from call x on" and "on npu:1" in found.right
+    assert printed(capsys, "diff", tmp_path / "0", tmp_path / "1") == "nothing differs but the rank, and times\n"
 
 
 def test_versions_and_graphs_that_one_side_lacks(folder: Path, tmp_path: Path) -> None:
