@@ -25,6 +25,7 @@ from tests.models import checkpoints
 from tests.serving.engine import engine
 
 NO_LAYER = {
+    "alone.py:fit": "names the layer; of bundles, whose errors tests/serving/test_bisect.py has",
     "attention.py:build": "what vLLM gave for a step",
     "capture_sizes.py:check_capture_sizes": "an option",
     "communicator.py:all_gatherv": "runs inside of a program, whose caller names the call (graph/running.py)",
