@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,12 @@ FOLDER = "NPU_COMPILER_CACHE"
 """Environment variable with the folder; without it, `npu_compiler` in the user's cache folder ($XDG_CACHE_HOME)."""
 LIMIT = 1 << 30
 """Bytes that entries may take together; the least recently used go first."""
+HASHED = {
+    "graph": "it is another graph: the function, or how Dynamo traced it, changed",
+    "passes": "the passes changed: their order, or the content of your own rules and passes",
+    "sources": "the compiler's sources changed",
+}
+"""Parts of a key that are hashes, and what it means that one differs."""
 MAGIC = b"npu_compiler program 2\n"
 
 
@@ -120,7 +125,7 @@ class ProgramCache:
             return ["nothing is stored yet"]
         nearest = min(entries, key=lambda other: len(_differing(other, parts)))
         return [
-            f"{part}: {_brief(nearest.get(part, 'absent'))} -> {_brief(parts.get(part, 'absent'))}"
+            HASHED.get(part) or f"{part}: {nearest.get(part, 'absent')} -> {parts.get(part, 'absent')}"
             for part in _differing(nearest, parts)
         ]
 
@@ -242,11 +247,6 @@ def _qualified(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
-
-
-def _brief(part: str) -> str:
-    """A part for people: a hash by its beginning."""
-    return f"{part[:12]}..." if re.fullmatch(r"[0-9a-f]{64}", part) else part
 
 
 def _differing(left: Mapping[str, str], right: Mapping[str, str]) -> list[str]:

@@ -13,8 +13,10 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,11 @@ ENTRY_POINTS = {
 }
 """What an installation registers: group, name, what it stands for, what it is good for. Python reads them from the
 installed metadata, which stays as it is when the sources of an editable installation get another one."""
+INSTEAD = {
+    "npu-compiler": "python -m npu_compiler.cli",
+    "vllm": "python -m vllm.entrypoints.cli.main",
+}
+"""Commands, and what does the same where one is missing."""
 OLD = "install npu-compiler again (`make setup`): what is installed is older than its sources"
 # Each runs in a process of its own: a broken torch_npu must not end the doctor. The last line is JSON.
 DEVICE_PROBE = """
@@ -122,7 +129,18 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Runs every check; takes some ten seconds, most of it imports of torch in two subprocesses."""
-    checks = (_machine, _packages, _runtime, _start_up_hook, _environment, _plugins, _cache, _device, _capture)
+    checks = (
+        _machine,
+        _packages,
+        _runtime,
+        _start_up_hook,
+        _environment,
+        _plugins,
+        _commands,
+        _cache,
+        _device,
+        _capture,
+    )
     found = [finding for check in checks for finding in check()]
     return [_without_private_paths(finding) for finding in (*found, *_verdict(found))]
 
@@ -277,6 +295,20 @@ def _plugins() -> Iterator[Finding]:
                 yield Finding(group, "note", f"also installed: {', '.join(others)}; vLLM takes one platform", advice)
 
 
+def _commands() -> Iterator[Finding]:
+    """The commands beside this interpreter, and whether a shell finds them without their folder."""
+    folder = Path(sys.executable).parent
+    there = [name for name in INSTEAD if os.access(folder / name, os.X_OK)]
+    for name, same in INSTEAD.items():
+        if name not in there and _version(name):
+            advice = f"install {name} again, in this environment; `{same}` is the same"
+            yield Finding(f"command {name}", "note", f"not in {folder}", advice)
+    if there:
+        found = all(shutil.which(name) == str(folder / name) for name in there)
+        advice = "" if found else f"PATH does not lead there: call {folder}/{there[0]}, or activate the environment"
+        yield Finding("commands", "ok", f"{', '.join(there)} in {folder}", advice)
+
+
 def _allowed(plugin: str) -> bool:
     """Whether vLLM loads a plugin of this name."""
     given = os.environ.get("VLLM_PLUGINS")
@@ -311,9 +343,8 @@ def _device() -> Iterator[Finding]:
         yield Finding("torch.npu", "error", devices, "the full message: python -c 'import torch; torch.npu.init()'")
         return
     yield Finding("torch.npu", "ok", f"{len(devices)} devices; an addition ran on the first")
-    for name, free, total in sorted({tuple(device) for device in devices}):
-        count = sum(tuple(device) == (name, free, total) for device in devices)
-        yield Finding("devices", "ok", f"{count} x {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    counted = Counter(f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free" for name, free, total in devices)
+    yield Finding("devices", "ok", "; ".join(f"{count} x {text}" for text, count in counted.items()))
 
 
 def _capture() -> Iterator[Finding]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 TIMES = "npu_times"
 """Metadata of a call that stands for as many equal ones, one a layer (graph/periods.py); no entry is one."""
+_ROOT = re.compile(r"[LG]\['\w+'\](?:\[[^\]]+\])*\.?")
+"""What Dynamo puts before the path: the variable that holds the model, whatever its name, and its key there."""
+_CHILD = re.compile(r"_modules\['([^']+)'\]")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<text>.*)')
 
 
@@ -88,9 +91,7 @@ def _module_path(node: fx.Node) -> str:
 
 
 def _plain(path: str) -> str:
-    for prefix in ("L['self'].", "L['fn'].", "L['self']", "L['fn']"):
-        path = path.removeprefix(prefix)
-    return path.replace("_modules['", "").replace("']", "")
+    return _CHILD.sub(r"\1", path[found.end() :] if (found := _ROOT.match(path)) else path)
 
 
 def origin_of(nodes: Iterable[fx.Node], made_by: str) -> dict[str, object]:

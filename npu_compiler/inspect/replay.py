@@ -188,7 +188,13 @@ class Subject:
         return cls(program, graph.constants(), chosen, values, stored, ranks, around)
 
     def run(self, point: Point) -> Outcome:
-        """Compiles and calls the program as far as `point` says, and judges what it gives."""
+        """Compiles and calls the program as far as `point` says, and judges what it gives.
+
+        Raises:
+            OptionError: a rule or pass that the options or the point name is not there; nothing has run then.
+        """
+        if point.stage is None:
+            pipeline.selected(_with(self.options, point))
         try:
             expected, on_device = self._expected
         except FAILURES as error:

@@ -18,7 +18,8 @@ class Eager(Data):
     """Steps, or calls, that were no replay, for one reason.
 
     Attributes:
-        where: the report or bundle, and the compiled graph where it is one's calls.
+        where: the report or bundle, and the compiled graph where it is one's calls; of equal ones, the first rank's.
+        ranks: those for which just this holds; empty where there is one bundle.
         kind: "decode" and "other" are steps of vLLM, "call" is a call of a compiled function.
         reason: its name. `text`: what happened. `change`: what to change.
         count: how many, of `total` of that kind.
@@ -39,19 +40,27 @@ class Eager(Data):
     sizes: tuple[tuple[int, int], ...] = ()
     first: int = 0
     last: int = 0
+    ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         kind = "call" if self.kind == "call" else f"{self.kind} step"
-        lines = [f"{self.count:,} of {self.total:,} {kind}s: {self.text}"]
+        whose = f"rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))}: " if self.ranks else ""
+        lines = [f"{whose}{self.count:,} of {self.total:,} {kind}s: {self.text}"]
         if self.kind != "call":
             most = ", ".join(f"{size} ({count:,}x)" for size, count in self.sizes)
-            lines.append(f"  tokens: {self.smallest} to {self.largest}; most often {most}")
-            lines.append(f"  steps:  {self.first:,} to {self.last:,}")
+            often = f"; most often {most}" if self.smallest != self.largest else ""
+            lines.append(f"  tokens: {_range(self.smallest, self.largest)}{often}")
+            lines.append(f"  steps:  {_range(self.first, self.last)}")
         return "\n".join([*lines, f"  change: {self.change}"])
 
 
+def _range(first: int, last: int) -> str:
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
+
+
 def why_eager(path: str | Path) -> list[Eager]:
-    """What was no replay, the most frequent reason first: serving's steps, then calls of compiled functions.
+    """What was no replay, the most frequent reason first: serving's steps, then calls of compiled functions. What is
+    the same on several ranks is one entry.
 
     Args:
         path: a run report, a bundle, or a folder with the bundles of a run's ranks.
@@ -62,13 +71,23 @@ def why_eager(path: str | Path) -> list[Eager]:
     place = Path(path)
     if place.is_file() and place.suffix == ".json":
         return sorted(_steps(str(place), read_report(place)), key=lambda entry: -entry.count)
-    found: list[Eager] = []
-    for one in bundle.all_of(path):
-        if one.run is not None:
-            found += _steps(str(one), one.run)
-        for graph in one.graphs:
-            found += _calls(f"{one}/{graph.name}", graph)
-    return sorted(found, key=lambda entry: (entry.kind == "call", -entry.count))
+    bundles = bundle.all_of(path)
+    found: dict[tuple[str, Eager], Eager] = {}
+    for one in bundles:
+        ranks = (one.header.environment.rank,) if len(bundles) > 1 else ()
+        for name, entry in _entries(one):
+            key = name, entry.model_copy(update={"where": ""})
+            before = found.get(key, entry)
+            found[key] = before.model_copy(update={"ranks": (*before.ranks, *ranks)})
+    return sorted(found.values(), key=lambda entry: (entry.kind == "call", -entry.count))
+
+
+def _entries(one: bundle.Bundle) -> Iterator[tuple[str, Eager]]:
+    """What was no replay in one process, with the name of the compiled graph where it is one's calls."""
+    if one.run is not None:
+        yield from (("", entry) for entry in _steps(str(one), one.run))
+    for graph in one.graphs:
+        yield from ((graph.name, entry) for entry in _calls(f"{one}/{graph.name}", graph))
 
 
 def summary(path: str | Path) -> str:

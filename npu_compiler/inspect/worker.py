@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import torch
 
 from npu_compiler.config import Options
-from npu_compiler.errors import BundleError
+from npu_compiler.errors import BundleError, OptionError
 from npu_compiler.inspect import bundle
 from npu_compiler.inspect.bundle import StoredGraph
 from npu_compiler.inspect.program import Data, Program
@@ -89,7 +89,11 @@ class Worker:
         self.close()
 
     def run(self, subject: Source, point: Point) -> Outcome:
-        """What comes of a point."""
+        """What comes of a point.
+
+        Raises:
+            OptionError: a rule or pass that the options or the point name is not there; nothing has run then.
+        """
         return self._asked({"run": [subject.model_dump(), point.model_dump()]})
 
     def run_file(self, file: Path) -> Outcome:
@@ -122,6 +126,9 @@ class Worker:
         if not line:
             return self._crashed()
         answer = json.loads(line)
+        if "refused" in answer:
+            what, *more = answer["refused"]
+            raise OptionError(what, **dict(zip(("where", "rule", "fix"), more, strict=True)))
         if answer["broken"]:
             self.close()
         outcome = Outcome.model_validate(answer["outcome"])
@@ -227,11 +234,14 @@ def _answer(requests: TextIO, out: TextIO) -> None:
     for line in requests:
         try:
             outcome = known.outcome(json.loads(line))
+            answer = {"outcome": outcome.model_dump(mode="json"), "broken": _is_broken()}
+        except OptionError as error:
+            answer = {"refused": [error.what, error.where, error.rule, error.fix]}
         except FAILURES as error:
-            outcome = Outcome(
-                state="error", text=f"{type(error).__name__}: {error}", kind=f"request {type(error).__name__}"
-            )
-        out.write(json.dumps({"outcome": outcome.model_dump(mode="json"), "broken": _is_broken()}) + "\n")
+            name = type(error).__name__
+            outcome = Outcome(state="error", text=f"{name}: {error}", kind=f"request {name}")
+            answer = {"outcome": outcome.model_dump(mode="json"), "broken": _is_broken()}
+        out.write(json.dumps(answer) + "\n")
         out.flush()
 
 

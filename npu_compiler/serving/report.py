@@ -91,8 +91,8 @@ class RunReport:
         data = self.as_dict()
         decode, other = data["decode_steps"], data["other_steps"]
         lines = [
-            f"graphs captured: {len(data['graphs'])} in {data['capture_milliseconds']:.0f} ms, "
-            f"{data['capture_mebibytes']:.1f} MiB",
+            f"graphs captured: {len(data['graphs'])}; the captures alone took {data['capture_milliseconds']:.0f} ms, "
+            f"{data['capture_mebibytes']:.1f} MiB of the graphs' pool",
             *(
                 f"  {g['mode']} {g['tokens']} tokens: {g['milliseconds']:.1f} ms, {g['mebibytes']:.2f} MiB, "
                 f"{g['replays']} replays"

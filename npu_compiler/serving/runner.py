@@ -127,7 +127,7 @@ class NPUModelRunner(GPUModelRunner):
         records = [record for wrapper in own for record in wrapper.records]
         self.report.graphs = sorted(records, key=lambda record: (record.mode, record.tokens))
         logger.info(
-            "Captured %d ACL graphs (%s) in %.1f s, %.1f MiB",
+            "Captured %d ACL graphs (%s) in %.1f s with warm-up runs and compilation, %.1f MiB of device memory",
             len(records),
             self.compilation_config.cudagraph_mode.name,
             time.perf_counter() - start,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from npu_compiler import cli
+from npu_compiler import cache, cli
 from npu_compiler.backend import ascend
 from npu_compiler.cache import FOLDER, Program, ProgramCache, graph_parts
 
@@ -114,6 +114,28 @@ def test_miss_says_what_differed(
     assert "gate, up = (x @ weight).chunk(2, dim=-1)" in printed
     assert cli.main(["explain-miss", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 2
+
+
+def test_hashes_are_said_in_words_and_the_newest_come_by_default(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = cache.ProgramCache(place)
+    for number in range(12):
+        file = place / "00" / f"{number}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        parts = {"graph": "0" * 64, "sources": f"{number:064x}"}
+        about = {"name": f"model_{number}.py:3", "parts": parts, "missed": stored.explain(parts), "stored": number}
+        file.write_text(json.dumps(about))
+    assert stored.explain({"graph": "1" * 64, "sources": "0" * 64, "state": "x"}) == [
+        "it is another graph: the function, or how Dynamo traced it, changed",
+        "state: absent -> x",
+    ]
+    names = [f"model_{number}.py:3" for number in range(12)]
+    for arguments, shown in (([], names[2:]), (["--all"], names), (["model_1"], [names[1], *names[10:]])):
+        assert cli.main(["explain-miss", *arguments]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert [line for line in printed if line.startswith("model")] == shown
+        assert "  the compiler's sources changed" in printed and ("2 older ones: --all" in printed) == (not arguments)
 
 
 def test_damaged_file_is_a_miss(place: Path, inputs: tuple[Tensor, Tensor]) -> None:

@@ -108,6 +108,29 @@ def test_an_installation_that_is_older_than_its_sources_is_told_so(
     assert "ascend is registered as npu_compiler.backend:compile, which is" in found["torch_dynamo_backends"].text
 
 
+def test_commands_are_looked_for_beside_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(doctor, "_version", lambda name: "1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ours, theirs = doctor._commands()
+    assert (ours.topic, theirs.topic) == ("command npu-compiler", "command vllm")
+    assert "python -m npu_compiler.cli" in ours.advice and "install vllm again" in theirs.advice
+    for name in ("npu-compiler", "vllm"):
+        (tmp_path / name).touch(0o755)
+    assert list(doctor._commands()) == [Finding("commands", "ok", f"npu-compiler, vllm in {tmp_path}")]
+    monkeypatch.setenv("PATH", "")
+    (found,) = doctor._commands()
+    assert f"call {tmp_path}/npu-compiler" in found.advice
+
+
+def test_devices_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        doctor, "_probe", lambda program: [["A", 2**30, 2**31], ["A", 2**30 + 1, 2**31], ["A", 0, 2**31]]
+    )
+    _, line = doctor._device()
+    assert line.text == "2 x A, 1.0 of 2.0 GiB free; 1 x A, 0.0 of 2.0 GiB free"
+
+
 def test_what_is_missing_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: "")
     found = {finding.topic: finding for finding in doctor._packages()}

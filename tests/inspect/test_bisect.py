@@ -118,6 +118,26 @@ def test_rules_given_as_objects_have_to_be_named(tmp_path: Path) -> None:
         Source(bundle=str(tmp_path)).chosen()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bisect", "--minify", "FILE", "--option", "rules=nowhere:GATED"], "'nowhere:GATED' can't be imported"),
+        (["replay", "--option", "rules=nowhere:GATED"], "'nowhere:GATED' can't be imported"),
+        (["replay", "--disable", "swigl"], "disabled_rules names 'swigl', which does not exist"),
+    ],
+)
+def test_a_rule_that_is_not_there_is_no_finding(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dumped(tmp_path, dataclasses.replace(DEFECTS["wrong fusion"], options=PLAIN))
+    command, *more = arguments
+    file = str(tmp_path / "test_small.py")
+    assert cli.main([command, str(tmp_path), *(file if part == "FILE" else part for part in more)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and said in err.splitlines()[0] and err.count(said) == 1, err
+    assert "lowered program" not in err and "nothing to make smaller" not in err
+
+
 def test_what_another_version_did_is_found_in_the_stored_stages(worker: Worker, tmp_path: Path) -> None:
     """Compiled without the pass, everything is right; the programs in the bundle are wrong from it on."""
     source = dumped(tmp_path, DEFECTS["wrong scale"]).model_copy(update={"options": {}})

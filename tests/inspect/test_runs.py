@@ -80,6 +80,29 @@ def test_calls_that_were_no_replay_are_counted_to_the_last(ran: tuple[Path, list
     assert graph.calls.replays == 2 and len(graph.calls.evicted) == 2
 
 
+def test_equal_ranks_are_one_entry_and_others_are_named(tmp_path: Path) -> None:
+    modes = {"total": 4, "replayed": 3, "piecewise": 0, "eager": 1}
+    group = {"reason": "decode_too_large", "detail": "", "kind": "decode", "mode": "NONE", "steps": 1, "smallest": 26}
+    group |= {"largest": 26, "sizes": [[26, 1]], "first": 2, "last": 2}
+    rest = {"model": "m", "device": "d", "graphs": [], "not_captured": {}, "capture_milliseconds": 0.0}
+    rest |= {"capture_mebibytes": 0.0, "padding_waste": 0.0, "generated_tokens": 4, "serving_seconds": 1.0}
+    rest |= {"tokens_per_second": 4.0, "input_waits": 0, "decode_steps": modes, "other_steps": modes}
+    about = {"versions": {}, "platform": "", "cann": "", "device": "", "ranks": 3}
+    for rank, last in enumerate((2, 2, 3)):
+        folder = tmp_path / f"rank{rank}"
+        folder.mkdir()
+        header = {"format": 1, "environment": {**about, "rank": rank}, "started": 0.0}
+        (folder / "bundle.json").write_text(json.dumps(header))
+        (folder / "run.json").write_text(json.dumps({**rest, "not_replayed": [{**group, "last": last}]}))
+    both, other = why_eager(tmp_path)
+    assert (both.ranks, other.ranks) == ((0, 1), (2,))
+    lines = str(both).splitlines()
+    assert lines[0].startswith("ranks 0, 1: 1 of 4 decode steps: ")
+    assert lines[1:3] == ["  tokens: 26", "  steps:  2"]
+    assert str(other).startswith("rank 2: ") and "  steps:  2 to 3" in str(other)
+    assert not why_eager(tmp_path / "rank0")[0].ranks
+
+
 def test_the_commands_print_the_same(ran: tuple[Path, list[list[str]]], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["why-eager", str(ran[0])]) == 0
     assert "graph_0: 2 of 6 calls replayed" in (printed := capsys.readouterr().out)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from npu_compiler.config import Options
 from npu_compiler.errors import OptionError
 from npu_compiler.fusion_kernels.watched import operator
+from npu_compiler.graph.source import place
 from npu_compiler.passes import pipeline
 from npu_compiler.passes.watch import NAME, concerns, pass_of
 from tests.passes.lowered import apply, lowered
@@ -53,6 +54,23 @@ def test_what_leaves_a_module() -> None:
     ((call, place, what),), refused = watched(["layers.1.gate:stats"])
     assert (call, what, refused) == ("aten.mul.Tensor", "stats", [])
     assert place.startswith("layers.1.gate at ") and "silu(left) * right" in place
+
+
+def test_a_method_may_call_its_module_as_it_likes() -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Gate() for _ in range(2))
+
+        def forward(s, x: Tensor) -> Tensor:
+            return s.layers[1](s.layers[0](x))
+
+    model = Other()
+    for called in (model, lambda x: model(x), {"of": model}["of"].forward):
+        module = lowered(called, torch.rand(4, 8)).graph
+        found = [place(node).module for node in module.graph.nodes if node.op == "call_function"]
+        assert set(found) == {"layers.0", "layers.1"}
+        assert concerns(module.graph, ["layers.1:stats"]) and not concerns(module.graph, ["layers.2:stats"])
 
 
 def test_places_with_wildcards_and_lines() -> None:
