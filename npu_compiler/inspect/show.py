@@ -28,11 +28,15 @@ def pipeline(graph: StoredGraph) -> str:
 
 
 def overview(bundle: Bundle, graphs: Sequence[StoredGraph]) -> str:
-    """Where a bundle was made, and the pipelines of these graphs."""
+    """Where a bundle was made, what vLLM captured, and the pipelines of these graphs."""
     found = bundle.header.environment
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items() if version != "absent")
     lines = [f"{bundle}: rank {found.rank} of {found.ranks}, {found.device}", f"  {versions}"]
     lines.append(f"  CANN: {found.cann}; {found.platform}")
+    lines += [
+        f"  vLLM captured {entry.size}: {entry.milliseconds:.1f} ms, {entry.mebibytes:.1f} MiB ({entry.reason})"
+        for entry in bundle.captures
+    ]
     return "\n".join([*lines, *(pipeline(graph) for graph in graphs)])
 
 

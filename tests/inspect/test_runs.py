@@ -103,6 +103,16 @@ def test_equal_ranks_are_one_entry_and_others_are_named(tmp_path: Path) -> None:
     assert not why_eager(tmp_path / "rank0")[0].ranks
 
 
+def test_show_lists_what_vllm_captured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = {"versions": {}, "platform": "", "cann": "", "device": ""}
+    (tmp_path / "bundle.json").write_text(json.dumps({"format": 1, "environment": about, "started": 0.0}))
+    capture = {"mode": "FULL", "tokens": 4, "requests": 4, "milliseconds": 31.24, "mebibytes": 0.5}
+    capture |= {"updated_operators": 2, "replays": 0, "reason": "first shape"}
+    (tmp_path / "captures.jsonl").write_text(json.dumps(capture) + "\n")
+    assert main(["show", str(tmp_path)]) == 0
+    assert "  vLLM captured FULL 4 tokens: 31.2 ms, 0.5 MiB (first shape)" in capsys.readouterr().out.splitlines()
+
+
 def test_the_commands_print_the_same(ran: tuple[Path, list[list[str]]], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["why-eager", str(ran[0])]) == 0
     assert "graph_0: 2 of 6 calls replayed" in (printed := capsys.readouterr().out)
