@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from npu_compiler.backend import fingerprint
-from npu_compiler.config import WEIGHT_NZ, Options
+from npu_compiler.config import DECIDE_NOTHING, WEIGHT_NZ, Options
 from npu_compiler.errors import OptionError, StaleOutputError
 from npu_compiler.passes import pipeline
 from tests.compiler.test_capture import Compiled, assert_same, check, rows
@@ -318,7 +318,11 @@ def test_every_option_is_part_of_the_cache_key() -> None:
     """torchair: custom passes count by the text of their byte code, or by a constant; a pass switch that is not in the
     key serves a graph compiled with the other setting."""
     plain = fingerprint()
-    decide_nothing = {"dump": "/elsewhere", "dump_inputs": "all", "check": True, "cache": True, "print_pipeline": True}
+    decide_nothing = {
+        **{"dump": "/elsewhere", "dump_inputs": "all", "check": True, "cache": True, "print_pipeline": True},
+        **{"watch_print": False, "watch_save": "/elsewhere", "watch_keep": 3},
+    }
+    assert decide_nothing.keys() == DECIDE_NOTHING
     for name, value in decide_nothing.items():
         assert fingerprint({name: value}) == plain, name
     all_on = {"matmul_all_reduce": 1}  # a pass that does not run cannot be switched off
