@@ -10,11 +10,8 @@ them.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compiling, figures, kept, kernels, models
+from benchmarks.apart import ROOT, measured
 from npu_compiler.backend import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compiler_figures.md"
-TIMEOUT_S = 600
 PARTS = ("kernels", "compile", "sizes", "vllm", "pool")
 TURNS = 3
 AT_ONCE = 2
@@ -59,22 +55,7 @@ def apart(cache: str, kind: str, *arguments: object, module: str = "compiling") 
         "XDG_CACHE_HOME": cache,
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
-        return {"missing": f"no result within {TIMEOUT_S} s"}
-    if not target.exists():
-        lines = [line for line in done.stdout.splitlines() if "Error" in line]
-        return {"missing": (lines or [f"exit code {done.returncode}"])[-1][:300]}
-    return {"missing": None, **json.loads(target.read_text())}
+    return {"missing": None, **measured(["-c", code], target, environment)}
 
 
 def record(row: str, peer: str, unit: str, value: float | None, **more: Any) -> Record:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,10 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from benchmarks import captured, devices, models
+from benchmarks import apart, captured, devices, models
 
 BACKENDS = ("ascend", "npugraph_ex", "npugraphs", "vllm")
-TIMEOUT_S = 600
 
 
 def calls(graph: fx.Graph) -> int:
@@ -128,24 +125,9 @@ def measure_apart(backend: str, name: str, depths: Sequence[int]) -> dict[str, A
     """`measure` in a process of its own: graphs and compilers of one backend do not meet those of another."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "benchmarks", "kernels", "--model", name, "--backends", backend]
+        command = ["-m", "benchmarks", "kernels", "--model", name, "--backends", backend]
         command += ["--depths", ",".join(map(str, depths)), "--measure", str(target)]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=Path(__file__).parent.parent,
-                env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=TIMEOUT_S,
-            )
-        except subprocess.TimeoutExpired:
-            return {"missing": f"no result within {TIMEOUT_S} s"}
-        if not target.exists():
-            lines = [line for line in done.stdout.splitlines() if "Error" in line]
-            return {"missing": (lines or [f"exit code {done.returncode}"])[-1][:300]}
-        return dict(json.loads(target.read_text()))
+        return apart.measured(command, target, {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"})
 
 
 def text(backend: str, found: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from npu_compiler.fusion_kernels.operator import FusedOperator, Provider
+from npu_compiler.graph.groups import ranks_of
 
 HALF = (torch.float16, torch.bfloat16)
 RANKS = (1, 2, 4, 8)
@@ -57,9 +58,8 @@ def _refuses(x: Tensor, weight: Tensor, bias: Tensor | None, group: str, rows: i
         return f"{x.numel() // x.shape[-1]} rows, fewer than the option matmul_all_reduce={rows}"
     if not x.is_contiguous():
         return "x is not contiguous"
-    try:
-        ranks = _resolve_process_group(group).size()
-    except RuntimeError:
+    ranks = ranks_of(group)
+    if not ranks:
         return f"there is no process group {group!r}"
     return "" if ranks in RANKS else f"{ranks} ranks, the operator takes {RANKS}"
 

@@ -35,11 +35,11 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 from torch import fx
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from npu_compiler.facts.sizes import Fact, Size, at_least, divisible, equal, known
 from npu_compiler.graph.build import call
 from npu_compiler.graph.effects import argument, is_pure, tensors, value
+from npu_compiler.graph.groups import ranks_of
 from npu_compiler.graph.source import where
 from npu_compiler.graph.traffic import is_view, moved_bytes, size_in_bytes
 from npu_compiler.passes.record import PassRecord, Saving
@@ -141,7 +141,7 @@ def _sum(node: fx.Node) -> Sum | str:
         return ""
     if not isinstance(group, str):
         return "the group has no name"
-    ranks = size_of(group)
+    ranks = ranks_of(group)
     if not ranks:
         return f"there is no process group {group!r} in this process"
     if ranks == 1:
@@ -155,14 +155,6 @@ def _is_sum(node: object) -> bool:
     if not isinstance(node, fx.Node) or str(node.target) != "_c10d_functional.all_reduce.default":
         return False
     return node.args[1] == "sum"
-
-
-def size_of(group: str) -> int:
-    """How many ranks a group has; 0 where this process has no group of that name."""
-    try:
-        return _resolve_process_group(group).size()
-    except RuntimeError:
-        return 0
 
 
 def _join(node: fx.Node, region_of: dict[fx.Node, Region], record: PassRecord) -> None:

@@ -20,7 +20,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from npu_compiler.errors import RankError
 from npu_compiler.facts.sizes import expression
-from npu_compiler.graph.effects import tensors, value
+from npu_compiler.graph.effects import argument, tensors, value
+from npu_compiler.graph.groups import ranks_of
 from npu_compiler.graph.source import where
 from npu_compiler.plan.engines import Engine, engine_of
 
@@ -70,7 +71,7 @@ def agreed(call: Callable[..., Any], plans: Mapping[str, Planned]) -> Callable[.
     Raises:
         RankError: from the call, on all ranks: they differ.
     """
-    shared = {group: plan for group, plan in plans.items() if _size(group) > 1}
+    shared = {group: plan for group, plan in plans.items() if ranks_of(group) > 1}
     if not shared:
         return call
     waiting = True
@@ -128,11 +129,8 @@ def _group(node: fx.Node) -> str | None:
         return None
     if engine_of(node) is not Engine.LINK or "wait_tensor" in target._schema.name:
         return None
-    for index, entry in enumerate(target._schema.arguments):
-        if entry.name in ("group", "group_name"):
-            given = node.args[index] if index < len(node.args) else node.kwargs.get(entry.name)
-            return given if isinstance(given, str) else None
-    return None
+    given = argument(node, "group") or argument(node, "group_name")
+    return given if isinstance(given, str) else None
 
 
 def _text(node: fx.Node) -> str:
@@ -180,10 +178,3 @@ def _digest(given: Any) -> str:
         return repr(given)
     host = given.detach().cpu().contiguous().view(-1).view(torch.uint8) if given.numel() else given.cpu()
     return hashlib.blake2b(host.numpy().tobytes(), digest_size=16).hexdigest() + str(tuple(given.shape))
-
-
-def _size(group: str) -> int:
-    try:
-        return _resolve_process_group(group).size()
-    except RuntimeError:
-        return 0
