@@ -168,6 +168,34 @@ def test_repeated_argument_of_an_operator_that_writes_two() -> None:
     check(into_inputs, [(torch.rand(4), torch.rand(4)) for _ in range(4)], dynamic=False)
 
 
+def test_two_new_tensors_that_an_operator_writes_stay_two() -> None:
+    """pytorch 132196: two equal allocations, both written by one operator, became one."""
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor]:
+        one, other = torch.zeros_like(x), torch.zeros_like(x)
+        torch.ops.peer_defects.write_two(one, other, x)
+        return one, other
+
+    check(step, [(torch.rand(4),) for _ in range(3)], dynamic=False)
+
+
+def test_memory_of_what_was_updated_in_place_is_not_reused() -> None:
+    """pytorch 183575: a moment updated in place and then only read passed for written by its reader, and a cast
+    further on got its memory."""
+
+    def optimizer_step(p: Tensor, q: Tensor, x: Tensor, m: Tensor, n: Tensor) -> Tensor:
+        y = x.half() @ p.half()
+        gradient_q = (y.t() @ x.half()).float()
+        gradient_p = (x.half().t() @ (y @ q.half())).float()
+        m.lerp_(gradient_p, 0.05)
+        p.add_(m, alpha=-0.01)
+        n.lerp_(gradient_q, 0.05)
+        q.add_(n, alpha=-0.01)
+        return y.float().sum()
+
+    check(optimizer_step, [tuple(torch.rand(8, 8) for _ in range(5)) for _ in range(4)], dynamic=False)
+
+
 def rows_move_up(x: Tensor) -> Tensor:
     x[1:] = x[:-1].clone()
     return x * 2
@@ -263,8 +291,8 @@ def test_recapture_at_the_limit_keeps_the_other_graphs() -> None:
 
 
 def test_sixty_fifth_shape() -> None:
-    """npugraph_ex: one shape more than capture_limit (64) and every graph is dropped, for ever. Here the one least
-    recently used goes, and the others stay."""
+    """npugraph_ex: one shape more than capture_limit (64) and every graph is dropped, for ever; pytorch 188150: a graph
+    for every shape, without end. Here the one least recently used goes, and the others stay."""
     compiled = Compiled(lambda x: x + x.shape[0], dynamic=True)
     sizes = [*range(2, 67), *range(3, 67)]
     for size in sizes:
