@@ -28,9 +28,11 @@ import npu_compiler
 from npu_compiler import cache, dumps, fusion_kernels
 from npu_compiler.aclgraph import npugraph_ex
 from npu_compiler.aclgraph.buckets import buckets as buckets  # serving chooses its capture sizes by it
-from npu_compiler.aclgraph.labels import LabelledCall, Labels
+from npu_compiler.aclgraph.labels import Labels
 from npu_compiler.aclgraph.ledger import Ledger
+from npu_compiler.aclgraph.program_call import ProgramCall
 from npu_compiler.aclgraph.replay import Replayer
+from npu_compiler.aclgraph.streams import Streams
 from npu_compiler.cache import CacheNote, Program
 from npu_compiler.config import DECIDE_NOTHING, Options, refuse_mode
 from npu_compiler.dumps import bundle_of as bundle_of  # serving adds its own captures and report to it
@@ -75,6 +77,7 @@ class CompiledGraph:
         arrangement: the order of calls that was chosen; None where the option `reorder` is off or the program was
             found in a cache, in order.
         ledger: captures and replays; None where nothing is captured (compile_fx).
+        streams: what the streams that were planned inside of captures made by others are estimated to save, by sizes.
         weights: which of them are laid out in FRACTAL_NZ; None where the option `weight_nz` is off.
         constants: the values that are computed once, which the program has as its last inputs; None without any.
         stored: what the cache did for it, as text; empty without a cache.
@@ -92,6 +95,7 @@ class CompiledGraph:
         self.graph: fx.GraphModule | None = None
         self.arrangement: Arrangement | None = None
         self.ledger: Ledger | None = None
+        self.streams: Mapping[str, str] = {}
         self.constants: once.Split | None = None
         self.weights: weight_layout.Layout | None = None
         self.stored = ""
@@ -139,7 +143,8 @@ class CompiledGraph:
         if self.constants:
             order.append(f"constants: {len(self.constants.values)} computed once, {self.constants.size} bytes")
         weights = [str(self.weights)] if self.weights else []
-        return [*order, *weights, *([f"memory: {self.memory.summary}"] if self.memory else [])]
+        peak = [f"memory: {self.memory.summary}"] if self.memory else []
+        return [*order, *weights, *peak, *(f"captured {sizes}: {saved}" for sizes, saved in self.streams.items())]
 
 
 class AscendBackend:
@@ -254,7 +259,7 @@ def compile_fx(
         gm.recompile()
     keep_program = None if keep is None else lambda program: keep(cache.write(program))
     return _compile(
-        compiled, gm, example_inputs, _labelled(name), after_passes, keep=keep_program, surroundings=surroundings
+        compiled, gm, example_inputs, _uncaptured(compiled), after_passes, keep=keep_program, surroundings=surroundings
     )
 
 
@@ -284,7 +289,7 @@ def load_fx(
         )
     compiled = CompiledGraph(name, options)
     compiled.batch = batch
-    return _compile(compiled, gm, example_inputs, _labelled(name), found=found)
+    return _compile(compiled, gm, example_inputs, _uncaptured(compiled), found=found)
 
 
 def _tell(compiled: CompiledGraph) -> None:
@@ -294,9 +299,16 @@ def _tell(compiled: CompiledGraph) -> None:
         compiled._call = output.behind(compiled._call, compiled.notes)
 
 
-def _labelled(name: str) -> Callable[[Functional], Callable[..., Any]]:
-    """Serves calls by the program itself, whose tasks say in a timeline which call of it they belong to."""
-    return lambda functional: LabelledCall(functional.graph, Labels(name))
+def _uncaptured(compiled: CompiledGraph) -> Callable[[Functional], Callable[..., Any]]:
+    """Serves calls by the program itself, which somebody else may capture."""
+
+    def serve(functional: Functional) -> Callable[..., Any]:
+        program = functional.graph
+        call = ProgramCall(program, Labels(compiled.name), Streams.chosen(program, compiled.options))
+        compiled.streams = call.planned
+        return call
+
+    return serve
 
 
 def _compile(

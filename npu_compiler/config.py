@@ -230,10 +230,10 @@ OF_CAPTURES = (
     "capture_budget_streams",
     "capture_error_mode",
     "clone_outputs",
-    "multistream",
-    "stream_limit",
 )
 """Options that describe the captured graphs of this backend."""
+OF_STREAMS = ("multistream", "stream_limit")
+"""Options that describe what a capture finds, whoever makes it."""
 
 
 def _refuse_contradictions(values: Mapping[str, Any]) -> None:
@@ -241,7 +241,9 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
     if values.get("capture") is False:
         sides.append(("capture=False", (*OF_CAPTURES, "capture_with", "npugraph_ex"), "capture=False makes none"))
     if values.get("capture_with") == "npugraph_ex":
-        sides.append(("capture_with='npugraph_ex'", OF_CAPTURES, "npugraph_ex has options of its own for that"))
+        sides.append(
+            ("capture_with='npugraph_ex'", (*OF_CAPTURES, *OF_STREAMS), "npugraph_ex has options of its own for that")
+        )
         sides.append(("capture_with='npugraph_ex'", ("watch",), "npugraph_ex's own passes don't know the notes"))
     elif values.get("npugraph_ex"):
         sides.append(("capture_with='ascend'", ("npugraph_ex",), "only npugraph_ex reads them"))

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from npu_compiler.graph.running import note, run
 from npu_compiler.graph.source import place
 from npu_compiler.runtime import trace
 
@@ -18,12 +16,12 @@ from npu_compiler.runtime import trace
 class Labels:
     """The labels of a program's calls, made when they are first asked for.
 
-    Args:
+    Attributes:
         name: of the compiled graph.
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
         self._texts: dict[fx.Node, bytes] = {}
 
     def set(self, node: fx.Node, stream: Any) -> int:
@@ -41,7 +39,7 @@ class Labels:
         found = place(node)
         origin = node.meta.get("npu_origin") or {}
         said = {
-            "graph": self._name,
+            "graph": self.name,
             "node": node.name,
             "call": str(node.target),
             "module": found.module,
@@ -49,28 +47,6 @@ class Labels:
             "pass": origin.get("pass", ""),
         }
         return json.dumps({name: text for name, text in said.items() if text}).encode()
-
-
-class LabelledCall:
-    """A program's own `forward`; while it is captured or recorded, run call by call with labels.
-
-    Args:
-        program: what to call.
-    """
-
-    def __init__(self, program: fx.GraphModule, labels: Labels) -> None:
-        self._program, self._labels = program, labels
-        _LazyGraphModule.force_recompile(program)  # its code is otherwise generated at the first call
-
-    def __call__(self, *args: Any) -> Any:
-        if trace.recording() or torch.npu.is_current_stream_capturing():
-            labeller = Labeller(self._program, self._labels)
-            try:
-                return labeller.run(*args, enable_io_processing=False)
-            except Exception as error:
-                note(error, labeller.current)
-                raise
-        return run(self._program, args)
 
 
 class Labeller(fx.Interpreter):

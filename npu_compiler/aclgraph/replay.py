@@ -22,9 +22,10 @@ from npu_compiler.aclgraph.budget import Budget
 from npu_compiler.aclgraph.capture import EXCLUSIVE, capture, refuse_uncapturable
 from npu_compiler.aclgraph.forecast import Forecast
 from npu_compiler.aclgraph.inputs import Buffers, InputPlan, writable
-from npu_compiler.aclgraph.labels import LabelledCall, Labels
+from npu_compiler.aclgraph.labels import Labels
 from npu_compiler.aclgraph.ledger import Capture, Ledger
 from npu_compiler.aclgraph.outputs import OutputPlan
+from npu_compiler.aclgraph.program_call import ProgramCall
 from npu_compiler.aclgraph.sizes import NumberOutputs
 from npu_compiler.aclgraph.streams import Streams, summary
 from npu_compiler.config import Options
@@ -89,7 +90,7 @@ class Replayer:
         self.ledger = Ledger(f"{name} ({place})" if place else name)
         self._program = program
         self._labels = Labels(name)
-        self._call = LabelledCall(program, self._labels)
+        self._call = ProgramCall(program, self._labels)
         self._options = options
         self._name = name
         self._plan = InputPlan.of(program.graph, stable, names)
@@ -110,7 +111,7 @@ class Replayer:
         self._captured: Key | None = None  # the shape captured last
         self._pool: Any = None
         self._handed_out: OutputPlan | None = None  # the outputs of the last replay
-        self._streams = streams or Streams(program, options.stream_limit if options.multistream == "auto" else 1)
+        self._streams = streams or Streams.chosen(program, options)
         self._last_stream: Any = None
         # Copies in, launch and copies out of one call must not mix with another thread's: they share the buffers.
         self._lock = threading.RLock()

@@ -6,10 +6,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from npu_compiler.aclgraph.labels import Labeller, Labels
+from npu_compiler.config import Options
 from npu_compiler.plan.dependencies import Dependencies
 from npu_compiler.plan.estimate import sizes_of
 from npu_compiler.plan.happens_before import verify
@@ -23,6 +25,11 @@ class Streams:
         limit: how many streams a captured graph may use; 1 plans nothing.
     """
 
+    @classmethod
+    def chosen(cls, program: fx.GraphModule, options: Options) -> Streams:
+        """As the options say."""
+        return cls(program, options.stream_limit if options.multistream == "auto" else 1)
+
     def __init__(self, program: fx.GraphModule, limit: int) -> None:
         self._graph, self._limit = program.graph, limit
         self._streams: list[Any] = []
@@ -35,9 +42,7 @@ class Streams:
         """
         if self._limit == 1:
             return None
-        placeholders = self._graph.find_nodes(op="placeholder")
-        sizes = sizes_of(dict(zip(placeholders, arguments, strict=True)))
-        plan = schedule(self._dependencies, sizes, self._limit)
+        plan = schedule(self._dependencies, self._sizes(arguments), self._limit)
         if plan is not None:
             verify(self._graph, plan)
         return plan
@@ -51,6 +56,18 @@ class Streams:
         while len(self._streams) < (plan.streams if plan is not None else 1):
             self._streams.append(torch.npu.Stream())
         return self._streams
+
+    def beside(self, main: Any, plan: StreamPlan) -> list[Any]:
+        """The streams of a plan whose main one is given."""
+        return [main, *(stream for stream in self.of(plan) if stream != main)][: plan.streams]
+
+    def text(self, arguments: Sequence[Any]) -> str:
+        """The sizes of a call in words; "static" for a program that has none."""
+        return ", ".join(f"{symbol}={size}" for symbol, size in self._sizes(arguments).items()) or "static"
+
+    def _sizes(self, arguments: Sequence[Any]) -> dict[sympy.Symbol, int]:
+        placeholders = self._graph.find_nodes(op="placeholder")
+        return sizes_of(dict(zip(placeholders, arguments, strict=True)))
 
 
 class StreamRunner(Labeller):

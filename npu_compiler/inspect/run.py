@@ -20,6 +20,7 @@ class ModelCapture(Data):
         mode: FULL, or PIECEWISE for a piece.
         tokens, requests: its size.
         updated_operators: how many get the lengths of a batch at each replay.
+        streams: how many its tasks are on; 0 where CANN doesn't tell.
         reason: why it was captured (npu_compiler/reasons.py).
     """
 
@@ -29,6 +30,7 @@ class ModelCapture(Data):
     milliseconds: float
     mebibytes: float
     updated_operators: int
+    streams: int = 0
     replays: int
     reason: str
 

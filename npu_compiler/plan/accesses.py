@@ -1,7 +1,8 @@
 """What a call touches: the buffers it reads and writes, as identities of storages.
 
-Two kinds of hidden state are buffers too: the random generator, which draws advance, and whatever an operator with an
-effect outside of its schema may touch (a print, a cache known by a layer's name), which everything depends on.
+Three kinds of hidden state are buffers too: the random generator, which draws advance; what operators know by a layer's
+name (KV caches), which no tensor of a program shares; and whatever another operator with an effect outside of its
+schema may touch (a print), which everything depends on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from npu_compiler.plan.engines import Engine, engine_of
 
 GENERATOR = -1
 UNKNOWN = -2
-HIDDEN = frozenset({GENERATOR, UNKNOWN})
+LAYERS = -3
+HIDDEN = frozenset({GENERATOR, UNKNOWN, LAYERS})
+LAYER = "layer_name"
+"""The argument by which vLLM's operators find a layer, and with it what no schema names: its KV cache, its lengths."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ def accesses(node: fx.Node) -> Accesses:
         writes.add(UNKNOWN)
     if _draws(node):
         writes.add(GENERATOR)
+    if _knows_a_layer(node):
+        writes.add(LAYERS)
     return Accesses(frozenset(reads - writes), frozenset(writes))
 
 
@@ -54,12 +60,17 @@ def is_opaque(node: fx.Node) -> bool:
 
 def is_pinned(node: fx.Node) -> bool:
     """Whether a call must stay on the main stream: hidden effects, random draws, collectives (which bring their own
-    streams along)."""
-    return is_opaque(node) or _draws(node) or engine_of(node) is Engine.LINK
+    streams along), attention that is updated between replays."""
+    return is_opaque(node) or _draws(node) or _knows_a_layer(node) or engine_of(node) is Engine.LINK
 
 
 def _draws(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _knows_a_layer(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and any(entry.name == LAYER for entry in target._schema.arguments)
 
 
 def _has_result(node: fx.Node) -> bool:

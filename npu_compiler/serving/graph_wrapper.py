@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 
 from npu_compiler import reasons
 from npu_compiler.reasons import Why
+from npu_compiler.runtime import trace
 from npu_compiler.serving import dump
 from npu_compiler.serving.attention import UPDATES_KEY
 from npu_compiler.serving.graph_updates import GraphUpdates, UpdateResources
@@ -103,6 +104,7 @@ class ACLGraphWrapper(CUDAGraphWrapper):
                 output = self.runnable(*args, **kwargs)
                 if self.cudagraph_options.weak_ref_output:
                     output = _weak(output)
+                graph_id = trace.label(npu.current_stream(), b"")
             finally:
                 graph.capture_end()
         except Exception as error:
@@ -120,6 +122,7 @@ class ACLGraphWrapper(CUDAGraphWrapper):
             milliseconds=(time.perf_counter() - start) * 1e3,
             mebibytes=(_size(self.graph_pool) - before) / 2**20,
             updated_operators=len(updates),
+            streams=len({task["stream"] for task in trace.nodes(graph_id)}),
             reason=self._why(descriptor),
         )
         self._captured.add(descriptor)

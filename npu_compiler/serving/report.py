@@ -20,8 +20,8 @@ IDLE_SECONDS = 1.0
 
 @dataclasses.dataclass
 class GraphRecord:
-    """One captured graph. `mebibytes` is what the graphs' pool grew by; `reason` says why it was captured
-    (npu_compiler/reasons.py)."""
+    """One captured graph. `mebibytes` is what the graphs' pool grew by; `streams` how many its tasks are on, 0 where
+    CANN doesn't tell; `reason` says why it was captured (npu_compiler/reasons.py)."""
 
     mode: str
     tokens: int
@@ -29,6 +29,7 @@ class GraphRecord:
     milliseconds: float
     mebibytes: float
     updated_operators: int = 0
+    streams: int = 0
     replays: int = 0
     reason: str = FIRST_SHAPE.text
 
@@ -95,7 +96,7 @@ class RunReport:
             f"{data['capture_mebibytes']:.1f} MiB of the graphs' pool",
             *(
                 f"  {g['mode']} {g['tokens']} tokens: {g['milliseconds']:.1f} ms, {g['mebibytes']:.2f} MiB, "
-                f"{g['replays']} replays"
+                f"{g['replays']} replays" + (f", {g['streams']} streams" if g["streams"] > 1 else "")
                 for g in data["graphs"]
             ),
             *(f"  {size} not captured: {reason}" for size, reason in data["not_captured"].items()),
@@ -120,6 +121,7 @@ class RunReport:
             row.milliseconds += graph.milliseconds
             row.mebibytes += graph.mebibytes
             row.updated_operators += graph.updated_operators
+            row.streams = max(row.streams, graph.streams)
         return list(rows.values())
 
 

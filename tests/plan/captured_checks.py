@@ -19,7 +19,7 @@ from torch import Tensor, fx
 import npu_compiler
 from npu_compiler.aclgraph.capture import capture
 from npu_compiler.aclgraph.streams import Streams
-from npu_compiler.backend import ascend
+from npu_compiler.backend import CompiledGraph, ascend, compile_fx
 from npu_compiler.plan.dependencies import Dependencies
 from npu_compiler.plan.estimate import Device
 from npu_compiler.plan.happens_before import verify
@@ -49,6 +49,37 @@ def check_two_branches_in_one_captured_graph() -> None:
     assert "2 streams, estimated" in npu_compiler.report(), npu_compiler.report()
     assert after["graph_launches"] - before["graph_launches"] == 3
     assert after["captures"] - before["captures"] == 1
+
+
+def check_streams_inside_a_capture_of_somebody_else() -> None:
+    """As vLLM captures: the program is compiled without captures, and called inside of one."""
+    torch._dynamo.reset()
+    made: list[CompiledGraph] = []
+
+    def uncaptured(gm: fx.GraphModule, inputs: list[Any]) -> CompiledGraph:
+        made.append(compile_fx(gm, inputs, {"multistream": "auto", "capture": False}))
+        return made[0]
+
+    compiled = torch.compile(branches, backend=uncaptured)
+    x, weight = torch.rand(32, 16).npu(), torch.rand(16, 16).npu()
+    compiled(x, weight)
+    assert not made[0].streams, "outside of a capture there is one stream"
+    graph, stream = torch.npu.NPUGraph(), torch.npu.Stream()
+    torch.npu.synchronize()
+    with torch.npu.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        outputs = compiled(x, weight)
+        graph.capture_end()
+    assert list(made[0].streams) == ["static"]
+    assert "captured static: 2 streams, estimated" in str(made[0])
+    for step in range(3):
+        values = torch.rand(32, 16) + step
+        x.copy_(values)
+        torch.npu.synchronize()
+        graph.replay()
+        torch.npu.synchronize()
+        for got, expected in zip(outputs, branches(values, weight.cpu()), strict=True):
+            torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 def check_each_shape_has_its_plan() -> None:

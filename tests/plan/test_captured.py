@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CHECKS = [
     "check_two_branches_in_one_captured_graph",
+    "check_streams_inside_a_capture_of_somebody_else",
     "check_each_shape_has_its_plan",
     "check_shapes_with_outputs_in_one_place_on_two_streams",
     "check_random_programs",
