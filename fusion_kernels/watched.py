@@ -58,7 +58,8 @@ class Seen:
 
     Attributes:
         graph: the compiled graph. `call`: counted from 0 since it was compiled; warm-up runs count, too.
-        place: module path and source line in the user's model. `node`: the call of the program.
+        place: module path and source line in the user's model. `node`, `operator`: the call of the program, and what
+            it calls.
         shape, dtype: of the value. `rows`: how many of its first rows are the batch, the others being padding; None
             where nobody said, and everything counts.
         statistics: of the real rows; None where only `nan` or `inf` was asked for. `nans`, `infinite`: how many
@@ -71,6 +72,7 @@ class Seen:
     call: int
     place: str
     node: str
+    operator: str
     what: What
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -89,11 +91,11 @@ class Seen:
 
     @property
     def kind(self) -> str:
-        """Type and shape; of the first dimension as many as are real."""
+        """Operator, type and shape; of the first dimension as many as are real."""
         shape: list[object] = list(self.shape)
         if self.rows is not None and self.rows != shape[0]:
             shape[0] = f"{self.rows} of {shape[0]}"
-        return f"{str(self.dtype).removeprefix('torch.')} [{', '.join(map(str, shape))}]"
+        return f"{self.operator}, {str(self.dtype).removeprefix('torch.')} [{', '.join(map(str, shape))}]"
 
     def __str__(self) -> str:
         held = str(self.statistics) if self.statistics else f"{self.nans} NaN, {self.infinite} infinite of {self.count}"
@@ -124,7 +126,8 @@ class Point:
     ) -> None:
         said = json.loads(key)
         self.what: What = said["what"]
-        self.place, self.node, self.position = said["place"], said["node"], position
+        self.place, self.node, self.operator = said["place"], said["node"], said["operator"]
+        self.position = position
         self._counter, self._rows, self._forms, self._keep = counter, rows, forms, len(rows)
         self._batch, self._real = batch, real
         self._kinds: list[tuple[tuple[int, ...], torch.dtype]] = []
@@ -169,6 +172,7 @@ class Point:
             call,
             self.place,
             self.node,
+            self.operator,
             self.what,
             shape,
             dtype,
@@ -250,9 +254,9 @@ _notes: weakref.WeakSet[Notes] = weakref.WeakSet()
 _numbers = itertools.count()
 
 
-def key(place: str, node: str, what: What) -> str:
+def key(place: str, node: str, operator: str, what: What) -> str:
     """What the pass that watches a value writes into the program: it says all that is told of the point later."""
-    return json.dumps({"place": place, "node": node, "what": what})
+    return json.dumps({"place": place, "node": node, "operator": operator, "what": what})
 
 
 def new_batch() -> Tensor:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from npu_compiler.backend import report, watched
+    from npu_compiler.backend import report
     from npu_compiler.config import Options
     from npu_compiler.errors import NpuCompilerError
     from npu_compiler.inspect.trace import trace
     from npu_compiler.passes.record import Pass
     from npu_compiler.passes.rewrite import Rule
+    from npu_compiler.watching import watched
 
 _HOMES = {
     "Options": "npu_compiler.config",
@@ -23,7 +24,7 @@ _HOMES = {
     "Pass": "npu_compiler.passes.record",
     "Rule": "npu_compiler.passes.rewrite",
     "report": "npu_compiler.backend",
-    "watched": "npu_compiler.backend",
+    "watched": "npu_compiler.watching",
     "trace": "npu_compiler.inspect.trace",
 }
 __all__ = ["NpuCompilerError", "Options", "Pass", "Rule", "__version__", "report", "trace", "watched"]

@@ -37,25 +37,21 @@ from npu_compiler.cache import CacheNote, Program
 from npu_compiler.config import DECIDE_NOTHING, Options, refuse_mode
 from npu_compiler.dumps import bundle_of as bundle_of  # serving adds its own captures and report to it
 from npu_compiler.errors import OptionError, StoredProgramError
-from npu_compiler.fusion_kernels import watched as watching
 from npu_compiler.fusion_kernels.chosen import providers
-from npu_compiler.fusion_kernels.watched import Notes as Notes
-from npu_compiler.fusion_kernels.watched import Seen as Seen
-from npu_compiler.fusion_kernels.watched import new_batch as new_batch
 from npu_compiler.graph import digest, once
 from npu_compiler.graph.serialized import NotStorable
-from npu_compiler.graph.source import beginning, where
+from npu_compiler.graph.source import beginning, input_name, where
 from npu_compiler.lowering.floats import specialize_module_floats
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
-from npu_compiler.passes import watch as watch_places
 from npu_compiler.passes.record import PassRecord, report_lines
 from npu_compiler.plan import agreement, memory, weight_layout
 from npu_compiler.plan.memory import MemoryPlan
 from npu_compiler.plan.order import Arrangement, arrange
+from npu_compiler.units import in_bytes
+from npu_compiler.watching import Notes, told, warn_of_absent
 
 if TYPE_CHECKING:
-    from npu_compiler.aclgraph.watch_output import Output
     from npu_compiler.inspect.surroundings import Noted
     from npu_compiler.inspect.writer import GraphWriter
 
@@ -110,6 +106,12 @@ class CompiledGraph:
         assert self._call is not None, "only a finished CompiledGraph leaves this module"
         return self._call(*args)
 
+    def watch(self) -> None:
+        """Prints and saves what is watched behind each call, and warns of what is not there."""
+        assert self._call is not None, "only a finished CompiledGraph leaves this module"
+        warn_of_absent(self.name, [self.records])
+        self._call = told(self._call, self.notes, self.options, self.name)
+
     @property
     def __code__(self) -> CodeType:
         """What debuggers of torch.compile, such as depyf, look for in a compiled function."""
@@ -141,7 +143,7 @@ class CompiledGraph:
     def _planned(self) -> list[str]:
         order = [f"order: {self.arrangement}"] if self.arrangement else []
         if self.constants:
-            order.append(f"constants: {len(self.constants.values)} computed once, {self.constants.size} bytes")
+            order.append(f"constants: {len(self.constants.values)} computed once, {in_bytes(self.constants.size)}")
         weights = [str(self.weights)] if self.weights else []
         peak = [f"memory: {self.memory.summary}"] if self.memory else []
         return [*order, *weights, *peak, *(f"captured {sizes}: {saved}" for sizes, saved in self.streams.items())]
@@ -181,7 +183,7 @@ class AscendBackend:
 
         found, keep = _stored(compiled, gm, example_inputs) if chosen.cache else (None, None)
         _compile(compiled, gm, example_inputs, serve, found=found, keep=keep)
-        _tell(compiled)
+        compiled.watch()
         self._compiled.add(compiled)
         return compiled
 
@@ -197,27 +199,6 @@ def report() -> str:
     """What became of the graphs torch.compile(backend="ascend") has compiled in this process and that are alive: each
     pass with what it did and left out and why, each capture with its price, the count of replays."""
     return "\n".join(str(entry) for entry in ascend.compiled()) or "nothing compiled"
-
-
-def is_watched(graph: fx.Graph, options: Options) -> bool:
-    """Whether the option `watch` names something in a dynamo graph, so that one that looks like it is another."""
-    return watch_places.concerns(graph, options.watch)
-
-
-def watch_output(options: Options, name: str) -> Output | None:
-    """What prints and saves what is watched; None where neither is asked for. `name`: of the folder."""
-    if not options.watch or not (options.watch_print or options.watch_save):
-        return None
-    from npu_compiler.aclgraph.watch_output import Output
-
-    return Output(options.watch_print, options.watch_save, name)
-
-
-def watched() -> list[Seen]:
-    """What the values that the option `watch` names held in the calls since this was asked last, by graph, call and
-    place in the program: of the entries of `nan`, the first of a call is where the NaN came from. Waits for the device,
-    so it can't be called during a capture."""
-    return watching.read()
 
 
 def compile_fx(
@@ -290,13 +271,6 @@ def load_fx(
     compiled = CompiledGraph(name, options)
     compiled.batch = batch
     return _compile(compiled, gm, example_inputs, _uncaptured(compiled), found=found)
-
-
-def _tell(compiled: CompiledGraph) -> None:
-    """Prints and saves what is watched behind each call, if that is asked for."""
-    output = watch_output(compiled.options, compiled.name)
-    if output is not None and compiled.notes is not None and compiled._call is not None:
-        compiled._call = output.behind(compiled._call, compiled.notes)
 
 
 def _uncaptured(compiled: CompiledGraph) -> Callable[[Functional], Callable[..., Any]]:
@@ -514,12 +488,4 @@ def _return_flat_tuple(gm: fx.GraphModule) -> Callable[[Any], Any] | None:
 
 
 def _input_names(gm: fx.GraphModule) -> list[str]:
-    return [_input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
-
-
-def _input_name(node: fx.Node) -> str:
-    """The name of a dynamo input in the user's terms: `x`, `linear.weight`, or dynamo's own name (a size, say)."""
-    name = node.name.lower().removeprefix("l_").removeprefix("self_").strip("_")
-    for kind in ("modules_", "parameters_", "buffers_"):
-        name = name.replace(f"_{kind}", ".").removeprefix(kind)
-    return name.replace("__", ".")
+    return [input_name(node) for node in gm.graph.find_nodes(op="placeholder")]

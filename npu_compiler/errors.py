@@ -87,5 +87,9 @@ class TrainingWarning(UserWarning):
     """A compiled function needs gradients, so it runs without passes and without capture."""
 
 
+class WatchWarning(UserWarning):
+    """The option `watch` names a place that the program has not."""
+
+
 class CaptureBudgetWarning(UserWarning):
     """A shape does not fit into what captures may take, so it runs uncaptured."""

@@ -24,6 +24,7 @@ from torch import SymBool, SymFloat, SymInt, Tensor, fx
 
 from npu_compiler.graph.effects import is_pure, may_write, storage, tensors
 from npu_compiler.graph.merged import Merged
+from npu_compiler.graph.source import operator_name
 from npu_compiler.passes.record import PassRecord
 
 NAME = "common"
@@ -51,7 +52,7 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
         elif memory.both_returned(first, node):
             record.refuse(NAME, node, f"the caller gets it and the equal {first.name} as separate tensors")
         else:
-            record.fire(f"{NAME}: {node.target}", node, [node])
+            record.fire(f"{NAME}: {operator_name(node.target)}", node, [node])
             memory.merge(first, node)
             node.replace_all_uses_with(first)
             graph.erase_node(node)

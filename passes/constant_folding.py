@@ -26,6 +26,7 @@ from torch import fx
 from npu_compiler.facts.sizes import Fact, known
 from npu_compiler.graph.effects import is_pure, storage, tensors, written_storages
 from npu_compiler.graph.once import FROZEN, ONCE
+from npu_compiler.graph.source import operator_name
 from npu_compiler.graph.traffic import launches, size_in_bytes
 from npu_compiler.passes.record import PassRecord, Saving
 
@@ -56,7 +57,7 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
     for node in reversed(kept):
         gone = [item for item in _behind(node) if item.op == "call_function" and item not in taken]
         taken.update(gone)
-        record.fire(f"{NAME}: {node.target}", node, gone, Saving.between(gone, ()))
+        record.fire(f"{NAME}: {operator_name(node.target)}", node, gone, Saving.between(gone, ()))
         node.meta[ONCE] = True
 
 

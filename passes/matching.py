@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from npu_compiler.facts.sizes import equal
+from npu_compiler.graph.source import operator_name
 from npu_compiler.passes.pattern import (
     CASTS,
     SPLITS,
@@ -66,7 +67,8 @@ class Miss:
             return self
         nodes, pattern, value = self.stopped
         reader = nodes[-1]  # the call whose argument it is, or one that leads there
-        reason = f"{_shown(value)}, which {reader.name} ({reader.target}) leads to, is {_wanted_instead(pattern)}"
+        led = f"which {reader.name} ({operator_name(reader.target)}) leads to"
+        reason = f"{_shown(value)}, {led}, is {_wanted_instead(pattern)}"
         return Miss(len(nodes), reason, value if isinstance(value, fx.Node) else reader)
 
 
@@ -76,7 +78,7 @@ def _shown(value: object) -> str:
 
 def _kind(node: fx.Node) -> str:
     """What a node is: its operator, or that it is no call."""
-    return {"placeholder": "an input", "get_attr": "a constant"}.get(node.op, str(node.target))
+    return {"placeholder": "an input", "get_attr": "a constant"}.get(node.op, operator_name(node.target))
 
 
 def _wanted_instead(pattern: object) -> str:
@@ -211,7 +213,7 @@ def _match_call(pattern: Call, value: object, state: _State, miss: Miss) -> Iter
         return
     args = _arguments(value, len(pattern.args))
     if args is None:
-        miss.note(depth, f"{value.name} ({value.target}) has arguments the rule does not know", value)
+        miss.note(depth, f"{value.name} ({operator_name(value.target)}) has arguments the rule does not know", value)
         return
     bound = state.bind(pattern.name, value)
     if bound is None:

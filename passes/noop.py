@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from npu_compiler.facts.sizes import Fact, Truth, equal, known, same_layout
 from npu_compiler.graph.effects import addresses_storage, argument, storage, tensors, value, written_storages
 from npu_compiler.graph.merged import Merged
+from npu_compiler.graph.source import operator_name
 from npu_compiler.graph.spec import refresh_alias
 from npu_compiler.graph.traffic import is_view
 from npu_compiler.passes.record import PassRecord
@@ -55,11 +56,11 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
             memory.merge(node, source)
             _remove(node, source, record)
         elif _is_near_miss(node, source, fact):
-            record.refuse(f"{NAME}: {node.target}", node, fact.text)
+            record.refuse(f"{NAME}: {operator_name(node.target)}", node, fact.text)
 
 
 def _remove(node: fx.Node, source: fx.Node | None, record: PassRecord) -> None:
-    record.fire(f"{NAME}: {node.target}", node, [node])
+    record.fire(f"{NAME}: {operator_name(node.target)}", node, [node])
     if source is not None:
         node.replace_all_uses_with(source)
     node.graph.erase_node(node)
@@ -90,10 +91,10 @@ def unchanged_argument(node: fx.Node) -> fx.Node | None:
 def same_values(node: fx.Node, source: fx.Node) -> Fact:
     """Whether the result of a call is its argument `source`: values and layout."""
     result, given = _tensor(node), _tensor(source)
-    fact = _same_form(result, given, str(node.target))
+    fact = _same_form(result, given, operator_name(node.target))
     if fact and node.target in RULES:
         return RULES[node.target][1](node)
-    return fact and equal(result.storage_offset(), given.storage_offset(), f"{node.target}: offset")
+    return fact and equal(result.storage_offset(), given.storage_offset(), f"{operator_name(node.target)}: offset")
 
 
 def _same_form(result: Tensor, given: Tensor, what: str) -> Fact:

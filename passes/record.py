@@ -51,12 +51,14 @@ class Fired:
 
 @dataclass(frozen=True)
 class Refused:
-    """A rewrite that was considered and left out: the rule, the place, the reason, in how many equal layers."""
+    """A rewrite that was considered and left out: the rule, the place, the reason, in how many equal layers; what there
+    is, where the user named something that is not there."""
 
     rule: str
     place: str
     reason: str
     layers: int = 1
+    near: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,9 @@ class PassRecord:
                 Attempt(rule, anchor.name, where(anchor), miss.depth, miss.reason, name, place, miss.whole)
             )
 
-    def refuse_all(self, rule: str, reason: str) -> None:
-        """Notes that `rule` had nothing to look at in the whole program."""
-        self.refused.append(Refused(rule, "the whole program", reason))
+    def refuse_all(self, rule: str, reason: str, near: Sequence[str] = ()) -> None:
+        """Notes that `rule` had nothing to look at in the whole program, and what there is instead of what it names."""
+        self.refused.append(Refused(rule, "the whole program", reason, near=tuple(near)))
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.nodes_before} -> {self.nodes_after} calls, {self.seconds * 1e3:.1f} ms"]

@@ -39,7 +39,7 @@ from npu_compiler.graph.effects import argument, is_functionalized, storage, ten
 from npu_compiler.graph.functionalized import Base, Wrapped
 from npu_compiler.graph.holders import Holders, is_final_write, same_place
 from npu_compiler.graph.overlap import may_overlap
-from npu_compiler.graph.source import origin_of
+from npu_compiler.graph.source import operator_name, origin_of
 from npu_compiler.graph.spec import infer, refresh_aliases
 from npu_compiler.passes.record import PassRecord
 
@@ -98,7 +98,7 @@ class _Writes:
     def operator(self, node: fx.Node) -> None:
         """`new = index_put(old, ...)` becomes `index_put_(old, ...)`."""
         old = node.args[0]
-        name = f"{NAME}: {node.target}"
+        name = f"{NAME}: {operator_name(node.target)}"
         if not isinstance(old, fx.Node) or not self._may(name, node, old, value(old), [node]):
             return
         self._record.fire(name, node, [node])
@@ -111,7 +111,7 @@ class _Writes:
     def scatter(self, node: fx.Node) -> None:
         """`new = select_scatter(old, part, 0, i)` becomes `copy_(select(old, 0, i), part)`, nested ones alike."""
         old, part, views = _unnested(node)
-        name = f"{NAME}: {node.target}"
+        name = f"{NAME}: {operator_name(node.target)}"
         added = _viewed(old, views, node)
         if not self._may(name, node, old, value(added[-1]), [node]):
             for view in reversed(added):

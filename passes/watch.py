@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import getitem
+from pathlib import PurePath
 
 from torch import Tensor, fx
 
@@ -32,11 +34,13 @@ from npu_compiler.config import watched
 from npu_compiler.fusion_kernels import register
 from npu_compiler.fusion_kernels.watched import What, key, operator
 from npu_compiler.graph.effects import value
-from npu_compiler.graph.source import lines, module_paths, origin_of, where
+from npu_compiler.graph.source import lines, module_paths, operator_name, origin_of, where
 from npu_compiler.passes.record import Pass, PassRecord
 
 NAME = "watch"
 EVERY = "*"
+NEAREST = 3
+"""How many places are named instead of one that is not there."""
 
 
 def pass_of(entries: Sequence[str]) -> Pass | None:
@@ -51,7 +55,8 @@ def pass_of(entries: Sequence[str]) -> Pass | None:
             for node in found:
                 watch(node, what, record)  # type: ignore[arg-type]  # one of config.WATCHES
             if not found:
-                record.refuse_all(NAME, f"no value leaves {place!r} here{_nearest(place, module.graph)}")
+                near = [] if _inside(module.graph, place) else nearest(place, _places(module.graph))
+                record.refuse_all(f"{NAME} {place}", _nothing(near), near)
 
     return Pass(NAME, "before all others: what is watched is not fused away", run)
 
@@ -60,6 +65,25 @@ def concerns(graph: fx.Graph, entries: Sequence[str]) -> bool:
     """Whether an entry of the option names something in this program."""
     places = [place for place, _ in map(watched, entries)]
     return any(place == EVERY or _inside(graph, place) for place in places)
+
+
+def absent(pieces: Iterable[Sequence[PassRecord]]) -> Iterator[str]:
+    """What to say of each place of which no piece of a model has a value.
+
+    Args:
+        pieces: the records of each.
+    """
+    refused = [
+        {entry.rule: entry for entry in record.refused}
+        for records in pieces
+        for record in records
+        if record.name == NAME
+    ]
+    for rule in refused[0] if refused else ():
+        if all(rule in entries for entries in refused):
+            place = rule.removeprefix(f"{NAME} ")
+            names = dict.fromkeys(name for entries in refused for name in entries[rule].near)
+            yield f"{place!r}: {_nothing(nearest(place, names))}"
 
 
 def leaving(graph: fx.Graph, place: str) -> list[fx.Node]:
@@ -80,7 +104,7 @@ def watch(node: fx.Node, what: What, record: PassRecord) -> fx.Node:
     register()
     graph = node.graph
     with graph.inserting_after(node):
-        made = graph.call_function(operator(), (node, key(where(node), node.name, what)))
+        made = graph.call_function(operator(), (node, key(where(node), node.name, _called(node), what)))
     made.meta.update(origin_of([node], NAME), val=None)
     record.fire(f"{NAME}: {what}", node, [], made=[made])
     return made
@@ -88,18 +112,53 @@ def watch(node: fx.Node, what: What, record: PassRecord) -> fx.Node:
 
 def _inside(graph: fx.Graph, place: str) -> set[fx.Node]:
     """The calls at a place: a line as FILE:LINE, or a module path with wildcards."""
-    file, _, number = place.rpartition(":")
+    line = _line(place)
     calls = [node for node in graph.nodes if node.op.startswith("call_")]
-    if file and number.isdecimal():
-        return {node for node in calls if _on_line(node, file, int(number))}
+    if line is not None:
+        return {node for node in calls if _on_line(node, *line)}
     return {node for node in calls if any(fnmatch.fnmatchcase(path, place) for path in module_paths(node))}
+
+
+def _line(place: str) -> tuple[str, int] | None:
+    """File and number of a place that is a line."""
+    file, _, number = place.rpartition(":")
+    return (file, int(number)) if file and number.isdecimal() else None
 
 
 def _on_line(node: fx.Node, file: str, number: int) -> bool:
     return any(line == number and (path == file or path.endswith(f"/{file}")) for path, line in lines(node))
 
 
-def _nearest(place: str, graph: fx.Graph) -> str:
-    known: Iterable[str] = {path for node in graph.nodes for path in module_paths(node)}
-    close = difflib.get_close_matches(place, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _called(node: fx.Node) -> str:
+    """The operator that computes a value; of one of several results, with its number."""
+    if node.target is getitem and isinstance(node.args[0], fx.Node):
+        return f"{_called(node.args[0])}[{node.args[1]}]"
+    return operator_name(node.target)
+
+
+def _places(graph: fx.Graph) -> list[str]:
+    """What the option could name: the paths of modules, and lines."""
+    calls = [node for node in graph.nodes if node.op.startswith("call_")]
+    paths = dict.fromkeys(path for node in calls for path in module_paths(node))
+    named = dict.fromkeys(f"{PurePath(file).name}:{number}" for node in calls for file, number in lines(node))
+    return [*paths, *named]
+
+
+def nearest(place: str, known: Iterable[str]) -> list[str]:
+    """Those of the known places that are most like one that is not there: lines of its file, if it is a line, else
+    names like it; where none is like it, the first ones."""
+    line, known = _line(place), list(known)
+    alike = [name for name in known if (_line(name) is None) == (line is None)]
+    if line is not None:
+        file, number = PurePath(line[0]).name, line[1]
+        same = [name for name in alike if name.rpartition(":")[0] == file]
+        close = sorted(same, key=lambda name: abs(int(name.rpartition(":")[2]) - number))
+    else:
+        close = difflib.get_close_matches(place, alike, n=NEAREST, cutoff=0.5)
+    return (close or alike or known)[:NEAREST]
+
+
+def _nothing(near: Sequence[str]) -> str:
+    if not near:
+        return "no value that is computed there is used elsewhere, so nothing of it is noted"
+    return f"nothing is computed there, so nothing is noted; there is {', '.join(map(repr, near))}"

@@ -16,7 +16,7 @@ from npu_compiler.aclgraph.labels import Labels
 from npu_compiler.aclgraph.streams import StreamRunner
 from npu_compiler.errors import CaptureError
 from npu_compiler.graph.effects import host_dependence
-from npu_compiler.graph.source import beginning, where
+from npu_compiler.graph.source import beginning, operator_name, where
 from npu_compiler.plan.schedule import StreamPlan
 
 UNCAPTURED = 'use options={"capture": False} to call the compiled graph without capture'
@@ -49,7 +49,7 @@ def refuse_uncapturable(graph: fx.Graph) -> None:
         reason = host_dependence(node)
         if reason:
             raise CaptureError(
-                f"{node.target} can't be captured: {reason}",
+                f"{operator_name(node.target)} can't be captured: {reason}",
                 where=where(node),
                 rule="a captured graph runs without the host",
                 fix=f"keep the value on the device, or {UNCAPTURED}",

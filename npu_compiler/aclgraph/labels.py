@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from npu_compiler.graph.source import place
+from npu_compiler.graph.source import operator_name, place
 from npu_compiler.runtime import trace
 
 
@@ -41,7 +41,7 @@ class Labels:
         said = {
             "graph": self.name,
             "node": node.name,
-            "call": str(node.target),
+            "call": operator_name(node.target),
             "module": found.module,
             "source": found.code,
             "pass": origin.get("pass", ""),
@@ -68,14 +68,17 @@ class Labeller(fx.Interpreter):
         self._stream = torch.npu.current_stream() if stream is None else stream
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(self._end_quietly)
             result = super().run(*args, **kwargs)
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # what torch_npu had left to hand over may fail as well
-                self._labels.end(self._stream)
-            raise
+            failed.pop_all()
         self._labels.end(self._stream)
         return result
+
+    def _end_quietly(self) -> None:
+        """Behind an error, which is the one to see: what torch_npu had left to hand over may fail as well."""
+        with contextlib.suppress(RuntimeError):
+            self._labels.end(self._stream)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_function":

@@ -30,7 +30,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.json and parsed.stage:
         print_json([graph.program(graph.stage(parsed.stage)) for graph in graphs])
     elif parsed.json:
-        print_json([found.header, *(part for graph in graphs for part in _parts(graph))])
+        print_json([found.header, *found.captures, *(part for graph in graphs for part in _parts(graph))])
     elif parsed.stage:
         print("\n\n".join(graph.python(graph.stage(parsed.stage)) for graph in graphs))
     else:
@@ -39,4 +39,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _parts(graph: StoredGraph) -> list[Data]:
-    return [graph.about, *graph.stages, *([graph.plan] if graph.plan is not None else []), *graph.captures]
+    from npu_compiler.inspect.contents import Stage
+
+    missing = [Stage(name="incomplete", error=graph.incomplete)] if graph.incomplete else []
+    return [graph.about, *graph.stages, *missing, *([graph.plan] if graph.plan is not None else []), *graph.captures]

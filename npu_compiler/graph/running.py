@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from npu_compiler.graph.source import where
+from npu_compiler.graph.source import operator_name, where
 
 ALONE = (
     'options={"dump": DIR, "dump_inputs": "all"} keeps the program with its inputs, and `npu-compiler replay DIR` runs '
@@ -40,7 +40,7 @@ def _run(program: fx.GraphModule, *args: Any) -> Any:
 def note(error: BaseException, node: fx.Node | None) -> None:
     """Notes on an error which call it came from; nothing where that is not known."""
     if node is not None:
-        error.add_note(f"  in: {node.target} ({node.name})\n  where: {where(node)}\n  fix: {ALONE}")
+        error.add_note(f"  in: {operator_name(node.target)} ({node.name})\n  where: {where(node)}\n  fix: {ALONE}")
 
 
 def failed(program: fx.GraphModule, trace: TracebackType | None) -> fx.Node | None:

@@ -17,7 +17,10 @@ TIMES = "npu_times"
 """Metadata of a call that stands for as many equal ones, one a layer (graph/periods.py); no entry is one."""
 _ROOT = re.compile(r"[LG]\['\w+'\](?:\[[^\]]+\])*\.?")
 """What Dynamo puts before the path: the variable that holds the model, whatever its name, and its key there."""
-_CHILD = re.compile(r"_modules\['([^']+)'\]")
+_CHILD = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
+_INPUT = re.compile(r"[LG]\['(\w+)'\]([^.]*)$")
+"""An input that is no part of a module: a variable, and a key or index in it."""
+_INSTALLED = re.compile(r"^.*/(?:site|dist)-packages/")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<text>.*)')
 
 
@@ -27,7 +30,7 @@ class Place:
 
     Attributes:
         module: path of the innermost module, such as `model.layers.0.mlp`; empty if unknown, as the rest.
-        file, line, function, text: the line of code.
+        file, line, function, text: the line of code; `file` as Python names it.
     """
 
     module: str = ""
@@ -38,8 +41,8 @@ class Place:
 
     @property
     def code(self) -> str:
-        """The line of code as `file:line: text`."""
-        return f"{self.file}:{self.line}: {self.text}" if self.file else ""
+        """The line of code as `file:line: text`; of an installed package, the file begins with the package."""
+        return f"{_INSTALLED.sub('', self.file)}:{self.line}: {self.text}" if self.file else ""
 
     def __str__(self) -> str:
         return " at ".join(part for part in (self.module, self.code) if part)
@@ -61,6 +64,29 @@ def _innermost(trace: str) -> tuple[str, int, str, str]:
 def where(node: fx.Node) -> str:
     """Module path and source line of `node` in one string, or the node's name where neither is known."""
     return str(place(node)) or f"node {node.name}"
+
+
+@functools.lru_cache(maxsize=512)
+def operator_name(target: object) -> str:
+    """What a call calls, as programs and messages name it: `aten.mul.Tensor`, `operator.getitem`."""
+    from torch import _ops  # who reads bundles imports this module, and no torch
+
+    if isinstance(target, (_ops.OpOverload, str)):
+        return str(target)
+    if isinstance(target, _ops.HigherOrderOperator):
+        return f"higher_order.{target.name()}"
+    name = f"{target.__module__.removeprefix('_')}.{target.__qualname__}"  # type: ignore[attr-defined]  # a function
+    return name.replace("<", "").replace(">", "")  # of a local function or a lambda
+
+
+def input_name(node: fx.Node) -> str:
+    """The name of a dynamo graph's input in the user's terms: `x`, `args[0]`, `layers.0.weight`; the node's own where
+    that is not known or it is a size."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None or not hasattr(node.meta.get("example_value"), "dtype"):
+        return node.name
+    found = _INPUT.match(source.name)
+    return "".join(found.groups()) if found else _plain(source.name)
 
 
 def first_use(graph: fx.Graph, inputs: Iterable[fx.Node]) -> str:

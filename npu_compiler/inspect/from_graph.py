@@ -15,7 +15,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from npu_compiler.graph.effects import storage, value, written_storages
 from npu_compiler.graph.once import LASTING, ONCE
-from npu_compiler.graph.source import TIMES, place
+from npu_compiler.graph.source import TIMES, operator_name, place
 from npu_compiler.inspect.names import is_size, names_in
 from npu_compiler.inspect.program import Argument, Call, Cost, Items, Named, Program, Result, SizeValue, TensorValue
 from npu_compiler.plan.engines import Engine
@@ -68,7 +68,7 @@ def _call(node: fx.Node, numbering: dict[int, int], sizes: Sizes) -> Call:
     return Call.model_construct(
         name=node.name,
         op=node.op,
-        target=_target(node.target),
+        target=operator_name(node.target),
         args=tuple(map(_argument, node.args)),
         kwargs={name: _argument(given) for name, given in node.kwargs.items()},
         values=tuple(_value(leaf, numbering) for leaf in leaves if isinstance(leaf, (torch.Tensor, *_NUMBERS))),
@@ -195,14 +195,3 @@ def _sizes_in(found: Any) -> list[torch.SymInt]:
 
 def _number(key: int, numbering: dict[int, int]) -> int:
     return numbering.setdefault(key, len(numbering))
-
-
-def _target(target: Any) -> str:
-    if isinstance(target, str):
-        return target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"higher_order.{target.name()}"
-    name = f"{target.__module__.removeprefix('_')}.{target.__qualname__}"
-    return name.replace("<", "").replace(">", "")  # of a local function or a lambda

@@ -23,7 +23,7 @@ from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.config import Options
 from npu_compiler.errors import BundleError
 from npu_compiler.graph import once
-from npu_compiler.graph.source import where
+from npu_compiler.graph.source import operator_name, where
 from npu_compiler.graph.spec import SpecCheck
 from npu_compiler.inspect import collectives, partly, reference, undefined
 from npu_compiler.inspect.bundle import StoredGraph
@@ -476,7 +476,7 @@ def _described(made: Mapping[str, Any]) -> dict[str, Any]:
 
 def _part(node: fx.Node) -> Part:
     origin = node.meta.get("npu_origin") or {"pass": ""}
-    return Part(name=node.name, operator=str(node.target), place=where(node), rule=origin["pass"])
+    return Part(name=node.name, operator=operator_name(node.target), place=where(node), rule=origin["pass"])
 
 
 def _races() -> int:

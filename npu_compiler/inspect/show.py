@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from npu_compiler.inspect.bundle import Bundle, StoredGraph
-from npu_compiler.inspect.contents import Plan, Stage
+from npu_compiler.inspect.contents import Fire, Plan, Refusal, Stage
+from npu_compiler.inspect.over_layers import grouped
 from npu_compiler.inspect.streams import summary
+from npu_compiler.units import in_bytes
 
 
 def pipeline(graph: StoredGraph) -> str:
@@ -50,26 +51,30 @@ def _stage(stage: Stage) -> Iterator[str]:
     if stage.ran and not (stage.fired or stage.refused):
         return
     yield f"{stage.name}: {calls}" + (f", {stage.seconds * 1e3:.1f} ms" if stage.ran else "")
-    for (rule, place), count in Counter((fire.rule, fire.place) for fire in stage.fired).items():
-        yield f"  fired {rule}{_times(count)} {place}"
-    for (rule, reason, place), count in Counter((e.rule, e.reason, e.place) for e in stage.refused).items():
-        yield f"  left out {rule}{_times(count)}: {reason} ({place})"
-
-
-def _times(count: int) -> str:
-    return f" x{count}" if count > 1 else ""
+    fired: dict[str, list[Fire]] = {}
+    for fire in stage.fired:
+        fired.setdefault(fire.rule, []).append(fire)
+    for rule, fires in fired.items():
+        for often, place in grouped((fire.place, fire.layers) for fire in fires):
+            yield f"  fired {rule}{often}: {place}"
+    refused: dict[tuple[str, str], list[Refusal]] = {}
+    for entry in stage.refused:
+        refused.setdefault((entry.rule, entry.reason), []).append(entry)
+    for (rule, reason), entries in refused.items():
+        for often, place in grouped((entry.place, entry.layers) for entry in entries):
+            yield f"  left out {rule}{often}: {reason} ({place})"
 
 
 def _plan(plan: Plan) -> Iterator[str]:
     yield from plan.providers
     if plan.order is not None:
-        yield f"order: {plan.order.winner}, {plan.order.peaks[plan.order.winner]} bytes alive at once" + (
+        yield f"order: {plan.order.winner}, {in_bytes(plan.order.peaks[plan.order.winner])} alive at once" + (
             f" at {plan.order.sizes}" if plan.order.sizes else ""
         )
     if plan.memory is not None:
-        yield f"memory: {len(plan.memory.blocks)} storages, {plan.memory.peak} bytes in one block"
+        yield f"memory: {len(plan.memory.blocks)} storages, {in_bytes(plan.memory.peak)} in one block"
     if plan.once:
-        yield f"constants: {len(plan.once)} computed once, {plan.once_bytes} bytes"
+        yield f"constants: {len(plan.once)} computed once, {in_bytes(plan.once_bytes)}"
     if plan.cache:
         yield f"program {plan.cache}"
         yield from (f"  it differs from the nearest stored one: {line}" for line in plan.cache_missed)

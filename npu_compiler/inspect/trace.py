@@ -66,12 +66,10 @@ def trace(file: str | Path, *, limit: int = recording.LIMIT) -> Iterator[Run]:
     place = Path(file)
     recorder = Recorder()
     recorder.start(limit)
-    try:
+    with contextlib.ExitStack() as failed:
+        failed.callback(recorder.stop_quietly, place)
         yield recorder.run
-    except BaseException:
-        with contextlib.suppress(RuntimeError, TraceError):  # of the device; the first error is the one to see
-            recorder.stop(place)
-        raise
+        failed.pop_all()
     recorder.stop(place)
 
 
@@ -97,6 +95,11 @@ class Recorder:
         finally:
             events = [*self._recorder.stop(), *self.run.events()]
             _write(file, events)
+
+    def stop_quietly(self, file: Path) -> None:
+        """As `stop`, behind an error, which is the one to see."""
+        with contextlib.suppress(RuntimeError, TraceError):
+            self.stop(file)
 
 
 def _write(file: Path, events: Sequence[recording.Event]) -> None:

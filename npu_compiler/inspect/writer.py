@@ -60,10 +60,12 @@ from npu_compiler.passes.pipeline import LOWERED, count_calls
 from npu_compiler.passes.record import Pass, PassRecord
 from npu_compiler.passes.rewrite import Rule
 from npu_compiler.plan.estimate import Sizes
+from npu_compiler.plan.first_call import before_first
 from npu_compiler.plan.memory import MemoryPlan
 from npu_compiler.plan.order import Arrangement
 from npu_compiler.plan.schedule import StreamPlan
 from npu_compiler.runtime import loader, trace
+from npu_compiler.units import in_bytes
 
 VERSIONED = ("npu-compiler", "torch", "torch_npu", "vllm", "transformers", "triton", "sympy", "numpy")
 OWN = "NPU_COMPILER_"
@@ -271,7 +273,7 @@ class GraphWriter:
         if self._stopped:
             return f"{self.place}, incomplete"
         size = sum(file.stat().st_size for file in self.place.iterdir())
-        return f"{self.place}, {size / 1024:.0f} KiB"
+        return f"{self.place}, {in_bytes(size)}"
 
     def watch(self, ledger: Ledger) -> None:
         """Writes each capture of the ledger when it happens."""
@@ -308,17 +310,16 @@ class GraphWriter:
         are asked for; `stable` as in lowering.functional.Functional."""
         if self._which_inputs == "off":
             return run
-        waiting, everything = True, self._which_inputs == "all"
+        everything = self._which_inputs == "all"
 
-        def with_inputs(*args: Any) -> Any:
-            nonlocal waiting
-            if waiting and self._step_is_kept(everything):
-                waiting = False
-                parameters = {index for index, arg in enumerate(args) if isinstance(arg, torch.nn.Parameter)}
-                self._inputs(args, set() if everything else parameters.union(stable))
-            return run(*args)
+        def keep(args: Sequence[Any]) -> bool:
+            if not self._step_is_kept(everything):
+                return False
+            parameters = {index for index, arg in enumerate(args) if isinstance(arg, torch.nn.Parameter)}
+            self._inputs(args, set() if everything else parameters.union(stable))
+            return True
 
-        return with_inputs
+        return before_first(run, keep)
 
     def _step_is_kept(self, everything: bool) -> bool:
         """Writes what the call's surroundings are; false if it is none that is worth keeping."""

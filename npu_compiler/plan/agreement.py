@@ -24,6 +24,7 @@ from npu_compiler.graph.effects import argument, tensors, value
 from npu_compiler.graph.groups import ranks_of
 from npu_compiler.graph.source import where
 from npu_compiler.plan.engines import Engine, engine_of
+from npu_compiler.plan.first_call import before_first
 
 PARTS = frozenset({"npu_fused::reduce_scatter_rows", "npu_fused::shard_rows"})
 WHOLE = "npu_fused::all_gather_rows"
@@ -74,17 +75,13 @@ def agreed(call: Callable[..., Any], plans: Mapping[str, Planned]) -> Callable[.
     shared = {group: plan for group, plan in plans.items() if ranks_of(group) > 1}
     if not shared:
         return call
-    waiting = True
 
-    def with_check(*args: Any) -> Any:
-        nonlocal waiting
-        if waiting:
-            waiting = False
-            for group, plan in sorted(shared.items()):
-                compare(group, plan, args)
-        return call(*args)
+    def check(args: Sequence[Any]) -> bool:
+        for group, plan in sorted(shared.items()):
+            compare(group, plan, args)
+        return True
 
-    return with_check
+    return before_first(call, check)
 
 
 def compare(group: str, plan: Planned, args: Sequence[Any]) -> None:

@@ -25,6 +25,7 @@ from npu_compiler.graph.effects import tensors
 from npu_compiler.plan import amounts
 from npu_compiler.plan.amounts import ZERO, Amount, Amounts, Sizes
 from npu_compiler.plan.liveness import Lifetime, Storages
+from npu_compiler.units import in_bytes
 
 DEVICE = "npu"
 
@@ -99,10 +100,10 @@ class MemoryPlan:
     @property
     def summary(self) -> str:
         """The plan in a line."""
-        return f"{len(self.blocks)} storages, {self.peak_formula} bytes in one block"
+        return f"{len(self.blocks)} storages, {in_bytes(self.peak_formula)} in one block"
 
     def __str__(self) -> str:
-        lines = [f"{self.summary}, {self.live_formula} bytes alive at once"]
+        lines = [f"{self.summary}, {in_bytes(self.live_formula)} alive at once"]
         for block, offset, end in self.formulas():
             life = block.lifetime
             until = "the end" if life.returned else str(life.last)

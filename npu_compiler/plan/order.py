@@ -27,6 +27,7 @@ from npu_compiler.plan.amounts import Amount, Amounts
 from npu_compiler.plan.engines import Engine, engine_of
 from npu_compiler.plan.liveness import Storages
 from npu_compiler.plan.memory import DEVICE, amounts_of, live_sums
+from npu_compiler.units import in_bytes
 
 PROGRAM = "the program's order"
 
@@ -53,10 +54,10 @@ class Arrangement:
         return self.winner != PROGRAM
 
     def __str__(self) -> str:
-        alive = f"{_mib(self.peaks[self.winner])} alive at once" + (f" at {self.sizes}" if self.sizes else "")
+        alive = f"{in_bytes(self.peaks[self.winner])} alive at once" + (f" at {self.sizes}" if self.sizes else "")
         if not self.moved:
             return f"{PROGRAM} of calls, {alive}; no other needs less"
-        return f"calls {self.winner}, {alive} instead of {_mib(self.peaks[PROGRAM])}"
+        return f"calls {self.winner}, {alive} instead of {in_bytes(self.peaks[PROGRAM])}"
 
 
 def arrange(graph: fx.Graph, device: str = DEVICE) -> Arrangement:
@@ -214,7 +215,3 @@ def _last_use_first(
             if not missing[follower]:
                 heapq.heappush(ready, cost(follower))
     return list(done)
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB"

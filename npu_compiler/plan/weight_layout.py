@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, fx
 
 from npu_compiler.graph.effects import value
+from npu_compiler.graph.source import operator_name
+from npu_compiler.plan.first_call import before_first
+from npu_compiler.units import in_bytes
 
 logger = logging.getLogger(__name__)
 FRACTAL_NZ = 29
@@ -62,8 +65,8 @@ class Layout:
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        before, after = (sum(sizes[i] for sizes in self.converted.values()) / 2**20 for i in (0, 1))
-        lines = [f"weights: {len(self.converted)} in FRACTAL_NZ, {before:.2f} MiB before and {after:.2f} MiB after"]
+        before, after = (sum(sizes[i] for sizes in self.converted.values()) for i in (0, 1))
+        lines = [f"weights: {len(self.converted)} in FRACTAL_NZ, {in_bytes(before)} before and {in_bytes(after)} after"]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.left.items():
             reasons.setdefault(reason, []).append(name)
@@ -97,17 +100,15 @@ def applied(call: Callable[..., Any], layout: Layout | None) -> Callable[..., An
     """`call`, which converts the weights in front of its first call; `call` itself where there are none."""
     if layout is None or not layout.candidates:
         return call
-    waiting = True
 
-    def with_layout(*args: Any) -> Any:
-        nonlocal waiting
-        if waiting and not torch.npu.is_current_stream_capturing():
-            waiting = False
-            convert(layout, args)
-            logger.info("%s", layout)
-        return call(*args)
+    def lay_out(args: Sequence[Any]) -> bool:
+        if torch.npu.is_current_stream_capturing():
+            return False
+        convert(layout, args)
+        logger.info("%s", layout)
+        return True
 
-    return with_layout
+    return before_first(call, lay_out)
 
 
 def convert(layout: Layout, args: Sequence[Any]) -> None:
@@ -158,7 +159,7 @@ def _feeds_a_product(node: fx.Node) -> bool:
 def _other_reader(node: fx.Node) -> str:
     """What else reads a weight; empty if only products do."""
     other = next((user for reader, user in _readers(node) if not _is_second_operand(reader, user)), None)
-    return "" if other is None else f"also read by {other.target}"
+    return "" if other is None else f"also read by {operator_name(other.target)}"
 
 
 def _readers(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:

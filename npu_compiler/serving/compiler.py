@@ -23,13 +23,14 @@ from vllm.config.utils import Range
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from npu_compiler.backend import STORED, CompiledGraph, compile_fx, fingerprint, is_watched, load_fx
+from npu_compiler.backend import STORED, CompiledGraph, compile_fx, fingerprint, load_fx
 from npu_compiler.config import Options
 from npu_compiler.errors import StoredProgramError
 from npu_compiler.serving import dump, qkv_attention
 from npu_compiler.serving.attention_notes import AttentionNotes
 from npu_compiler.serving.options import compile_options
 from npu_compiler.serving.watch import Watch
+from npu_compiler.watching import is_watched
 
 logger = init_logger(f"vllm.{__name__}")
 IN_KEY = "npu_compiler"

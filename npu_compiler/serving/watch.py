@@ -7,8 +7,9 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from npu_compiler.backend import CompiledGraph, Notes, new_batch, watch_output
+from npu_compiler.backend import CompiledGraph
 from npu_compiler.config import Options
+from npu_compiler.watching import Notes, new_batch, output_of, warn_of_absent
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,7 +20,7 @@ class Watch:
 
     Attributes:
         config: of the engine. `batch`: what the runner writes before each step (compile_fx).
-        notes: of each piece, in order.
+        pieces: what was compiled, in order.
     """
 
     every: ClassVar[weakref.WeakSet[Watch]] = weakref.WeakSet()
@@ -27,13 +28,17 @@ class Watch:
 
     def __init__(self, config: VllmConfig) -> None:
         self.config, self.batch = config, new_batch()
-        self.notes: list[Notes] = []
+        self.pieces: list[CompiledGraph] = []
         self.every.add(self)
 
     def add(self, compiled: CompiledGraph) -> None:
         """Takes a compiled piece."""
-        if compiled.notes is not None:
-            self.notes.append(compiled.notes)
+        self.pieces.append(compiled)
+
+    @property
+    def notes(self) -> list[Notes]:
+        """What each piece notes."""
+        return [piece.notes for piece in self.pieces if piece.notes is not None]
 
     def write(self, rows: int, step: int) -> None:
         """Tells the device of which step, and of how many tokens, it notes. It does so in the stream's order."""
@@ -50,12 +55,17 @@ class Steps:
 
     def __init__(self, config: VllmConfig, options: Options) -> None:
         self._config = config
-        self._output = watch_output(options, "vllm")
+        self._output = output_of(options, "vllm")
+        self._warned = False
 
     @contextlib.contextmanager
     def step(self, number: int, tokens: int) -> Iterator[None]:
         """The forward pass of a step runs in it. What runs outside, as captures do, is not told."""
         watches = [watch for watch in Watch.every if watch.config is self._config]
+        if not self._warned:
+            self._warned = True
+            for watch in watches:
+                warn_of_absent("the model", [piece.records for piece in watch.pieces])
         for watch in watches:
             watch.write(tokens, number)
         yield

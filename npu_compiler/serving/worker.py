@@ -22,12 +22,12 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from npu_compiler.backend import Seen, watched
 from npu_compiler.serving import moe  # noqa: F401  # gives vLLM its experts
 from npu_compiler.serving.compiler import put_into_key
 from npu_compiler.serving.options import ServingOptions
 from npu_compiler.serving.platform import NPUPlatform
 from npu_compiler.serving.runner import NPUModelRunner
+from npu_compiler.watching import Seen, watched
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -17,7 +17,7 @@ COMPILER = (
     "fired swiglu",
     "2 replays",
     "captured static",
-    "weights: 1 in FRACTAL_NZ, 0.25 MiB before and 0.25 MiB after",
+    "weights: 1 in FRACTAL_NZ, 256 KiB before and 256 KiB after",
     "return (x * 2).cpu() + 1",
 )
 PASSES = (
@@ -51,7 +51,7 @@ BISECT = (
 RUNS = (
     "4 of 6 calls: first call of a shape, before its capture\n  change: nothing: one call a shape",
     *("moved in memory, once, ", ": cache 0x", "called again after its graph was driven out, once, "),
-    *("tensors on npu:0: fn.0_names (8, 4)\n  where: 0 at ", "example.py:36: return x @ self.table.T, self.names + 1"),
+    *("tensors on npu:0: 0.names (8, 4)\n  where: 0 at ", "example.py:36: return x @ self.table.T, self.names + 1"),
 )
 TRACE = ("critical path: ", "['step ", " swiglu_default\n")
 WATCH = ("watch graph_", ": gate at ", " of 64", "tensor([[", ": first ", " NaN of 32 at ", "torch.Size([4, 8])")

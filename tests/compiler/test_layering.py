@@ -16,12 +16,25 @@ FOLDERS = {
     "npu_compiler.passes": "passes",
     "npu_compiler.fusion_kernels": "fusion_kernels",
 }
-# The parts that each part may import, itself aside. config, errors and reasons are leaves that every part may import.
+# The parts that each part may import, itself aside; LEAVES are those that every part may import.
 MAY_IMPORT = {
-    "serving": {"backend", "runtime", "doctor", "inspect"},
+    "serving": {"backend", "watching", "runtime", "doctor", "inspect"},
     "backend": {
-        *("cache", "dumps", "lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "inspect")
+        *(
+            "cache",
+            "dumps",
+            "watching",
+            "lowering",
+            "passes",
+            "plan",
+            "aclgraph",
+            "graph",
+            "facts",
+            "fusion_kernels",
+            "inspect",
+        )
     },
+    "watching": {"passes", "aclgraph", "fusion_kernels"},
     "dumps": {"inspect", "passes"},
     "commands": {"inspect", "cache", "doctor"},
     "inspect": {"cache", "lowering", "passes", "plan", "aclgraph", "graph", "facts", "fusion_kernels", "runtime"},
@@ -36,8 +49,9 @@ MAY_IMPORT = {
     "config": set(),
     "errors": set(),
     "reasons": set(),
+    "units": set(),
 }
-LEAVES = {"config", "errors", "reasons"}
+LEAVES = {"config", "errors", "reasons", "units"}
 
 
 def sources(part: str) -> Iterator[Path]:

@@ -46,7 +46,9 @@ def test_each_replay_prints_its_statistics(capsys: pytest.CaptureFixture[str]) -
     lines = capsys.readouterr().out.splitlines()
     for call, (line, expected) in enumerate(zip(lines, gates, strict=True)):
         place, shape, *figures = re.fullmatch(
-            rf"watch graph_0 call {call}: (.*): float32 (\[.*\]) {NUMBER} to {NUMBER}, mean {NUMBER} of 32", line
+            rf"watch graph_0 call {call}: (.*): aten\.mul\.Tensor, float32 (\[.*\]) "
+            rf"{NUMBER} to {NUMBER}, mean {NUMBER} of 32",
+            line,
         ).groups()  # type: ignore[union-attr]  # no match is a failure
         assert re.fullmatch(r"layers\.1\.gate at \S*test_watch\.py:\d+: .*silu\(left\) \* right.*", place)
         assert shape == "[4, 8]"
@@ -102,7 +104,9 @@ def test_the_first_nan_is_told_once_with_its_place(watch: list[str], capsys: pyt
     assert replays_of(Broken(), [good, good, bad, bad, good], watch=watch) == 4
     (line,) = capsys.readouterr().out.splitlines()
     assert re.match(r"watch graph_0 call 2: first 2 NaN of 32 at \S*test_watch_output.py:\d+: .*x\.sqrt\(\)", line)
-    assert re.search(r": float32 \[4, 8\]; [1-9]\d* later values of this call hold such, too$", line)
+    assert re.search(
+        r": aten\.sqrt\.default, float32 \[4, 8\]; [1-9]\d* later values of this call hold such, too$", line
+    )
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
@@ -156,4 +160,6 @@ def test_padding_does_not_count_where_the_batch_is_known() -> None:
     for seen, expected in zip(found, (output for output in outputs if len(output)), strict=True):
         assert seen.value is not None and seen.what == "values"
         check(dataclasses.replace(seen, shape=tuple(expected.shape)), expected)
-    assert "float32 [3 of 4, 8]" in str(found[0]) and str(found[0]).startswith("step 0: layers.0.gate at ")
+    assert "aten.mul.Tensor, float32 [3 of 4, 8]" in str(found[0]) and str(found[0]).startswith(
+        "step 0: layers.0.gate at "
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import npu_compiler
 from npu_compiler.backend import AscendBackend
+from npu_compiler.errors import WatchWarning
 from npu_compiler.fusion_kernels.watched import Seen
 from tests.passes.test_watch import Model
 
@@ -91,7 +94,42 @@ def test_the_first_place_with_a_nan_is_named() -> None:
     for call in (2, 4):
         first = next(seen for seen in found if seen.call == call)
         assert "smaller.log()" in first.place and (first.nans, first.infinite) == (1, 0)
-    assert "1 NaN" in str(found[0])
+        assert first.operator == "aten.log.default"
+    assert re.search(
+        r"test_watched\.py:\d+: .*smaller\.log\(\): aten\.log\.default, float32 \[4\] 1 NaN", str(found[0])
+    )
+
+
+def test_one_of_several_results_is_told_by_its_number_and_its_operator() -> None:
+    class Second(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.topk(2).values[1] * 2
+
+    run = watching(nn.Sequential(Second()).npu(), "*:nan")
+    with torch.inference_mode():
+        run(torch.full((4,), torch.nan).npu())
+    (first, *_) = npu_compiler.watched()
+    assert (first.place[:4], first.operator) == ("0 at", "aten.topk.default[0]")
+
+
+def test_a_place_that_is_not_there_is_warned_of_once_a_compilation() -> None:
+    def run(watch: list[str]) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            compiled = torch.compile(
+                Model().npu(), backend=AscendBackend(), dynamic=False, options={"watch": watch, "watch_print": False}
+            )
+            with torch.inference_mode():
+                for _ in range(3):
+                    compiled(torch.rand(4, 8).npu())
+        return [str(entry.message) for entry in caught if entry.category is WatchWarning]
+
+    torch._dynamo.reset()
+    (told,) = run(["layers.1.gat:stats", "layers.0.gate:nan", "*:nan"])
+    assert told.startswith("watch in graph_0: 'layers.1.gat': nothing is computed there")
+    assert "there is 'layers.1.gate'" in told
+    torch._dynamo.reset()
+    assert len(run(["layers.1.gat:stats", "nowhere.py:3:nan"])) == 2  # one each
 
 
 def test_infinite_ones_where_they_are_asked_for() -> None:

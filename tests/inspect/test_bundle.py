@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from npu_compiler import Pass
 from npu_compiler.backend import AscendBackend, CompiledGraph
+from npu_compiler.cli import main
 from npu_compiler.config import Options
 from npu_compiler.errors import BundleError, OptionError
 from npu_compiler.inspect import bundle, page, show
@@ -213,7 +215,9 @@ def test_a_spoiled_file_is_refused(
         [(spoiled.header, graph.stages, graph.plan, graph.program(graph.stages[0])) for graph in spoiled.graphs]
 
 
-def test_what_a_crash_cut_off_is_left_out(written: tuple[CompiledGraph, Path], tmp_path: Path) -> None:
+def test_what_a_crash_cut_off_is_left_out(
+    written: tuple[CompiledGraph, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(written[1], tmp_path / "copy")
     file = next((tmp_path / "copy").rglob("stages.jsonl"))
     whole = bundle.open(written[1]).graph().stages
@@ -224,6 +228,10 @@ def test_what_a_crash_cut_off_is_left_out(written: tuple[CompiledGraph, Path], t
     assert (graph.incomplete, bundle.open(written[1]).graph().incomplete) == (missing, "")
     assert f"  incomplete: {missing}" in show.pipeline(graph).splitlines()
     assert "incomplete" not in show.pipeline(bundle.open(written[1]).graph())
+    for place, told in ((tmp_path / "copy", [missing]), (written[1], [])):
+        assert main(["show", str(place), "--json"]) == 0
+        parts = json.loads(capsys.readouterr().out)
+        assert [part["error"] for part in parts if part.get("name") == "incomplete"] == told
     assert page.data_of(bundle.open(tmp_path / "copy"))["graphs"][0]["stages"][-1]["error"] == missing
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
     ended = bundle.open(tmp_path / "copy").graph().incomplete

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from npu_compiler.backend import AscendBackend
 from npu_compiler.cli import main
 from npu_compiler.errors import BundleError
-from npu_compiler.inspect import bundle
+from npu_compiler.graph.source import Place
+from npu_compiler.inspect import bundle, show
 from npu_compiler.inspect.bundle import Bundle
 from npu_compiler.inspect.contents import Attempt, PassInfo, RuleInfo, Stage
 from npu_compiler.inspect.diff import differences
+from npu_compiler.inspect.over_layers import grouped
 from npu_compiler.inspect.program import Named, Program
 from npu_compiler.inspect.why import answers, why
+from npu_compiler.units import in_bytes
 from tests.inspect.made import call, program, written
 from tests.one_rank import one_rank
 
@@ -254,6 +258,69 @@ def test_versions_and_graphs_that_one_side_lacks(folder: Path, tmp_path: Path) -
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
     assert main([str(argument) for argument in arguments]) == code
     return capsys.readouterr().out
+
+
+class Layer(nn.Module):
+    def __init__(self, large: bool) -> None:
+        super().__init__()
+        self.weight, self.down = nn.Parameter(torch.ones(8)), nn.Linear(8, 8, bias=False)
+        self.large = large
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = norm(x, self.weight)
+        return x + self.down(h.sin() if self.large else h)
+
+
+class Model(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(large=index == 0) for index in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_what_is_the_same_in_all_layers_is_one_line(tmp_path: Path) -> None:
+    """Also where only a few layers are compiled, which stand for the others."""
+    lines = {}
+    for once in (True, False):
+        model = Model(9).npu()
+        stored = dump(tmp_path / str(once), model, (2, 8), layers_once=once)
+        lines[once] = [line.strip() for line in show.overview(stored, stored.graphs).splitlines() if "fired" in line]
+    assert any("layers_once" in line for line in lines[True])
+    assert [line for line in lines[True] if "layers_once" not in line] == lines[False]
+    (later,) = (line for line in lines[False] if line.startswith("fired add_rms_norm"))
+    assert re.match(
+        r"fired add_rms_norm x8, layers 1-8: layers\.\* at \S*test_reading\.py:\d+: return weight \* ", later
+    )
+
+
+def test_layers_that_are_not_in_a_row_are_listed() -> None:
+    places = [(f"model.h.{layer}.mlp at a.py:3: y", 1) for layer in (0, 1, 2, 5, 7, 7)]
+    others = [("model.h.3.norm at a.py:3: y", 1), ("a.py:9: raise at 3", 1), ("a.py:9: raise at 3", 1), ("node x", 1)]
+    assert list(grouped([*places, *others])) == [
+        (" x6, h 0-2, 5, 7", "model.h.*.mlp at a.py:3: y"),
+        ("", "model.h.3.norm at a.py:3: y"),
+        (" x2", "a.py:9: raise at 3"),
+        ("", "node x"),
+    ]
+    standing_for_more = [("layers.0 at b.py:1: z", 1), ("layers.2 at b.py:1: z", 24), ("layers.3 at b.py:1: z", 1)]
+    assert list(grouped(standing_for_more)) == [(" x26, layers 0, 2-26", "layers.* at b.py:1: z")]
+    assert list(grouped([("0 at b.py:1: z", 1), ("1 at b.py:1: z", 1)])) == [(" x2, modules 0-1", "* at b.py:1: z")]
+
+
+def test_bytes_have_units_and_files_of_packages_their_short_names(folder: Path) -> None:
+    assert [in_bytes(count) for count in (0, 1023, 1024, "8704", 131072, 10**9, "512*s0", -3000)] == [
+        *("0 B", "1023 B", "1.0 KiB", "8.5 KiB", "128 KiB", "954 MiB", "512*s0 bytes", "-2.9 KiB")
+    ]
+    text = show.overview(bundle.open(folder / "norm"), bundle.open(folder / "norm").graphs)
+    assert re.search(r"order: .*, [\d.]+ K?i?B alive at once", text)
+    assert re.search(r"memory: \d+ storages, [\d.]+ K?i?B in one block", text)
+    place = Place("m", "/home/me/.venv/lib/python3.11/site-packages/transformers/models/a.py", 3, "f", "x + y")
+    assert str(place) == "m at transformers/models/a.py:3: x + y" and place.file.startswith("/home/me")
+    assert Place("", "/home/me/model.py", 3, "f", "x").code == "/home/me/model.py:3: x"
 
 
 def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def test_arithmetic_on_constants_leaves_the_program() -> None:
     assert graph.ledger is not None
     assert graph.ledger.replays == 2
     assert "fired constant_folding: aten.add.Tensor (3 nodes, saves 3 kernels" in str(graph)
-    assert "constants: 1 computed once, 32 bytes" in str(graph)
+    assert "constants: 1 computed once, 32 B" in str(graph)
 
 
 def test_a_constant_from_host_memory_no_longer_bars_the_capture() -> None:

@@ -6,14 +6,15 @@ import json
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from npu_compiler.config import Options
 from npu_compiler.errors import OptionError
 from npu_compiler.fusion_kernels.watched import operator
 from npu_compiler.graph.source import place
 from npu_compiler.passes import pipeline
-from npu_compiler.passes.watch import NAME, concerns, pass_of
+from npu_compiler.passes.record import PassRecord
+from npu_compiler.passes.watch import NAME, absent, concerns, pass_of
 from tests.passes.lowered import apply, lowered
 
 
@@ -86,12 +87,43 @@ def test_places_with_wildcards_and_lines() -> None:
 
 
 def test_what_is_not_there_is_told_with_the_nearest() -> None:
+    nothing = "nothing is computed there, so nothing is noted; there is "
     found, (reason,) = watched(["layers.1.gat:stats"])
-    assert (found, reason) == ([], "no value leaves 'layers.1.gat' here; did you mean 'layers.1.gate'?")
-    assert watched(["elsewhere.py:3:stats"])[1] == ["no value leaves 'elsewhere.py:3' here"]
+    assert (found, reason) == ([], f"{nothing}'layers.1.gate', 'layers.0.gate', 'layers.1.up'")
+    line = Gate.forward.__code__.co_firstlineno + 2
+    (reason,) = watched([f"passes/test_watch.py:{line + 1}:nan"])[1]
+    assert reason.startswith(f"{nothing}'test_watch.py:{line}', 'test_watch.py:{line - 1}', ")
+    assert watched(["elsewhere.py:3:stats"])[1][0].startswith(f"{nothing}'test_watch.py:")
     graph = lowered(Model(), torch.rand(4, 8)).graph.graph
     assert concerns(graph, ["layers.1.gate:stats"]) and concerns(graph, ["*:nan"])
     assert not concerns(graph, ["layers.7.gate:stats"]) and not concerns(graph, [])
+
+
+def test_what_one_piece_of_a_model_has_is_there() -> None:
+    def records(*places: str) -> list[PassRecord]:
+        entry = pass_of([f"{place}:nan" for place in places])
+        assert entry is not None
+        return [apply(entry, lowered(Model(1), torch.rand(4, 8)).graph)]
+
+    one, other = records("layers.0.gate", "layers.0.gat"), records("layers.0.up", "layers.0.gat", "layers.0.gate")
+    (told,) = absent([one, other])
+    assert told.startswith("'layers.0.gat': nothing is computed there")
+    assert not list(absent([one, records("layers.0.gate")]))
+    assert not list(absent([[], []]))
+
+
+def test_a_module_whose_values_nobody_uses() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    call = graph.call_function(torch.ops.aten.sin.default, (x,))
+    call.meta = {"val": torch.ones(2), "nn_module_stack": {"unused": ("unused", nn.Module)}}
+    graph.output((x,))
+    entry = pass_of(["unused:nan"])
+    assert entry is not None
+    assert entry.run is not None
+    record = PassRecord(NAME)
+    entry.run(fx.GraphModule(nn.Module(), graph), record)
+    assert record.refused[0].reason == "no value that is computed there is used elsewhere, so nothing of it is noted"
 
 
 def fusions(places: list[str], count: int = 2) -> tuple[list[str], list[str]]:

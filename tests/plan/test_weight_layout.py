@@ -63,7 +63,7 @@ def test_the_weights_of_linears_change_their_layout_and_nothing_else(dtype: torc
     assert [layout_of(item.weight) for item in (model.up, model.down)] == [FRACTAL_NZ] * 2
     assert sorted(layout.converted.values()) == [(40 * 48 * 2, 48 * 48 * 2)] * 2
     assert torch.equal(model.up.weight.cpu(), weight), "read as a tensor it is what it was"
-    assert str(layout).startswith("weights: 2 in FRACTAL_NZ, 0.01 MiB before and 0.01 MiB after")
+    assert str(layout).startswith("weights: 2 in FRACTAL_NZ, 7.5 KiB before and 9.0 KiB after")
     again, second = run(model, x)
     assert torch.equal(again[0], expected)
     assert second.left == dict.fromkeys(layout.converted, "in FRACTAL_NZ already")

@@ -36,16 +36,14 @@ def engine(folder: Path, **changes: Any) -> Iterator[LLM]:
     cleanup_dist_env_and_memory()  # of an engine that failed to start: its groups may lack those this model needs
     try:
         llm = LLM(model=str(folder), **(SETTINGS | changes))
-    except BaseException:
-        cleanup_dist_env_and_memory()  # other tests make groups of their own
-        raise
-    try:
-        yield llm
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # other tests make groups of their own
 
 
 def graphs(mode: str, sizes: list[int] | None = None) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def check_padded(folder: Path, tokens: list[list[int]], saved: Path, printed: st
         held = line["statistics"]
         assert held["count"] == wanted.numel() and held["largest"] == pytest.approx(float(wanted.max()), abs=1e-4)
         assert held["mean"] == pytest.approx(float(wanted.mean()), abs=1e-4)
-        told = rf"^watch step {line['step']}: layers\.1\.mlp\S* at .*: float32 \[3 of 4, {wanted.shape[1]}\] "
+        told = rf"^watch step {line['step']}: layers\.1\.mlp\S* at .*: [\w.]+, float32 \[3 of 4, {wanted.shape[1]}\] "
         assert re.search(told, printed, re.MULTILINE)
     assert "NaN" not in printed
 
