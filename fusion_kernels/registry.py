@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import fx
 
 from npu_compiler.fusion_kernels import watched
+from npu_compiler.fusion_kernels.expert_exchange import ALL_TO_ALL_COMBINE, ALL_TO_ALL_DISPATCH
 from npu_compiler.fusion_kernels.geglu import GEGLU
 from npu_compiler.fusion_kernels.gelu import FAST_GELU
 from npu_compiler.fusion_kernels.layer_norm import ADD_LAYER_NORM
@@ -23,7 +25,12 @@ from npu_compiler.fusion_kernels.norms import (
 from npu_compiler.fusion_kernels.operator import FusedOperator
 from npu_compiler.fusion_kernels.rope import QK_NORM_ROPE, QK_ROPE
 from npu_compiler.fusion_kernels.rope_cached import QK_ROPE_CACHED
-from npu_compiler.fusion_kernels.row_collectives import ALL_GATHER_ROWS, REDUCE_SCATTER_ROWS, SHARD_ROWS
+from npu_compiler.fusion_kernels.row_collectives import (
+    ALL_GATHER_ROWS,
+    REDUCE_SCATTER_ROWS,
+    SHARD_ROWS,
+    UNSHARD_ROWS,
+)
 from npu_compiler.fusion_kernels.swiglu import SILU_MUL, SWIGLU
 from npu_compiler.fusion_kernels.swiglu_quant import SWIGLU_DYNAMIC_QUANT, SWIGLU_QUANT
 from npu_compiler.fusion_kernels.transpose_bmm import TRANSPOSE_BMM
@@ -53,6 +60,9 @@ OPERATORS: tuple[FusedOperator, ...] = (
     REDUCE_SCATTER_ROWS,
     ALL_GATHER_ROWS,
     SHARD_ROWS,
+    UNSHARD_ROWS,
+    ALL_TO_ALL_DISPATCH,
+    ALL_TO_ALL_COMBINE,
     MUL_ADD,
 )
 
@@ -66,4 +76,5 @@ def register() -> torch.library.Library:
         library.impl(entry.name, entry, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{entry.name}", entry.fake, lib=library)
     watched.register(library)
+    fx.node.has_side_effect(torch.ops.npu_fused.all_to_all_dispatch.default)  # it counts what it drops
     return library

@@ -46,6 +46,15 @@ def shard_rows_reference(x: Tensor, group: str, ranks: int) -> Tensor:
     return whole[start : start + size].clone()
 
 
+def unshard_rows_reference(x: Tensor, group: str, ranks: int, rows: int) -> Tensor:
+    """[rows, ...]: this rank's rows x [ceil(rows / ranks), ...] in their places, zeros in those of the others. Nothing
+    is communicated; the sum over the group is what all_gather_rows gives."""
+    whole = x.new_zeros((x.shape[0] * ranks, *x.shape[1:]))
+    start = _resolve_process_group(group).rank() * x.shape[0]
+    whole[start : start + x.shape[0]] = x
+    return whole[:rows]
+
+
 def part_of(rows: int, ranks: int) -> int:
     """How many rows a rank has."""
     return (rows + ranks - 1) // ranks
@@ -88,4 +97,11 @@ SHARD_ROWS = FusedOperator(
     fake=_fake_part,
     providers=(Provider("composition", shard_rows_reference),),
     example=_example,
+)
+UNSHARD_ROWS = FusedOperator(
+    "unshard_rows(Tensor x, str group, int ranks, SymInt rows) -> Tensor",
+    reference=unshard_rows_reference,
+    fake=_fake_whole,
+    providers=(Provider("composition", unshard_rows_reference),),
+    example=lambda dtype: (*_example(dtype), 5),
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from npu_compiler.backend import report
+    from npu_compiler.backend import dropped, report
     from npu_compiler.config import Options
     from npu_compiler.errors import NpuCompilerError
     from npu_compiler.inspect.trace import trace
@@ -24,10 +24,11 @@ _HOMES = {
     "Pass": "npu_compiler.passes.record",
     "Rule": "npu_compiler.passes.rewrite",
     "report": "npu_compiler.backend",
+    "dropped": "npu_compiler.backend",
     "watched": "npu_compiler.watching",
     "trace": "npu_compiler.inspect.trace",
 }
-__all__ = ["NpuCompilerError", "Options", "Pass", "Rule", "__version__", "report", "trace", "watched"]
+__all__ = ["NpuCompilerError", "Options", "Pass", "Rule", "__version__", "dropped", "report", "trace", "watched"]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,7 +37,10 @@ from npu_compiler.cache import CacheNote, Program
 from npu_compiler.config import DECIDE_NOTHING, Options, refuse_mode
 from npu_compiler.dumps import bundle_of as bundle_of  # serving adds its own captures and report to it
 from npu_compiler.errors import OptionError, StoredProgramError
+from npu_compiler.fusion_kernels import drop_counts
 from npu_compiler.fusion_kernels.chosen import providers
+from npu_compiler.fusion_kernels.drop_counts import DropCounts as DropCounts
+from npu_compiler.fusion_kernels.drop_counts import Dropped as Dropped
 from npu_compiler.graph import digest, once
 from npu_compiler.graph.serialized import NotStorable
 from npu_compiler.graph.source import beginning, input_name, where
@@ -82,6 +85,7 @@ class CompiledGraph:
         dumped: where its part of a bundle is, and how large; empty without a dump.
         batch: how many rows of each call are no padding, and its step, where somebody writes that (watched.Notes).
         notes: the memory of what the option `watch` names; None without it.
+        drops: counts what the option `token_drop` drops; None where nothing can be dropped.
     """
 
     def __init__(self, name: str, options: Options) -> None:
@@ -100,6 +104,7 @@ class CompiledGraph:
         self.dumped = ""
         self.batch: torch.Tensor | None = None
         self.notes: Notes | None = None
+        self.drops: DropCounts | None = None
         self._call: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -123,6 +128,7 @@ class CompiledGraph:
             *report_lines(self.records),
             *operators,
             *self._planned(),
+            *(self.drops.read() if self.drops else []),
             *([self.ledger] if self.ledger else []),
         ]
         if self.graph is None:
@@ -199,6 +205,12 @@ def report() -> str:
     """What became of the graphs torch.compile(backend="ascend") has compiled in this process and that are alive: each
     pass with what it did and left out and why, each capture with its price, the count of replays."""
     return "\n".join(str(entry) for entry in ascend.compiled()) or "nothing compiled"
+
+
+def dropped() -> list[Dropped]:
+    """What each layer of experts of the compiled graphs that are alive dropped so far, where the option `token_drop`
+    lets it. Waits for the device, so it can't be called during a capture."""
+    return [entry for compiled in ascend.compiled() if compiled.drops for entry in compiled.drops.read()]
 
 
 def compile_fx(
@@ -376,6 +388,10 @@ def _serve_once(
     if compiled.options.watch:
         keep = compiled.options.watch_keep
         compiled.notes = Notes(functional.graph.graph, compiled.name, keep, compiled.batch)
+        functional.graph.recompile()
+    if drop_counts.dispatches(functional.graph.graph):
+        real = None if compiled.batch is None else compiled.batch[:1]
+        compiled.drops = DropCounts(functional.graph.graph, real)
         functional.graph.recompile()
     call = serve(functional) if part is None else _with_values(part, functional, serve)
     call = weight_layout.applied(agreement.agreed(call, plans), compiled.weights)

@@ -24,7 +24,69 @@ DUMP_INPUTS = ("off", "call", "all")
 WATCHES = ("stats", "values", "nan", "inf")
 WATCH = "NPU_COMPILER_WATCH"
 """Environment variable with entries of the option `watch`, separated by commas; the option comes first."""
+DROP_BY = ("score", "arrival")
 CAPTURE_ERROR_MODES = ("global", "thread_local", "relaxed")
+
+
+@dataclass(frozen=True)
+class TokenDrop:
+    """What the option `token_drop` may hold: one of the first two, and the rest.
+
+    Attributes:
+        capacity_factor: a rank has room for so many times the rows that another one would send it if all got as many.
+        max_drop_ratio: the room is made so large that no routing loses more than this part of a rank's rows.
+        by: which rows stay: those of the largest router weights ("score"), or of the first experts ("arrival").
+        renormalise: scale up the weights of a token that stay to the sum of all of them.
+    """
+
+    capacity_factor: float | None = None
+    max_drop_ratio: float | None = None
+    by: str = "score"
+    renormalise: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> TokenDrop:
+        """Reads the option.
+
+        Raises:
+            OptionError: a name or a value is not valid, or there is not one of the first two.
+        """
+        valid = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in valid:
+                rule = f"token_drop takes {', '.join(valid)}"
+                raise OptionError(f"token_drop has {name!r}", rule=rule, fix=_nearest(name, valid))
+        if len({"capacity_factor", "max_drop_ratio"} & given.keys()) != 1:
+            raise OptionError(
+                f"token_drop={dict(given)} does not say how much room there is",
+                rule="it has either capacity_factor or max_drop_ratio",
+                fix='write for example token_drop={"capacity_factor": 1.25}',
+            )
+        drop = cls(**given)
+        if "capacity_factor" in given and not 0 < _number(drop.capacity_factor) <= 1024:
+            raise OptionError(
+                f"token_drop: capacity_factor={drop.capacity_factor!r} leaves no room",
+                rule="it is a number above 0; as many as the ranks never drops",
+                fix="use for example 1.25",
+            )
+        if "max_drop_ratio" in given and not 0 <= _number(drop.max_drop_ratio) < 1:
+            raise OptionError(
+                f"token_drop: max_drop_ratio={drop.max_drop_ratio!r} is no part of the rows",
+                rule="it is a number from 0, which never drops, to below 1",
+                fix="use for example 0.1",
+            )
+        if drop.by not in DROP_BY:
+            raise _unknown_value("token_drop: by", drop.by, DROP_BY)
+        if type(drop.renormalise) is not bool:
+            raise OptionError(
+                f"token_drop: renormalise={drop.renormalise!r}", rule="it is true or false", fix="write one of them"
+            )
+        return drop
+
+
+def _number(value: Any) -> float:
+    """NaN for what is none, which no comparison holds for."""
+    return value if type(value) in (int, float) else math.nan
 
 
 @dataclass(frozen=True)
@@ -76,6 +138,9 @@ class Options:
     """Fewest rows at which the sums of tensor parallelism become a reduce-scatter and an all-gather, with norms between
     the two on a rank's own rows. A program is rewritten where it is proven to have as many; 1: always. 0: never. Give
     all ranks the same number."""
+    token_drop: Mapping[str, Any] = field(default_factory=dict)
+    """Send tokens to the ranks of their experts in buffers of a fixed size, and drop what has no room (TokenDrop). For
+    example {"capacity_factor": 1.25, "by": "score", "renormalise": False}. Give all ranks the same."""
     cache: bool = False
     """Keep compiled programs on disk (npu_compiler/cache.py); the next process that compiles the same function for the
     same inputs skips everything behind Dynamo. $NPU_COMPILER_CACHE names the folder."""
@@ -142,6 +207,8 @@ class Options:
                 rule="sequence_parallel is the fewest rows at which it is worth it, or 0",
                 fix="use for example 1000, 1 for all programs, or leave the option out",
             )
+        if self.token_drop:
+            TokenDrop.of(self.token_drop)
         if self.sequence_parallel and self.matmul_all_reduce:
             raise OptionError(
                 "sequence_parallel and matmul_all_reduce both want the sums over the ranks",
@@ -302,7 +369,7 @@ def _typed(name: str, default: Any, value: Any) -> Any:
     elif isinstance(default, float) and type(value) is int:
         return float(value)
     elif isinstance(default, Mapping):
-        expected = "a dict of npugraph_ex's options"
+        expected = "a dict of npugraph_ex's options" if name == "npugraph_ex" else "a dict of settings"
     else:
         expected = type(default).__name__
     fix = f"write {name}=[...]" if isinstance(default, tuple) else "correct the type"

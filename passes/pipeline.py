@@ -7,13 +7,14 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module
 
-from npu_compiler.config import Options, check_names
+from npu_compiler.config import Options, TokenDrop, check_names
 from npu_compiler.errors import NpuCompilerError, OptionError, PassError
 from npu_compiler.graph import periods
 from npu_compiler.graph.content import of_content
@@ -43,6 +44,7 @@ from npu_compiler.passes import (
     sequence_parallel,
     swiglu,
     swiglu_quant,
+    token_drop,
     transpose_bmm,
     users,
     watch_all,
@@ -107,6 +109,11 @@ PASSES: tuple[Pass, ...] = (
         "behind the norms and quantizations, which it takes along; only with the option of its name",
         sequence_parallel.run,
     ),
+    Pass(
+        token_drop.NAME,
+        "behind sequence_parallel, whose part of a sum it then gives; only with the option of its name",
+        token_drop.run,
+    ),
     Pass(masked_embedding.NAME, "before mul_add, which would take its arithmetic apart", rules=masked_embedding.RULES),
     Pass(mul_add.NAME, "last of the rules: it would take arithmetic apart that others look for", rules=mul_add.RULES),
     Pass(common.NAME, "again: the rules repeat small work, such as widening cos, in every layer", common.run),
@@ -136,6 +143,7 @@ def selected(options: Options) -> tuple[Pass, ...]:
     check_names("disabled_rules", options.disabled_rules, known)
     order = users.with_rules(order, matmul_all_reduce.NAME, matmul_all_reduce.rules(options.matmul_all_reduce))
     order = _with_rows(order, options.sequence_parallel)
+    order = _with_drop(order, options.token_drop)
     return tuple(entry for entry in order if entry.name not in options.disabled_passes)
 
 
@@ -146,6 +154,14 @@ def _with_rows(passes: Sequence[Pass], rows: int) -> tuple[Pass, ...]:
         dataclasses.replace(entry, run=run) if entry.name == sequence_parallel.NAME else entry for entry in passes
     )
     return tuple(entry for entry in filled if rows or entry.name != sequence_parallel.NAME)
+
+
+def _with_drop(passes: Sequence[Pass], given: Mapping[str, Any]) -> tuple[Pass, ...]:
+    """`passes` with token_drop as the option says, or without it."""
+    if not given:
+        return tuple(entry for entry in passes if entry.name != token_drop.NAME)
+    run = functools.partial(token_drop.run, drop=TokenDrop.of(given))
+    return tuple(dataclasses.replace(entry, run=run) if entry.name == token_drop.NAME else entry for entry in passes)
 
 
 def run(

@@ -1,18 +1,22 @@
 """Ranks without processes: one program, run for all ranks of a group side by side in this process.
 
-A call is made for every rank before the next one is, so a collective has what all ranks give to it. Operators that
-communicate are computed here from their documented meaning, in the order of the ranks; all others are called.
+`run`: a call is made for every rank before the next one is, so a collective has what all ranks give to it. Operators
+that communicate are computed here from their documented meaning, in the order of the ranks; all others are called.
+`together`: the ranks are threads, and operators that communicate are called like all others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
+from torch._C._distributed_c10d import _set_thread_isolation_mode
+from torch.testing._internal.distributed import multi_threaded_pg
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 DEFAULT = "0"
@@ -22,9 +26,9 @@ Each = list[tuple[Any, ...]]
 
 
 @contextlib.contextmanager
-def group_of(ranks: int) -> Iterator[None]:
-    """The default group has so many ranks, of which only the first is there and nothing can be sent."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+def group_of(ranks: int, rank: int = 0) -> Iterator[None]:
+    """The default group has so many ranks, of which only one is there and nothing can be sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         yield
     finally:
@@ -98,3 +102,39 @@ COLLECTIVES: dict[str, Callable[[Each], list[Any]]] = {
     "npu_fused.all_gather_rows.default": _all_gather,
     "npu_fused.shard_rows.default": _shard,
 }
+
+
+def together(ranks: int, function: Callable[[int], Any], devices: Sequence[str] = ("cpu",)) -> list[Any]:
+    """What `function` returns for each rank, called for all of them at once: ranks are threads of this process, whose
+    default group sends from one to the other. Random numbers are shared, so draw them before."""
+    results: list[Any] = [None] * ranks
+    failures: list[BaseException] = []
+    store = dist.HashStore()
+
+    def run_rank(rank: int) -> None:
+        backend = ",".join(f"{device}:threaded" for device in devices)
+        dist.init_process_group(backend, rank=rank, world_size=ranks, store=store)
+        try:
+            with torch.no_grad():
+                results[rank] = function(rank)
+        except BaseException as error:  # noqa: BLE001  whatever it is, the others wait for this rank
+            failures.append(error)
+            multi_threaded_pg.ProcessLocalGroup.exception_handle(error)
+        finally:
+            dist.destroy_process_group()
+
+    multi_threaded_pg._install_threaded_pg()
+    _set_thread_isolation_mode(True)
+    try:
+        threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        multi_threaded_pg.ProcessLocalGroup.reset()
+        _set_thread_isolation_mode(False)
+        multi_threaded_pg._uninstall_threaded_pg()
+    if failures:
+        raise failures[0]
+    return results

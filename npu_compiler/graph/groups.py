@@ -11,3 +11,8 @@ def ranks_of(group: str) -> int:
         return _resolve_process_group(group).size()
     except RuntimeError:
         return 0
+
+
+def rank_in(group: str) -> int:
+    """This process's number in a group that it has."""
+    return _resolve_process_group(group).rank()

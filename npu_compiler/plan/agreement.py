@@ -26,7 +26,7 @@ from npu_compiler.graph.source import where
 from npu_compiler.plan.engines import Engine, engine_of
 from npu_compiler.plan.first_call import before_first
 
-PARTS = frozenset({"npu_fused::reduce_scatter_rows", "npu_fused::shard_rows"})
+PARTS = frozenset({"npu_fused::reduce_scatter_rows", "npu_fused::shard_rows", "npu_fused::all_to_all_combine"})
 WHOLE = "npu_fused::all_gather_rows"
 
 
@@ -131,10 +131,16 @@ def _group(node: fx.Node) -> str | None:
 
 
 def _text(node: fx.Node) -> str:
-    """A collective as text that is equal on all ranks: symbols have other names on each."""
+    """A collective as text that is equal on all ranks: symbols have other names on each. Of ours with its settings, on
+    which the number of rows that it sends may depend."""
     found = next(tensors(node), None)
     shape = "" if found is None else f" {str(found.dtype).removeprefix('torch.')}[{_shape(found)}]"
-    return f"{node.target}{shape}"
+    settings = [str(item) for item in node.args if type(item) in (int, bool, str)] if _is_ours(node) else []
+    return " ".join([f"{node.target}{shape}", *filter(None, settings)])
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "npu_fused"
 
 
 def _shape(tensor: torch.Tensor) -> str:
@@ -147,7 +153,7 @@ def _beside_parts(graph: fx.Graph, group: str) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
-        if name in PARTS and node.args[1] == group:
+        if name in PARTS and argument(node, "group") == group:
             parts.add(node)
             if name == "npu_fused::shard_rows":
                 found |= set(_inputs(node.all_input_nodes, parts))

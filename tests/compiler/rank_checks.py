@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from npu_compiler.backend import AscendBackend
 from npu_compiler.errors import RankError
+from tests.experts import Case, kept, owned
 from tests.ranks import main
 
 RANK, RANKS = (int(sys.argv[2]), int(sys.argv[3])) if len(sys.argv) > 3 else (0, 1)
 WIDTH, INNER = 32, 16
+CASE = Case(ranks=RANKS, experts=4, top_k=2, tokens=11, kind="skewed", factor=1.0)
 SCATTER, GATHER = ("npu_fused.reduce_scatter_rows.default", "npu_fused.all_gather_rows.default")
 
 
@@ -52,10 +55,12 @@ def expected(rows: int) -> Tensor:
     return norm(mlp + residual, weight)
 
 
-def compiled(function: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], AscendBackend]:
+def compiled(
+    function: Callable[..., Any], dynamic: bool = True, **options: Any
+) -> tuple[Callable[..., Any], AscendBackend]:
     torch._dynamo.reset()
     backend = AscendBackend()
-    return torch.compile(function, backend=backend, dynamic=True, options={"check": True, **options}), backend
+    return torch.compile(function, backend=backend, dynamic=dynamic, options={"check": True, **options}), backend
 
 
 def same(found: Tensor, rows: int) -> None:
@@ -123,6 +128,89 @@ def check_ranks_can_go_on_after_a_refusal() -> None:
     run, _ = compiled(layer)
     with torch.no_grad():
         same(run(*(item.npu() for item in operands(4))), 4)
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+def experts_layer(x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """This rank's experts of CASE for all tokens, summed over the ranks."""
+    local = owned(CASE, RANK)
+    rows, places, counts, _ = torch.ops.npu.npu_moe_init_routing_v2(
+        x, ids, active_num=-1, expert_num=CASE.experts, expert_tokens_num_type=1, expert_tokens_num_flag=True,
+        active_expert_range=[local[0], local[-1] + 1], quant_mode=-1, row_idx_type=0,
+    )  # fmt: skip
+    grouped = {"group_list": counts, "split_item": 3, "group_type": 0, "group_list_type": 1}
+    (rows,) = torch.ops.npu.npu_grouped_matmul([rows], [w13], **grouped)
+    (rows,) = torch.ops.npu.npu_grouped_matmul([torch.ops.npu_fused.swiglu(rows)], [w2], **grouped)
+    rows = rows.unsqueeze(1)
+    return summed(
+        torch.ops.npu.npu_moe_finalize_routing(rows, None, None, None, weights, places, None, drop_pad_mode=3)
+    )
+
+
+def experts_given(case: Case) -> list[Tensor]:
+    """x, experts and weights of all tokens, and this rank's matrices."""
+    _, ids, weights = case.inputs()
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(case.tokens, WIDTH, generator=draw)
+    w13, w2 = (torch.randn(case.experts, *shape, generator=draw) / 4 for shape in ((WIDTH, 2 * INNER), (INNER, WIDTH)))
+    local = owned(case, RANK)
+    return [item.npu() for item in (x, ids, weights.float(), w13[local], w2[local])]
+
+
+def experts_expected(case: Case) -> Tensor:
+    """In float64: what the definition drops counts nothing."""
+    x, ids, weights = case.inputs()
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(case.tokens, WIDTH, generator=draw).double()
+    w13, w2 = (torch.randn(case.experts, *shape, generator=draw) / 4 for shape in ((WIDTH, 2 * INNER), (INNER, WIDTH)))
+    total = torch.zeros(case.tokens, WIDTH, dtype=torch.float64)
+    for token, j in kept(case, ids, weights.float())[0].nonzero().tolist():
+        expert = int(ids[token, j])
+        gate, up = (x[token] @ w13[expert].double()).chunk(2)
+        total[token] += weights[token, j] * ((torch.nn.functional.silu(gate) * up) @ w2[expert].double())
+    return total
+
+
+def check_tokens_beyond_the_capacity_are_dropped_in_a_replay() -> None:
+    """Other tokens in each call of the captured graph: it drops and counts what it is given."""
+    run, backend = compiled(experts_layer, dynamic=False, token_drop={"capacity_factor": CASE.factor})
+    lost = routed = 0
+    with torch.no_grad():
+        for number in range(4):
+            case = dataclasses.replace(CASE, number=number)
+            found = run(*experts_given(case))
+            torch.testing.assert_close(found.cpu().double(), experts_expected(case), rtol=1e-5, atol=1e-5)
+            lost += kept(case, *case.inputs()[1:])[1]
+            routed += case.tokens * case.top_k
+    (entry,) = backend.compiled()
+    assert entry.ledger is not None and entry.ledger.replays > 0
+    assert entry.drops is not None and lost > 0
+    (counted,) = entry.drops.read()
+    assert (counted.routed, counted.dropped) == (routed, lost), "both ranks count for all sources"
+    assert f"{lost} of {routed} rows dropped" in str(entry)
+
+
+def check_nothing_dropped_is_the_same_bits() -> None:
+    given = experts_given(CASE)
+    with torch.no_grad():
+        exact = compiled(experts_layer, dynamic=False)[0](*given)
+        run, backend = compiled(experts_layer, dynamic=False, token_drop={"capacity_factor": float(RANKS)})
+        found = [run(*given) for _ in range(3)]
+    assert "npu_fused.all_to_all_dispatch.default" in operators(backend)
+    assert all(torch.equal(exact.cpu(), item.cpu()) for item in found)
+
+
+def check_other_capacities_are_refused() -> None:
+    run, _ = compiled(experts_layer, dynamic=False, token_drop={"capacity_factor": 1.0 + RANK})
+    try:
+        with torch.no_grad():
+            run(*experts_given(CASE))
+    except RankError as error:
+        assert "planned different collectives: number 1 is npu_fused.all_to_all_dispatch.default" in str(error), error
+    else:
+        raise AssertionError("nothing was refused")
 
 
 if __name__ == "__main__":

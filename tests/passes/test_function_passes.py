@@ -23,6 +23,7 @@ from npu_compiler.passes import (
     qk_norm_rope,
     reinplace,
     sequence_parallel,
+    token_drop,
 )
 from npu_compiler.passes.record import Pass, PassRecord
 from tests.passes.conditions import conditions, unexplained
@@ -357,8 +358,8 @@ def test_fires_on_its_example_and_keeps_every_bit(module: ModuleType, dtype: tor
     assert torch.equal(got, expected)
 
 
-ARITHMETIC_ELSEWHERE = {qk_norm_rope.NAME, dead_code.NAME, sequence_parallel.NAME}
-REASONS_ELSEWHERE = {dead_code.NAME, sequence_parallel.NAME}
+ARITHMETIC_ELSEWHERE = {qk_norm_rope.NAME, dead_code.NAME, sequence_parallel.NAME, token_drop.NAME}
+REASONS_ELSEWHERE = {dead_code.NAME, sequence_parallel.NAME, token_drop.NAME}
 """Passes that their own files run on an example, and whose refusals those files look at; dead_code refuses nothing."""
 
 
