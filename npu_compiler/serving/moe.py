@@ -6,7 +6,8 @@ given an implementation for npu here. The experts themselves are the method that
 
     choose the experts, sort the tokens by expert, grouped product, activation, grouped product, add up a token's rows
 
-and nothing of it is read back on the host, so a full graph holds it.
+and nothing of it is read back on the host, so a full graph holds it. Every step is a call of the compiled graph
+(moe_runner.py, docs/moe.md).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationCo
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from npu_compiler.errors import UnservedError
+from npu_compiler.fusion_kernels import registry
 from npu_compiler.serving.places import here
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
         rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
             x,
             topk_ids.to(torch.int32),
-            active_num=topk_ids.numel(),
+            active_num=-1,  # all rows
             expert_num=self.moe.num_experts,
             expert_tokens_num_type=1,  # how many rows an expert has
             expert_tokens_num_flag=True,
@@ -97,9 +99,7 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
         rows = grouped_product(rows, layer.w13_weight, getattr(layer, "w13_bias", None), counts)
         rows = activated(layer.activation, rows, settings, layer.layer_name)
         rows = grouped_product(rows, layer.w2_weight, getattr(layer, "w2_bias", None), counts)
-        if end - first < self.moe.num_experts:
-            places, topk_weights = own_share(rows, places, topk_weights, counts)
-        return torch_npu.npu_moe_token_unpermute(rows, places, probs=topk_weights)
+        return combined(rows, places, topk_weights, all_here=end - first == self.moe.num_experts)
 
 
 def experts_of(layer: RoutedExperts, moe: FusedMoEConfig) -> tuple[int, int]:
@@ -123,14 +123,18 @@ def experts_of(layer: RoutedExperts, moe: FusedMoEConfig) -> tuple[int, int]:
     return first, first + each + (rank < more)
 
 
-def own_share(rows: Tensor, places: Tensor, weights: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """`places` [tokens * k] and `weights` [tokens, k], in which experts of other ranks count nothing.
+def combined(rows: Tensor, places: Tensor, weights: Tensor, all_here: bool) -> Tensor:
+    """The sum of each token's rows: rows [tokens * k, hidden], places [tokens * k], weights [tokens, k].
 
-    Their places are negative. They read the first row, with the weight 0; where this rank has no row at all, nothing
-    has been computed there, and it is made 0 in place.
+    A place is -1 where the expert is another rank's: CANN's operator then reads no row. It calls that the mode of
+    experts with a capacity, [experts, capacity, hidden]; every row is one of those here.
     """
-    rows[:1].masked_fill_(counts.sum() == 0, 0)
-    return places.clamp(min=0), weights * (places >= 0).view_as(weights)
+    if rows.dtype == torch.float16:
+        weights = weights.half()  # of float16 rows, CANN takes float16 weights only
+    if all_here:
+        return torch_npu.npu_moe_finalize_routing(rows, None, None, None, weights, places, None, drop_pad_mode=2)
+    rows = rows.unsqueeze(1)
+    return torch_npu.npu_moe_finalize_routing(rows, None, None, None, weights, places, None, drop_pad_mode=3)
 
 
 def grouped_product(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
@@ -166,7 +170,7 @@ def activated(activation: MoEActivation, rows: Tensor, settings: ApplyMoEActivat
 def _formula(kind: MoEActivation, limit: float | None) -> Formula | None:
     """How an activation is computed; None where it is not served. `limit` clamps gate and up."""
     if kind == MoEActivation.SILU and limit is None:
-        return lambda rows, _: torch_npu.npu_swiglu(rows)
+        return lambda rows, _: torch.ops.npu_fused.swiglu(rows)
     if kind in (MoEActivation.SILU_NO_MUL, MoEActivation.GELU_NO_MUL, MoEActivation.GELU_TANH_NO_MUL):
         return lambda rows, _: _plain(kind)(rows)
     if kind == MoEActivation.RELU2_NO_MUL:
@@ -286,4 +290,5 @@ _LIBRARY = torch.library.Library("_moe_C", "FRAGMENT")  # vLLM's own name; kept,
 for _function, _extra in ((topk_softmax, ""), (topk_sigmoid, "float routed_scaling_factor, ")):
     if not hasattr(torch.ops._moe_C, _function.__name__):
         _LIBRARY.define(_function.__name__ + _SIGNATURE.format(_extra))
-    _LIBRARY.impl(_function.__name__, _function, "PrivateUse1")
+    _LIBRARY.impl(_function.__name__, _function, "CompositeImplicitAutograd")
+registry.register()  # vLLM also calls experts where nothing is compiled

@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from npu_compiler.serving import moe  # noqa: F401  # gives vLLM its experts
+from npu_compiler.serving import moe, moe_runner  # noqa: F401  # give vLLM its experts
 from npu_compiler.serving.compiler import put_into_key
 from npu_compiler.serving.options import ServingOptions
 from npu_compiler.serving.platform import NPUPlatform

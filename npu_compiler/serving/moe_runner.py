@@ -1,0 +1,60 @@
+"""A layer of experts as calls of the program that it belongs to, in the place of vLLM's one opaque operator.
+
+vLLM hides a layer behind `vllm.moe_forward`, which finds the layer by its name and calls the runner's `_forward_impl`.
+This runner has Dynamo trace what that does, as vLLM itself does on CPU: router, experts and shared experts are calls of
+the graph, and their weights its inputs like others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+
+@MoERunner.register_oot
+class NPUMoERunner(MoERunner):
+    """vLLM's runner, traced. vLLM makes it wherever a model asks for a layer of experts."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        # vLLM's choice of operator. As a method it is not in the way of the module paths that Dynamo notes.
+        del self._forward_entry
+
+    def _forward_entry(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        shared_experts_input: Tensor | None,
+        input_ids: Tensor | None,
+        layer_name: object,
+        hidden_dim_unpadded: int,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What `vllm.moe_forward` computes, with its arguments; the last two are for the operator only."""
+        return self._forward_impl(hidden_states, router_logits, shared_experts_input, input_ids)
+
+    def _forward_impl(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        shared_experts_input: Tensor | None,
+        input_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Routed experts [tokens, hidden]; behind shared ones, where there are such.
+
+        All ranks have all tokens, and nothing is overlapped here: what is independent in the graph, the scheduler sees.
+        """
+        shared = None if self.shared_experts is None else self.shared_experts._layer(shared_experts_input)
+        if self.gate is not None:
+            router_logits, _ = self.gate(hidden_states)
+        weights, experts = self.router.select_experts(
+            hidden_states=hidden_states,
+            router_logits=router_logits,
+            topk_indices_dtype=self._quant_method.topk_indices_dtype,
+            input_ids=input_ids,
+        )
+        routed = self.routed_experts.forward_modular(
+            x=hidden_states, topk_weights=weights, topk_ids=experts, shared_experts=None, shared_experts_input=None
+        )
+        return routed if shared is None else (shared, routed)
