@@ -23,7 +23,6 @@ from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationCo
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from npu_compiler.errors import UnservedError
-from npu_compiler.fusion_kernels import registry
 from npu_compiler.serving.places import here
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ def activated(activation: MoEActivation, rows: Tensor, settings: ApplyMoEActivat
 def _formula(kind: MoEActivation, limit: float | None) -> Formula | None:
     """How an activation is computed; None where it is not served. `limit` clamps gate and up."""
     if kind == MoEActivation.SILU and limit is None:
-        return lambda rows, _: torch.ops.npu_fused.swiglu(rows)
+        return _gated(functional.silu)  # one operator in the graph: passes/swiglu.py
     if kind in (MoEActivation.SILU_NO_MUL, MoEActivation.GELU_NO_MUL, MoEActivation.GELU_TANH_NO_MUL):
         return lambda rows, _: _plain(kind)(rows)
     if kind == MoEActivation.RELU2_NO_MUL:
@@ -291,4 +290,3 @@ for _function, _extra in ((topk_softmax, ""), (topk_sigmoid, "float routed_scali
     if not hasattr(torch.ops._moe_C, _function.__name__):
         _LIBRARY.define(_function.__name__ + _SIGNATURE.format(_extra))
     _LIBRARY.impl(_function.__name__, _function, "CompositeImplicitAutograd")
-registry.register()  # vLLM also calls experts where nothing is compiled
