@@ -15,8 +15,8 @@ from typing import Literal
 
 from npu_compiler.config import Options
 from npu_compiler.inspect.contents import Fire
+from npu_compiler.inspect.outcome import Outcome, Part, Point
 from npu_compiler.inspect.program import Data
-from npu_compiler.inspect.replay import Outcome, Part, Point
 from npu_compiler.passes import pipeline
 
 Run = Callable[[Point], Outcome]

@@ -1,20 +1,24 @@
 """Collectives of a program that runs alone: their order, and calls that take their place.
 
 A replay has one rank. Each collective is replaced by what it gives where all ranks have the same values, so that a
-program of many ranks runs without them. What other ranks rely on is the order in which a rank calls its collectives.
+program of many ranks runs without them: passes see how many ranks the groups have (graph/groups.py), and nothing is
+sent. What other ranks rely on is the order in which a rank calls its collectives.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
 
+from npu_compiler.errors import OptionError
 from npu_compiler.graph.build import call
 from npu_compiler.graph.effects import tensors
+from npu_compiler.graph.groups import group_of
 from npu_compiler.graph.source import where
 from npu_compiler.graph.spec import refresh_aliases
 from npu_compiler.plan.engines import Engine, engine_of
@@ -49,11 +53,15 @@ def disorder(graph: fx.Graph, expected: list[str]) -> str:
     return ""
 
 
-def replace(module: fx.GraphModule, ranks: int) -> None:
+def replace(module: fx.GraphModule, ranks: int, groups: Mapping[str, tuple[int, int]] = MappingProxyType({})) -> None:
     """Puts calls that need no other rank in the place of collectives.
 
     Args:
-        ranks: how many there are; the size of a group where the call does not say it.
+        ranks: how many there are; the size of a group that is not among `groups`.
+        groups: the process's number in a group, and how many ranks that has, by name.
+
+    Raises:
+        OptionError: a call needs what other ranks have.
     """
     replaced = False
     for node in list(module.graph.nodes):
@@ -61,9 +69,11 @@ def replace(module: fx.GraphModule, ranks: int) -> None:
             continue
         alone = _ALONE.get(node.target._schema.name)
         if alone is None:
+            _refuse_others(node)
             continue
+        _, size = groups.get(group_of(node), (0, ranks))
         with module.graph.inserting_before(node):
-            new = alone(functools.partial(_add, module.graph, node), node, ranks)
+            new = alone(functools.partial(_add, module.graph, node), node, size)
         if new not in node.all_input_nodes:  # a wait is its argument
             new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
@@ -72,6 +82,19 @@ def replace(module: fx.GraphModule, ranks: int) -> None:
     if replaced:
         refresh_aliases(module.graph)
         module.recompile()
+
+
+def _refuse_others(node: fx.Node) -> None:
+    """A call that names a group, and has nothing that takes its place."""
+    if group_of(node):
+        made_by = (node.meta.get("npu_origin") or {"pass": ""})["pass"]
+        without = f"leave its pass out: --option 'disabled_passes=[\"{made_by}\"]'"
+        raise OptionError(
+            f"{node.target} gives each rank what others have, and can't be run alone",
+            where=where(node),
+            rule="a replay has one rank: a collective is replaced by what it gives where all ranks have equal values",
+            fix=without if made_by else "look at other graphs",
+        )
 
 
 def _add(graph: fx.Graph, node: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:

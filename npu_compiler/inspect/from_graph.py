@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.printers import PythonPrinter
 
+from npu_compiler.graph import groups
 from npu_compiler.graph.effects import storage, value, written_storages
 from npu_compiler.graph.once import LASTING, ONCE
 from npu_compiler.graph.source import TIMES, operator_name, place
@@ -36,7 +37,13 @@ def program_of(graph: fx.Graph) -> Program:
     calls = tuple(_call(node, numbering, known) for node in graph.nodes)
     kept = constants_of(graph)
     made_up = tuple(dict.fromkeys(node.target for node in graph.find_nodes(op="get_attr") if node.target not in kept))
-    return Program.model_construct(calls=calls, sizes=sizes, assumptions=_assumptions(graph, sizes), made_up=made_up)
+    return Program.model_construct(
+        calls=calls,
+        sizes=sizes,
+        assumptions=_assumptions(graph, sizes),
+        made_up=made_up,
+        groups=groups.places_in(graph),
+    )
 
 
 def sizes_of(graph: fx.Graph) -> dict[sympy.Symbol, int]:

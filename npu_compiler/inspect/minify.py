@@ -261,7 +261,9 @@ def _described(program: Program) -> Program | None:
     level = log.level
     log.setLevel(logging.CRITICAL)  # it reports each call that does not fit
     try:
-        return program_of(graph_of(program).graph).model_copy(update={"made_up": program.made_up})
+        return program_of(graph_of(program).graph).model_copy(
+            update={"made_up": program.made_up, "groups": program.groups}
+        )
     except FAILURES:
         return None
     finally:

@@ -154,12 +154,14 @@ class Program(Data):
         sizes: the value of each symbol in the call that was compiled; for a run with made-up inputs.
         assumptions: what was known of the symbols when the program was written down, as Python expressions.
         made_up: constants whose values are not kept (large ones); their layout is.
+        groups: the process's number in each group that its calls name, and how many ranks that has.
     """
 
     calls: tuple[Call, ...]
     sizes: dict[Name, int] = {}
     assumptions: tuple[SizeText, ...] = ()
     made_up: tuple[str, ...] = ()
+    groups: dict[str, tuple[int, int]] = {}
 
     @model_validator(mode="after")
     def _check(self) -> Program:

@@ -14,23 +14,24 @@ import functools
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.config import Options
-from npu_compiler.errors import BundleError
-from npu_compiler.graph import once
+from npu_compiler.errors import BundleError, OptionError
+from npu_compiler.graph import groups, once
 from npu_compiler.graph.source import operator_name, where
 from npu_compiler.graph.spec import SpecCheck
 from npu_compiler.inspect import collectives, partly, reference, undefined
 from npu_compiler.inspect.bundle import StoredGraph
 from npu_compiler.inspect.contents import Fire
 from npu_compiler.inspect.from_graph import program_of
-from npu_compiler.inspect.judge import Compared, Difference, Expected, Seen, compared, judge, shared_memory
-from npu_compiler.inspect.program import Data, Program
+from npu_compiler.inspect.judge import Difference, Expected, Seen, compared, judge, shared_memory
+from npu_compiler.inspect.outcome import Outcome, Part, Point
+from npu_compiler.inspect.program import Program
 from npu_compiler.inspect.surroundings import Nothing, Restored, calls_of, restored
 from npu_compiler.inspect.to_graph import graph_of
 from npu_compiler.inspect.values import Values
@@ -48,88 +49,6 @@ MEMORY = "memory"
 _PARTICULAR = re.compile(r"\[[^\]]*\]|'[^']*'|\d+")
 UNUSED = frozenset({"dump", "dump_inputs", "cache", "check"})
 """Options of the dumped compilation that a replay leaves out, or decides itself."""
-
-
-class Point(Data):
-    """How far a program is compiled, and by which of the later layers it is run. None: as the bundle's options say.
-
-    Attributes:
-        stage: index of a stored stage, whose program is run as it is; none of the rest then counts but `disabled`.
-        first, passes, rewrites: the passes that run, and how many rewrites the last of them may make
-            (passes.pipeline.Until).
-        equal_layers: whether equal layers may be compiled once (option layers_once).
-        order: how many nodes are put into the chosen order.
-        captured: how many calls are captured.
-        streams: how many launches are on the streams of the plan.
-        disabled: rules that are left out.
-        called: whether it is called, or only compiled, to see what that does.
-    """
-
-    stage: int | None = None
-    first: int = 0
-    passes: int | None = None
-    rewrites: int | None = None
-    equal_layers: bool = True
-    order: int | None = None
-    captured: int | None = None
-    streams: int | None = None
-    disabled: tuple[str, ...] = ()
-    called: bool = True
-
-
-class Part(Data):
-    """A call of a compiled program: its operator, its place in the user's model, and the rule or pass that made it."""
-
-    name: str
-    operator: str
-    place: str
-    rule: str = ""
-
-    def __str__(self) -> str:
-        made_by = f", made by {self.rule}" if self.rule else ""
-        return f"{self.name} ({self.operator}{made_by}) at {self.place}"
-
-
-class Outcome(Data):
-    """What came of a point.
-
-    Attributes:
-        state: `right`; `wrong`, with the differences; `error`: it raised; `crash`, `hang`: the process did not answer.
-        text: of an error or crash.
-        kind: what makes two errors one.
-        rewrites: what the last pass did.
-        ordered, calls, steps: what was ordered, captured, planned, in that order.
-        on_device: calls of the reference that the CPU can't do in float64.
-        compared: the errors of the float results.
-        said: what the host runtime's checking mode found, in its words.
-    """
-
-    state: Literal["right", "wrong", "error", "crash", "hang"]
-    differences: tuple[Difference, ...] = ()
-    text: str = ""
-    kind: str = ""
-    rewrites: tuple[Fire, ...] = ()
-    ordered: tuple[Part, ...] = ()
-    calls: tuple[Part, ...] = ()
-    steps: tuple[Part, ...] = ()
-    on_device: tuple[str, ...] = ()
-    compared: tuple[Compared, ...] = ()
-    said: tuple[str, ...] = ()
-
-    @property
-    def right(self) -> bool:
-        """Whether nothing is wrong."""
-        return self.state == "right"
-
-    def same(self, other: Outcome) -> bool:
-        """Whether the other shows this failure too: the first of its differences in kind, or the same error."""
-        kinds = {entry.kind for entry in other.differences}
-        alike = not self.differences or self.differences[0].kind in kinds
-        return self.state == other.state and self.kind == other.kind and alike
-
-    def __str__(self) -> str:
-        lines = [self.state + (f": {self.text}" if self.text else ""), *(f"  {entry}" for entry in self.differences)]
-        return "\n".join([*lines, *(f"  {line}" for line in self.said)])
 
 
 class Subject:
@@ -191,7 +110,8 @@ class Subject:
         """Compiles and calls the program as far as `point` says, and judges what it gives.
 
         Raises:
-            OptionError: a rule or pass that the options or the point name is not there; nothing has run then.
+            OptionError: a rule or pass that the options or the point name is not there, or the program has a call that
+                needs other ranks; nothing has run then.
         """
         if point.stage is None:
             pipeline.selected(_with(self.options, point))
@@ -210,6 +130,8 @@ class Subject:
                 if not point.called:
                     return Outcome(state="right", **_described(made))
                 seen, later = self._calls(compiled, self.options.clone_outputs)
+        except OptionError:
+            raise
         except FAILURES as error:
             return Outcome(state="error", text=_text(error), kind=_kind(error), **_described(made))
         found = [entry for index, one in enumerate(seen) for entry in judge(index, one, expected[index])]
@@ -322,7 +244,7 @@ class Subject:
 
     def _alone(self, module: fx.GraphModule) -> None:
         """Makes a program one that runs alone, and does the same again."""
-        collectives.replace(module, self._ranks)
+        collectives.replace(module, self._ranks, self.program.groups)
         undefined.fill(module)
 
     def _graph(self, program: Program) -> fx.GraphModule:
@@ -342,7 +264,8 @@ class Subject:
             self._alone(module)
             return module
         options = _with(self.options, point)
-        module = self._rewritten(point, options, made)
+        with groups.made_up(self.program.groups):
+            module = self._rewritten(point, options, made)
         stable = partly.lasting(module.graph)
         made["disorder"] = collectives.disorder(module.graph, expected)
         self._alone(module)
@@ -358,7 +281,8 @@ class Subject:
 
     def program_at(self, point: Point) -> Program:
         """The program behind the passes and the order of a point, before anything is captured."""
-        return program_of(self._rewritten(point, _with(self.options, point), {}).graph)
+        with groups.made_up(self.program.groups):
+            return program_of(self._rewritten(point, _with(self.options, point), {}).graph)
 
     def _rewritten(self, point: Point, options: Options, made: dict[str, Any]) -> fx.GraphModule:
         module = self._graph(self.program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from npu_compiler.config import Options
 from npu_compiler.errors import OptionError
 from npu_compiler.inspect.contents import Inputs
 from npu_compiler.inspect.from_graph import constants_of, program_of
-from npu_compiler.inspect.replay import Outcome, Point, Subject
+from npu_compiler.inspect.outcome import Outcome, Point
+from npu_compiler.inspect.replay import Subject
 from npu_compiler.inspect.values import Values, saved
 from npu_compiler.passes import pipeline
 
@@ -21,7 +23,11 @@ ALL_PASSES, ORDER, CAPTURE, STREAMS = "all passes", "order", "capture", "streams
 
 
 def rerun(
-    program: Callable[..., Any], inputs: Sequence[Any], step: str, options: Mapping[str, Any] | None = None
+    program: Callable[..., Any],
+    inputs: Sequence[Any],
+    step: str,
+    options: Mapping[str, Any] | None = None,
+    groups: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> Outcome:
     """What a step makes of a program, compared with the program itself (inspect/judge.py says how).
 
@@ -31,6 +37,7 @@ def rerun(
         step: the name of a pass, which runs alone; "order", "capture" or "streams", on the program as it is; or
             "all passes".
         options: as torch.compile takes them.
+        groups: the number of the process in each group that the program's calls name, and how many ranks that has.
     """
     chosen = Options.of(options)
     traced = fx.symbolic_trace(program)
@@ -39,7 +46,7 @@ def rerun(
     with mode, torch.no_grad():
         _Recorded(traced, mode).run(*fakes)
     kept, pieces = saved(inputs)
-    data = program_of(traced.graph)
+    data = program_of(traced.graph).model_copy(update={"groups": dict(groups)})
     values = Values(data, Inputs(inputs=tuple(kept)), pieces)
     return Subject(data, constants_of(traced.graph), chosen, values).run(point_of(step, chosen))
 

@@ -15,9 +15,9 @@ from npu_compiler.inspect.bisect import UNCAPTURED, Cause, bisect
 from npu_compiler.inspect.bundle import StoredGraph
 from npu_compiler.inspect.contents import FINAL
 from npu_compiler.inspect.minify import calls_in, shrink
+from npu_compiler.inspect.outcome import Outcome, Point
 from npu_compiler.inspect.program import Data, Program
 from npu_compiler.inspect.python_text import CONSTANTS, python_text
-from npu_compiler.inspect.replay import Outcome, Point
 from npu_compiler.inspect.rerun import ALL_PASSES, point_of
 from npu_compiler.inspect.worker import Source, Worker
 from npu_compiler.passes import pipeline
@@ -168,6 +168,7 @@ def text_of(program: Program, cause: Cause, step: str, options: dict[str, Any], 
     body = re.sub(r"(from npu_compiler\.inspect\.made_up .*\n)", rf"\1{more}", body)
     name = re.sub(r"\W+", "_", cause.rule or step).strip("_")
     given = f", options={options!r}" if options else ""
+    given += f", groups={program.groups!r}" if program.groups else ""
     return f"""{body}
 
 

@@ -27,8 +27,9 @@ from npu_compiler.config import Options
 from npu_compiler.errors import BundleError, OptionError
 from npu_compiler.inspect import bundle
 from npu_compiler.inspect.bundle import StoredGraph
+from npu_compiler.inspect.outcome import Outcome, Point
 from npu_compiler.inspect.program import Data, Program
-from npu_compiler.inspect.replay import FAILURES, MEMORY, Outcome, Point, Subject, options_of, surroundings_of
+from npu_compiler.inspect.replay import FAILURES, MEMORY, Subject, options_of, surroundings_of
 from npu_compiler.inspect.values import Values
 
 TIMEOUT = 300.0

@@ -20,8 +20,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from npu_compiler.errors import RankError
 from npu_compiler.facts.sizes import expression
-from npu_compiler.graph.effects import argument, tensors, value
-from npu_compiler.graph.groups import ranks_of
+from npu_compiler.graph.effects import tensors, value
+from npu_compiler.graph.groups import group_of, ranks_of
 from npu_compiler.graph.source import where
 from npu_compiler.plan.engines import Engine, engine_of
 from npu_compiler.plan.first_call import before_first
@@ -49,8 +49,8 @@ def planned(graph: fx.Graph) -> dict[str, Planned]:
     """What a program asks of each group of ranks, by the group's name."""
     names: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
-        group = _group(node)
-        if group is not None:
+        group = _collective(node)
+        if group:
             names.setdefault(group, []).append(node)
     inputs = {node: index for index, node in enumerate(graph.find_nodes(op="placeholder"))}
     return {
@@ -119,15 +119,9 @@ def _same_plan(group: str, first: Planned, other: Planned, rank: int) -> None:
             )
 
 
-def _group(node: fx.Node) -> str | None:
-    """The name of the group that a call communicates with."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return None
-    if engine_of(node) is not Engine.LINK or "wait_tensor" in target._schema.name:
-        return None
-    given = argument(node, "group") or argument(node, "group_name")
-    return given if isinstance(given, str) else None
+def _collective(node: fx.Node) -> str:
+    """The name of the group that a call communicates with; empty for other calls."""
+    return group_of(node) if node.op == "call_function" and engine_of(node) is Engine.LINK else ""
 
 
 def _text(node: fx.Node) -> str:
@@ -153,7 +147,7 @@ def _beside_parts(graph: fx.Graph, group: str) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
-        if name in PARTS and argument(node, "group") == group:
+        if name in PARTS and group_of(node) == group:
             parts.add(node)
             if name == "npu_fused::shard_rows":
                 found |= set(_inputs(node.all_input_nodes, parts))

@@ -12,15 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from npu_compiler import cli
+from npu_compiler import cli, fusion_kernels
 from npu_compiler.errors import BundleError
+from npu_compiler.graph import groups
 from npu_compiler.inspect.bisect import UNCAPTURED, Cause
+from npu_compiler.inspect.contents import Stage
+from npu_compiler.inspect.from_graph import program_of
 from npu_compiler.inspect.smallest import find, minify
 from npu_compiler.inspect.worker import Source, Worker
 from npu_compiler.passes import pipeline
+from tests import world
+from tests.inspect.made import written
 from tests.inspect.planted import defects
 from tests.inspect.planted.defects import DEFECTS, Defect, planted
 from tests.one_rank import one_rank
+from tests.passes.lowered import lowered
 
 PLAIN = {
     "disabled_passes": [name for name in dict.fromkeys(pipeline.names()) if name != pipeline.USER_RULES],
@@ -107,6 +113,42 @@ def test_a_call_that_can_not_be_captured_is_found(worker: Worker, tmp_path: Path
     assert cause.call.operator == "planted.read_back.default"
     assert "x @ weight" in cause.call.place
     assert "can't" in cause.outcome.text or "failed" in cause.outcome.text
+
+
+def test_a_pass_that_asks_for_ranks_runs_again_in_one_process(worker: Worker, tmp_path: Path) -> None:
+    """The bundle is one of two ranks. A pass finds its rows in parts, which it needs the group's size for."""
+    fusion_kernels.register()
+    with world.group_of(2):
+        graph = lowered(defects.normed_sums, *(torch.rand(*shape).npu() for shape in ((6, 8), (6, 8), (8,)))).graph
+        program = program_of(graph.graph)
+    assert program.groups == {world.DEFAULT: (0, 2)}
+    options = {"sequence_parallel": 1, **planted("GATHER", **PLAIN)}
+    options["disabled_passes"] = [name for name in PLAIN["disabled_passes"] if name != "sequence_parallel"]
+    about = {"options": {name: repr(given) for name, given in options.items()}, "given": tuple(options)}
+    written(tmp_path / "dump", [(Stage(name="lowered"), program)], about=about, environment={"ranks": 2})
+    source = Source(bundle=str(tmp_path / "dump"))
+    rewritten = worker.program_at(source, UNCAPTURED.model_copy(update={"passes": 1}))
+    assert {call.target for call in rewritten.calls if "rows" in call.target} == {
+        f"npu_fused.{name}_rows.default" for name in ("shard", "reduce_scatter", "all_gather")
+    }
+    cause = find(source, worker)
+    assert (cause.layer, cause.stage, cause.rule) == ("pass", "planted", "doubled"), str(cause)
+    small = minify(source, cause, worker, tmp_path / "test_small.py")
+    assert cause.outcome.same(small.outcome), str(small)
+    text = Path(small.file).read_text()
+    assert "all_gather_rows" in text and "groups={'0': (0, 2)}" in text
+    right = find(source.model_copy(update={"options": {**options, "passes": []}}), worker)
+    assert right.layer == "nothing", str(right)
+
+
+def test_no_collective_runs_in_a_made_up_group() -> None:
+    with groups.made_up({"tp:0": (1, 4)}):
+        assert (groups.rank_in("tp:0"), groups.ranks_of("tp:0")) == (1, 4)
+        with pytest.raises(RuntimeError, match="ackend"):
+            torch.ops._c10d_functional.all_reduce(torch.ones(2), "sum", "tp:0")
+    assert groups.ranks_of("tp:0") == 0
+    with one_rank(), groups.made_up({world.DEFAULT: (1, 4)}):
+        assert groups.ranks_of(world.DEFAULT) == 1  # a group that is there stays
 
 
 def test_rules_given_as_objects_have_to_be_named(tmp_path: Path) -> None:

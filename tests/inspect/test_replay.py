@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from npu_compiler import fusion_kernels
 from npu_compiler.config import Options
+from npu_compiler.errors import OptionError
 from npu_compiler.inspect import bundle, collectives, partly, reference, undefined
 from npu_compiler.inspect.from_graph import program_of
 from npu_compiler.inspect.judge import Expected, Seen, judge
@@ -184,6 +185,18 @@ def test_collectives_run_alone_as_where_all_ranks_have_equal_values() -> None:
         (exchanged, x),
     ):
         assert torch.equal(got.cpu(), wanted)
+
+
+def test_what_needs_other_ranks_is_refused_by_name() -> None:
+    fusion_kernels.register()
+    graph = fx.Graph()
+    rows, order = graph.placeholder("rows"), graph.placeholder("order")
+    combine = torch.ops.npu_fused.all_to_all_combine.default
+    made = graph.call_function(combine, (rows, order, order, rows, "ep:0", 2))
+    made.meta["npu_origin"] = {"pass": "token_drop", "nodes": ()}
+    graph.output((made,))
+    with pytest.raises(OptionError, match=r"(?s)npu_fused.all_to_all_combine.default gives.*\[\"token_drop\"\]"):
+        collectives.replace(fx.GraphModule(torch.nn.Module(), graph), 2)
 
 
 def scattered(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from npu_compiler.errors import BundleError
 from npu_compiler.inspect import bundle
 from npu_compiler.inspect.bundle import StoredGraph
 from npu_compiler.inspect.contents import Surroundings
-from npu_compiler.inspect.replay import Point, Subject
+from npu_compiler.inspect.outcome import Point
+from npu_compiler.inspect.replay import Subject
 from npu_compiler.serving.alone import DECODES, Alone, made_up_step, restored
 from npu_compiler.serving.attention_notes import LayerNotes
 from tests.models import checkpoints

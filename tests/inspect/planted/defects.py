@@ -312,7 +312,30 @@ def scaled(x: Tensor, weight: Tensor) -> Tensor:
     return ((out * 0.125) * 3.0).sigmoid()
 
 
-# Beside the ten: what only a capture shows, and what ends the process.
+# Beside the ten: a pass behind one that asks how many ranks there are.
+
+
+def _double(module: fx.GraphModule, record: PassRecord) -> None:
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.npu_fused.all_gather_rows.default):
+        record.fire("doubled", node, [node])
+        users = list(node.users)
+        with module.graph.inserting_after(node):
+            twice = call(module.graph, aten.mul.Tensor, (node, 2.0), replaces=[node], made_by="doubled")
+        for user in users:
+            user.replace_input_with(node, twice)
+
+
+GATHER = Pass("planted", "behind the rows in parts", _double, after="sequence_parallel", local=True)
+
+
+def normed_sums(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    functional = torch.ops._c10d_functional
+    total = functional.wait_tensor(functional.all_reduce(torch.relu(x), "sum", "0"))
+    normed, _ = torch.ops.npu_fused.add_rms_norm(total, residual.sin(), weight, 1e-6)
+    return torch.sigmoid(normed)
+
+
+# What only a capture shows, and what ends the process.
 
 
 def _cosine(name: str) -> Pass:
