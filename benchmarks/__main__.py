@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compiler, dumping, kernels, row_decode_step, row_graph_launch
+from benchmarks import compiler, dumping, kernels, row_decode_step, row_graph_launch, row_streams
 from benchmarks.harness import Row, Settings, run
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,7 +22,7 @@ ROW_TIMEOUT_S = 600
 
 def all_rows() -> dict[str, Row]:
     """Every row by name, in the order of the table."""
-    return {row.name: row for row in (*row_graph_launch.rows(), *row_decode_step.rows())}
+    return {row.name: row for row in (*row_graph_launch.rows(), *row_decode_step.rows(), *row_streams.rows())}
 
 
 def machine() -> dict[str, str]:
