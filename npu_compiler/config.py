@@ -19,6 +19,7 @@ from npu_compiler.errors import OptionError
 
 MULTISTREAM = ("off", "auto")
 WEIGHT_NZ = ("off", "quantized", "all", "auto")
+EXPERT_COMMUNICATION = ("auto", "allgather", "alltoall", "mc2", "fused_mc2")
 CAPTURERS = ("ascend", "npugraph_ex")
 DUMP_INPUTS = ("off", "call", "all")
 WATCHES = ("stats", "values", "nan", "inf")
@@ -138,6 +139,13 @@ class Options:
     """Fewest rows at which the sums of tensor parallelism become a reduce-scatter and an all-gather, with norms between
     the two on a rank's own rows. A program is rewritten where it is proven to have as many; 1: always. 0: never. Give
     all ranks the same number."""
+    expert_communication: str = "auto"
+    """How tokens get to the ranks of their experts, with expert parallelism: "allgather", "alltoall", "mc2" or
+    "fused_mc2"; "auto": what a table says for the chip and the sizes (docs/moe.md). Give all ranks the same."""
+    expert_tokens: int = 0
+    """Most tokens of a call, for that table; 0: only the program's sizes say. In vLLM it is the compile range's end."""
+    expert_graph_tokens: int = 0
+    """Most tokens of a captured graph, for that table; 0: not known. In vLLM it is the largest capture size."""
     token_drop: Mapping[str, Any] = field(default_factory=dict)
     """Send tokens to the ranks of their experts in buffers of a fixed size, and drop what has no room (TokenDrop). For
     example {"capacity_factor": 1.25, "by": "score", "renormalise": False}. Give all ranks the same."""
@@ -209,6 +217,19 @@ class Options:
             )
         if self.token_drop:
             TokenDrop.of(self.token_drop)
+            if self.expert_communication not in ("auto", "alltoall"):
+                raise OptionError(
+                    f"token_drop and expert_communication={self.expert_communication!r} contradict each other",
+                    rule="what token_drop bounds are the buffers of an all-to-all",
+                    fix="leave one of the two out",
+                )
+        if self.expert_communication not in EXPERT_COMMUNICATION:
+            raise _unknown_value("expert_communication", self.expert_communication, EXPERT_COMMUNICATION)
+        for name in ("expert_tokens", "expert_graph_tokens"):
+            if getattr(self, name) < 0:
+                raise OptionError(
+                    f"{name}={getattr(self, name)} is no number of tokens", rule="it is at least 0", fix="leave it out"
+                )
         if self.sequence_parallel and self.matmul_all_reduce:
             raise OptionError(
                 "sequence_parallel and matmul_all_reduce both want the sums over the ranks",

@@ -28,6 +28,7 @@ from npu_compiler.passes import (
     common,
     constant_folding,
     dead_code,
+    expert_communication,
     geglu,
     gelu,
     gemma_rms_norm,
@@ -114,6 +115,11 @@ PASSES: tuple[Pass, ...] = (
         "behind sequence_parallel, whose part of a sum it then gives; only with the option of its name",
         token_drop.run,
     ),
+    Pass(
+        expert_communication.NAME,
+        "in the place of token_drop, which is an all-to-all of its own; without that option",
+        expert_communication.run,
+    ),
     Pass(masked_embedding.NAME, "before mul_add, which would take its arithmetic apart", rules=masked_embedding.RULES),
     Pass(mul_add.NAME, "last of the rules: it would take arithmetic apart that others look for", rules=mul_add.RULES),
     Pass(common.NAME, "again: the rules repeat small work, such as widening cos, in every layer", common.run),
@@ -144,6 +150,7 @@ def selected(options: Options) -> tuple[Pass, ...]:
     order = users.with_rules(order, matmul_all_reduce.NAME, matmul_all_reduce.rules(options.matmul_all_reduce))
     order = _with_rows(order, options.sequence_parallel)
     order = _with_drop(order, options.token_drop)
+    order = _with_communication(order, options)
     return tuple(entry for entry in order if entry.name not in options.disabled_passes)
 
 
@@ -162,6 +169,21 @@ def _with_drop(passes: Sequence[Pass], given: Mapping[str, Any]) -> tuple[Pass, 
         return tuple(entry for entry in passes if entry.name != token_drop.NAME)
     run = functools.partial(token_drop.run, drop=TokenDrop.of(given))
     return tuple(dataclasses.replace(entry, run=run) if entry.name == token_drop.NAME else entry for entry in passes)
+
+
+def _with_communication(passes: Sequence[Pass], options: Options) -> tuple[Pass, ...]:
+    """`passes` with expert_communication as the options say, or without it where token_drop does its work."""
+    if options.token_drop:
+        return tuple(entry for entry in passes if entry.name != expert_communication.NAME)
+    run = functools.partial(
+        expert_communication.run,
+        asked=options.expert_communication,
+        tokens=options.expert_tokens,
+        captured=options.expert_graph_tokens,
+    )
+    return tuple(
+        dataclasses.replace(entry, run=run) if entry.name == expert_communication.NAME else entry for entry in passes
+    )
 
 
 def run(

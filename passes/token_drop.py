@@ -127,11 +127,13 @@ def run(module: fx.GraphModule, record: PassRecord, drop: TokenDrop = DEFAULT) -
     for node in list(module.graph.nodes):
         if str(node.target) == ROUTING:
             try:
-                layer = _layer(node)
+                layer = layer_of(node)
             except Left as reason:
                 record.refuse(NAME, node, str(reason))
             else:
-                _rewrite(module.graph, layer, drop, record)
+                factor = parts(drop, layer.top_k, layer.experts, layer.ranks) / FINE
+                text = f"{layer.ranks} ranks, capacity factor {factor:g}, dropped by {drop.by}"
+                exchange(module.graph, layer, drop, record, text)
 
 
 def parts(drop: TokenDrop, top_k: int, experts: int, ranks: int) -> int:
@@ -144,7 +146,7 @@ def parts(drop: TokenDrop, top_k: int, experts: int, ranks: int) -> int:
 # -- which layers ------------------------------------------------------------------------------------------------------
 
 
-def _layer(routing: fx.Node) -> Layer:
+def layer_of(routing: fx.Node) -> Layer:
     """The layer that a routing belongs to.
 
     Raises:
@@ -266,36 +268,36 @@ def _parts_of(node: fx.Node) -> dict[int, fx.Node]:
 # -- the rewrite -------------------------------------------------------------------------------------------------------
 
 
-def _rewrite(graph: fx.Graph, layer: Layer, drop: TokenDrop, record: PassRecord) -> None:
+def exchange(graph: fx.Graph, layer: Layer, drop: TokenDrop, record: PassRecord, text: str, name: str = NAME) -> None:
+    """Rewrites a layer for the pass of this name; `text` says so in the report."""
     factor = parts(drop, layer.top_k, layer.experts, layer.ranks)
     old = [layer.routing, *layer.between, layer.finish, *(layer.sum.calls if layer.sum.alone else ())]
-    text = f"{NAME}: {layer.ranks} ranks, capacity factor {factor / FINE:g}, dropped by {drop.by}"
-    record.fire(text, layer.finish, old)
+    record.fire(f"{name}: {text}", layer.finish, old)
     with graph.inserting_before(layer.finish):
-        came = list(_dispatched(graph, layer, factor, drop))
-        copies, routed = _routed(graph, layer, came)
+        came = list(_dispatched(graph, layer, factor, drop, name))
+        copies, routed = _routed(graph, layer, came, name)
         fused = torch.ops.npu_fused
         share = call(
             graph,
             fused.all_to_all_combine.default,
             (copies[layer.results], routed[1], came[2], came[3], layer.sum.group, layer.ranks),
             replaces=[layer.finish],
-            made_by=NAME,
+            made_by=name,
         )
         if layer.sum.alone and layer.sum.scattered:
             whole, old_result = share, layer.sum.calls[-1]
         else:
             target = fused.all_gather_rows.default if layer.sum.alone else fused.unshard_rows.default
-            arguments = (share, layer.sum.group, layer.ranks, _row_count(graph, layer))
+            arguments = (share, layer.sum.group, layer.ranks, _row_count(graph, layer, name))
             old_result = layer.sum.calls[-1] if layer.sum.alone else layer.finish
-            whole = call(graph, target, arguments, replaces=[old_result], made_by=NAME)
+            whole = call(graph, target, arguments, replaces=[old_result], made_by=name)
     old_result.replace_all_uses_with(whole)
     for node in sorted(old, reverse=True):
         if not node.users:
             graph.erase_node(node)
 
 
-def _dispatched(graph: fx.Graph, layer: Layer, factor: int, drop: TokenDrop) -> Iterator[fx.Node]:
+def _dispatched(graph: fx.Graph, layer: Layer, factor: int, drop: TokenDrop, name: str) -> Iterator[fx.Node]:
     """Calls for what came to this rank: rows, experts; and for where what it sent went: places, scales."""
     x, ids = argument(layer.routing, "x"), argument(layer.routing, "expert_idx")
     settings = (layer.sum.group, layer.ranks, layer.experts, factor, drop.by, drop.renormalise, True, "")
@@ -305,37 +307,42 @@ def _dispatched(graph: fx.Graph, layer: Layer, factor: int, drop: TokenDrop) -> 
         (x, ids, argument(layer.finish, "scales"), *settings),
         {},
         layer.routing,
+        name,
     )
 
 
-def _routed(graph: fx.Graph, layer: Layer, came: list[fx.Node]) -> tuple[dict[fx.Node, fx.Node], list[fx.Node]]:
+def _routed(
+    graph: fx.Graph, layer: Layer, came: list[fx.Node], name: str
+) -> tuple[dict[fx.Node, fx.Node], list[fx.Node]]:
     """The experts' calls again, for what came; by the calls they replace. And the results of their routing."""
     first, end = argument(layer.routing, "active_expert_range")
     settings = dict(layer.routing.kwargs)
     settings["active_num"] = -1  # all rows
     settings["expert_num"] = no_expert(layer.experts, layer.ranks) + 1
     settings["active_expert_range"] = [0, end - first]
-    routed = list(_results(graph, layer.routing.target, (came[0], came[1]), settings, layer.routing))
+    routed = list(_results(graph, layer.routing.target, (came[0], came[1]), settings, layer.routing, name))
     copies = {node: routed[index] for index, node in _parts_of(layer.routing).items()}
     for node in layer.between:
         if node not in copies:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: copies.get(item, item))
-            copies[node] = call(graph, node.target, args, kwargs=kwargs, replaces=[node], made_by=NAME)  # type: ignore[arg-type]
+            copies[node] = call(graph, node.target, args, kwargs=kwargs, replaces=[node], made_by=name)  # type: ignore[arg-type]
     return copies, routed
 
 
-def _results(graph: fx.Graph, target: Any, args: Any, kwargs: dict[str, Any], replaced: fx.Node) -> Iterator[fx.Node]:
+def _results(
+    graph: fx.Graph, target: Any, args: Any, kwargs: dict[str, Any], replaced: fx.Node, name: str
+) -> Iterator[fx.Node]:
     """A call with several results, and a call for each of them."""
-    made = call(graph, target, args, kwargs=kwargs, replaces=[replaced], made_by=NAME)
+    made = call(graph, target, args, kwargs=kwargs, replaces=[replaced], made_by=name)
     for index in range(len(value(made))):  # type: ignore[arg-type]
-        yield call(graph, operator.getitem, (made, index), replaces=[replaced], made_by=NAME)
+        yield call(graph, operator.getitem, (made, index), replaces=[replaced], made_by=name)
 
 
-def _row_count(graph: fx.Graph, layer: Layer) -> object:
+def _row_count(graph: fx.Graph, layer: Layer, name: str) -> object:
     if isinstance(layer.rows, int):
         return layer.rows
     x = argument(layer.routing, "x")
-    return call(graph, torch.ops.aten.sym_size.int, (x, 0), replaces=[layer.routing], made_by=NAME)
+    return call(graph, torch.ops.aten.sym_size.int, (x, 0), replaces=[layer.routing], made_by=name)
 
 
 def _tensor(node: Any) -> Tensor:

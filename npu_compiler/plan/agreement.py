@@ -27,7 +27,7 @@ from npu_compiler.plan.engines import Engine, engine_of
 from npu_compiler.plan.first_call import before_first
 
 PARTS = frozenset({"npu_fused::reduce_scatter_rows", "npu_fused::shard_rows", "npu_fused::all_to_all_combine"})
-WHOLE = "npu_fused::all_gather_rows"
+WHOLE = frozenset({"npu_fused::all_gather_rows", "npu_fused::unshard_rows"})
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _beside_parts(graph: fx.Graph, group: str) -> set[fx.Node]:
             parts.add(node)
             if name == "npu_fused::shard_rows":
                 found |= set(_inputs(node.all_input_nodes, parts))
-        elif name != WHOLE and parts.intersection(node.all_input_nodes):
+        elif name not in WHOLE and parts.intersection(node.all_input_nodes):
             parts.add(node)
             found |= set(_inputs([item for item in node.all_input_nodes if item not in parts], parts))
     return found

@@ -168,9 +168,13 @@ class AscendCompiler(CompilerInterface):
 
 def for_range(options: Options, tokens: Range) -> Options:
     """The options for a range of token counts, which a program's sizes do not show: the pass that asks for a number of
-    rows is on where there are always as many."""
+    rows is on where there are always as many, and experts' communication is chosen for the most that there can be."""
     enough = options.sequence_parallel <= max(tokens.start, 2)
-    return dataclasses.replace(options, sequence_parallel=int(bool(options.sequence_parallel) and enough))
+    return dataclasses.replace(
+        options,
+        sequence_parallel=int(bool(options.sequence_parallel) and enough),
+        expert_tokens=options.expert_tokens or tokens.end,
+    )
 
 
 def put_into_key(config: VllmConfig) -> None:

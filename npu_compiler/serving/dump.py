@@ -23,9 +23,12 @@ RUN, CAPTURES = "run.json", "captures.jsonl"
 
 
 def options_of(vllm_config: VllmConfig) -> Options:
-    """The options of the compiler: what `additional_config` says, and vLLM's folder for dumps."""
+    """The options of the compiler: what `additional_config` says, vLLM's folder for dumps and its largest graph."""
     given: dict[str, Any] = ServingOptions.of(vllm_config).compile
-    folder = vllm_config.compilation_config.debug_dump_path
+    compilation = vllm_config.compilation_config
+    folder = compilation.debug_dump_path
+    if vllm_config.parallel_config.enable_expert_parallel:
+        given = {"expert_graph_tokens": compilation.max_cudagraph_capture_size or 0, **given}
     return compile_options(given if folder is None else {"dump": str(folder), **given})
 
 

@@ -22,6 +22,7 @@ from npu_compiler.backend import AscendBackend, compile_fx, load_fx
 from npu_compiler.errors import CaptureBudgetWarning, CaptureError, NpuCompilerError, TrainingWarning
 from npu_compiler.graph.serialized import NotStorable, dumps
 from npu_compiler.graph.source import where
+from npu_compiler.passes import expert_communication
 from npu_compiler.passes.record import PassRecord
 from npu_compiler.plan import agreement
 from npu_compiler.plan.dependencies import Dependencies
@@ -355,6 +356,13 @@ def ranks_that_planned_different_collectives() -> str:
     (first, *_) = (node for node in program("two").nodes if node.op == "call_function")
     ours = agreement.Planned(("all_reduce float32 [2, 4]",), (where(first),))
     return error_of(lambda: agreement._same_plan("tp:0", ours, agreement.Planned(), 1), NpuCompilerError)
+
+
+@says("passes/expert_communication.py:_refuse_what_was_asked", "x = x * self.scale")
+def a_communication_of_experts_that_can_not_be_used() -> str:
+    (first, *_) = (node for node in program("two").nodes if node.op == "call_function")
+    refused = expert_communication._refuse_what_was_asked
+    return error_of(lambda: refused("mc2", first, "no operator"), NpuCompilerError)
 
 
 @says("npu_compiler/backend.py:load_fx", "x = x * self.scale")
