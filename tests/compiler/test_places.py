@@ -70,6 +70,13 @@ NO_CALL = {
     "passes/replacements.py:arguments": "the definition of a rule",
     "passes/replacements.py:read": "the definition of a rule",
     "passes/rewrite.py:__post_init__": "the definition of a rule",
+    **dict.fromkeys(
+        [
+            f"passes/token_drop.py:{name}"
+            for name in ("layer_of", "_check_settings", "_check_placement", "_between", "_sum_behind")
+        ],
+        "caught where it is called",
+    ),
     "passes/users.py:_imported": "an option",
     "passes/users.py:_resolved": "an option",
     "passes/users.py:passes_of": "an option",

@@ -215,11 +215,14 @@ def test_tokens_are_those_of_transformers(folder: Path) -> None:
     assert steps["eager"] == 0
 
 
-def test_tokens_with_the_experts_on_two_ranks(folder: Path) -> None:
+@pytest.mark.parametrize("communication", ["auto", pytest.param("alltoall", marks=pytest.mark.full)])
+def test_tokens_with_the_experts_on_two_ranks(communication: str, folder: Path) -> None:
     """Every rank has whole experts instead of a part of each."""
     prompts = oracle.prompts()[:4]
     expected = [oracle.greedy(folder, prompt, 16) for prompt in prompts]
-    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enable_expert_parallel": True}
+    settings: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    settings |= {"enable_expert_parallel": True}
+    settings["additional_config"] = {"compile": {"expert_communication": communication}}
     with engine(folder, **settings, **graphs("FULL_DECODE_ONLY")) as llm:
         assert generate(llm, prompts, 16) == expected
         reports = llm.collective_rpc("report")
