@@ -278,6 +278,7 @@ class Options:
                 )
         values = {name: _typed(name, getattr(DEFAULTS, name), value) for name, value in given.items()}
         _refuse_contradictions(values)
+        _refuse_rivals(values)
         if not values.get("watch") and os.environ.get(WATCH):
             values["watch"] = tuple(os.environ[WATCH].split(","))
         return cls(**values)
@@ -343,6 +344,15 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
                 rule=f"these options describe captured graphs, and {why}",
                 fix="drop one side",
             )
+
+
+def _refuse_rivals(values: Mapping[str, Any]) -> None:
+    if values.get("sequence_parallel") and values.get("matmul_all_reduce"):
+        raise OptionError(
+            "sequence_parallel and matmul_all_reduce want the same sums over the ranks",
+            rule="one takes a sum apart into a scatter and a gather, the other joins it with the product before it",
+            fix="set one of the two to 0",
+        )
 
 
 def _unknown_value(option: str, value: str, valid: Iterable[str]) -> OptionError:

@@ -94,8 +94,9 @@ def compare(group: str, plan: Planned, args: Sequence[Any]) -> None:
     mine = (plan, [_digest(args[index]) for index, _ in plan.equal])
     found: list[Any] = [None] * handle.size()
     dist.all_gather_object(found, mine, group=handle)
-    for rank, (other, digests) in enumerate(found[1:], start=1):
-        _same_plan(group, found[0][0], other, rank)
+    for rank, (other, _) in enumerate(found[1:], start=1):
+        _same_plan(group, found[0][0], other, rank)  # of all ranks, before anything is read of one
+    for rank, (_, digests) in enumerate(found[1:], start=1):
         for (_, name), left, right in zip(plan.equal, found[0][1], digests, strict=True):
             if left != right:
                 raise RankError(

@@ -35,6 +35,7 @@ _VLLM_FUSIONS = (
     "enable_qk_norm_rope_fusion",
     "fuse_rope_kvcache_cat_mla",
 )
+_PLACEMENTS = ("tensor", "pipeline", "data")
 
 
 class NPUPlatform(Platform):
@@ -204,6 +205,7 @@ class NPUPlatform(Platform):
 
         _split_compile_ranges(vllm_config, ServingOptions.of(vllm_config).compile.get("sequence_parallel", 0))
         _refuse_unserved(vllm_config)
+        _refuse_placements(vllm_config)
         _refuse_missing_devices(vllm_config)
         if vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
             _refuse_uncapturable(os.environ)
@@ -262,7 +264,6 @@ def _refuse_unserved(vllm_config: VllmConfig) -> None:
         (vllm_config.lora_config is not None, "LoRA (--enable-lora)"),
         (vllm_config.kv_transfer_config is not None, "KV connectors (--kv-transfer-config)"),
         (parallel.use_ubatching, "dual-batch overlap (--enable-dbo)"),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism (--pipeline-parallel-size)"),
         (parallel.decode_context_parallel_size > 1, "context parallelism (--decode-context-parallel-size)"),
         (model is not None and model.enable_sleep_mode, "sleep mode (--enable-sleep-mode)"),
         (cache.cache_dtype not in ("auto", "float16", "bfloat16"), f"--kv-cache-dtype {cache.cache_dtype}"),
@@ -284,13 +285,30 @@ def _refuse_unserved(vllm_config: VllmConfig) -> None:
         )
 
 
+def _refuse_placements(vllm_config: VllmConfig) -> None:
+    """Raises ValueError for ways of dividing a model over ranks that don't go together."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1 and vllm_config.scheduler_config.async_scheduling:
+        raise ValueError(
+            "--async-scheduling and --pipeline-parallel-size exclude each other: vLLM's model runner of the first "
+            "version does not support the two together; leave --async-scheduling out"
+        )
+    if parallel.data_parallel_size > 1 and model is not None and model.is_moe:
+        raise ValueError(
+            f"data parallelism (--data-parallel-size) of a mixture of experts ({model.architecture}) is not served on "
+            "npu yet; leave it out: --enable-expert-parallel gives each rank of --tensor-parallel-size whole experts"
+        )
+
+
 def _refuse_missing_devices(vllm_config: VllmConfig) -> None:
     """Raises ValueError when this machine has fewer devices than the ranks that will run on it."""
     parallel, devices = vllm_config.parallel_config, npu.device_count()
-    if parallel.nnodes == 1 and parallel.distributed_executor_backend != "ray" and parallel.world_size > devices:
+    ranks = parallel.world_size * parallel.data_parallel_size_local
+    if parallel.nnodes == 1 and parallel.distributed_executor_backend != "ray" and ranks > devices:
+        sizes = [f"--{kind}-parallel-size {getattr(parallel, f'{kind}_parallel_size')}" for kind in _PLACEMENTS]
         raise ValueError(
-            f"{parallel.world_size} ranks (--tensor-parallel-size {parallel.tensor_parallel_size}) need as many "
-            f"devices, but {devices} are visible; lower it, or extend {NPUPlatform.device_control_env_var}"
+            f"{ranks} ranks ({', '.join(size for size in sizes if not size.endswith(' 1'))}) need as many devices, but "
+            f"{devices} are visible; lower it, or extend {NPUPlatform.device_control_env_var}"
         )
 
 

@@ -44,10 +44,15 @@ class NPUModelRunner(GPUModelRunner):
 
     model: Any
     async_output_copy_stream: npu.Stream | None
+    prepare_inputs_event: Any
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         with cuda_names_mean_npu():
             super().__init__(vllm_config, device)
+        if self.prepare_inputs_event is None and vllm_config.parallel_config.pipeline_parallel_size > 1:
+            # A stage that is not the last one waits for no tokens: without this it would fill host buffers again that
+            # the device still copies from.
+            self.prepare_inputs_event = npu.Event()
         options = ServingOptions.of(vllm_config)
         self.report = RunReport(device=str(npu.get_device_name(device)), model=vllm_config.model_config.model)
         paths = dump.report_paths(vllm_config)

@@ -15,6 +15,7 @@ from vllm.distributed import get_pp_group
 from vllm.distributed.utils import get_worker_rank_suffix
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.utils.gc_utils import freeze_gc_heap, maybe_attach_gc_debug_callback
 from vllm.utils.mem_utils import MemorySnapshot
 from vllm.utils.torch_utils import set_random_seed
@@ -48,6 +49,9 @@ class NPUWorker(Worker):
         Raises:
             ValueError: there are fewer devices than ranks, or less free memory than gpu_memory_utilization asks for.
         """
+        assigned = self.parallel_config.assigned_physical_gpu_ids
+        if assigned is not None:  # --device-ids, or this engine's share of the devices in data parallelism
+            set_assigned_physical_gpu_ids(assigned)
         index = current_platform.logical_device_id_to_visible_device_id(self.local_rank)
         available = npu.device_count()
         if index >= available:

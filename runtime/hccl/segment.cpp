@@ -174,10 +174,14 @@ void Segment::wait_for_all(std::chrono::milliseconds timeout) {
   try {
     wait([this] { return control_->ready.load() != 0; }, missing, timeout);
   } catch (const WaitFailure& failure) {
-    std::string text;
-    for (uint32_t rank : missing()) text += (text.empty() ? "" : ", ") + describe(rank);
+    std::string text, never;
+    for (uint32_t rank : missing()) {
+      text += (text.empty() ? "" : ", ") + describe(rank);
+      if (states_[rank].pid.load() == 0) never += (never.empty() ? ": " : ", ") + describe(rank);
+    }
     if (failure.reason != WaitFailure::Reason::kTimeout) {
-      throw Error(HCCL_E_REMOTE, describe(failure.rank) + " ended before all ranks had joined");
+      // It may have ended because it waited for the others in vain: they are the cause, then.
+      throw Error(HCCL_E_REMOTE, describe(failure.rank) + " ended before all ranks had joined" + never);
     }
     throw Error(HCCL_E_TIMEOUT, "after " + std::to_string(timeout.count() / 1000) + " s rank " +
                                     std::to_string(rank_) + " of " + std::to_string(ranks_) +

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,14 +165,24 @@ def content_key(shape: Shape) -> str:
 
 def cached(shape: Shape, cache: Path | None = None) -> Path:
     """The folder of the checkpoint of `shape`, written on first use; safe when several processes ask at once."""
-    cache = cache or cache_folder()
-    folder = cache / content_key(shape)
+    return _written_once((cache or cache_folder()) / content_key(shape), lambda scratch: write(shape, scratch))
+
+
+def cached_as(name: str, sources: Sequence[Path], make: Callable[[], PreTrainedModel]) -> Path:
+    """The same for the model that `make` returns, made anew when one of the `sources` that decide it changes."""
+    digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__}".encode())
+    for source in (Path(__file__), Path(tokenizer.__file__), *sources):
+        digest.update(source.read_bytes())
+    return _written_once(cache_folder() / f"{name}-{digest.hexdigest()[:16]}", lambda scratch: save(make(), scratch))
+
+
+def _written_once(folder: Path, fill: Callable[[Path], object]) -> Path:
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=cache))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
     try:
-        write(shape, scratch)
+        fill(scratch)
         scratch.rename(folder)
     except OSError:
         # Another process may have finished the same checkpoint meanwhile; a rename onto a filled folder fails.

@@ -46,7 +46,7 @@ def graphs(mode: str, sizes: list[int]) -> dict[str, Any]:
         (graphs("PIECEWISE", [1 << 20]), "no batch has 1048576 tokens.*--max-num-batched-tokens"),
         ({"enable_lora": True}, r"LoRA \(--enable-lora\) is not served on npu yet"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 is not served on npu yet"),
-        ({"pipeline_parallel_size": 2}, r"pipeline parallelism \(--pipeline-parallel-size\) is not served"),
+        ({"pipeline_parallel_size": 2, "async_scheduling": True}, "--async-scheduling and --pipeline-parallel-size ex"),
     ],
 )
 def test_option_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:

@@ -1,0 +1,162 @@
+"""The features as data: how each is switched on, what it needs, what it excludes, how its work shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+KINDS = ("dense", "moe")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rank:
+    """What one rank says about its run.
+
+    Attributes:
+        decode, other: steps by what they were (docs/serving.md, the run report).
+        experts: how many experts of a layer it has; 0 for a dense model.
+        fractal: how many of its parameters lie in FRACTAL_NZ.
+        fired: how often each pass rewrote something, over all its programs.
+        tensor, stage: its numbers among the ranks of tensor and of pipeline parallelism.
+    """
+
+    decode: Mapping[str, int]
+    other: Mapping[str, int]
+    experts: int
+    fractal: int
+    fired: Mapping[str, int]
+    tensor: int
+    stage: int
+
+
+Shows = Callable[[Sequence[Rank]], bool]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Feature:
+    """A feature, or one choice among several (`axis`).
+
+    Attributes:
+        name: as in docs/parallel_pairs.md.
+        shows: whether what the ranks say proves that it was on.
+        settings: of the engine.
+        compile: options of the compiler.
+        axis: features of one axis exclude each other by their nature ("graphs", "tensor"); empty: it has none.
+        needs_ranks: whether it needs tensor parallelism.
+        kinds: models that have what it works on.
+        half: whether it works on half precision only.
+        ranks: by how many it multiplies the number of ranks.
+        refused_with: features that start-up refuses beside it, with a part of the message.
+        refused_for: kinds of models for which start-up refuses it, likewise.
+        only_with: the features it is tried with; empty: all.
+    """
+
+    name: str
+    shows: Shows
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    compile: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    axis: str = ""
+    needs_ranks: bool = False
+    kinds: tuple[str, ...] = KINDS
+    half: bool = False
+    ranks: int = 1
+    refused_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refused_for: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    only_with: tuple[str, ...] = ()
+
+
+def _graphs(name: str, decode: str, other: str) -> Feature:
+    """A graph mode, and what its decode steps and the steps with prefill have to be."""
+
+    def shows(ranks: Sequence[Rank]) -> bool:
+        return all(rank.decode[decode] > 0 and rank.other[other] > 0 for rank in ranks)
+
+    config: dict[str, Any] = {"cudagraph_mode": name}
+    if name != "NONE":
+        config["cudagraph_capture_sizes"] = [1, 2, 4, 8]
+    return Feature(name, shows, settings={"compilation_config": config}, axis="graphs")
+
+
+def _each(numbers: Callable[[Rank], int], count: int) -> Shows:
+    return lambda ranks: sorted({numbers(rank) for rank in ranks}) == list(range(count))
+
+
+def _fired(name: str) -> Shows:
+    return lambda ranks: all(rank.fired.get(name, 0) > 0 for rank in ranks)
+
+
+_COMPILES = {"eager": "contradict --enforce-eager"}
+EXPERTS = 4
+"""Experts of a layer of the model that has some."""
+
+FEATURES = (
+    Feature(
+        "eager",
+        lambda ranks: all(rank.decode["eager"] > 0 and not rank.fired for rank in ranks),
+        settings={"enforce_eager": True},
+        axis="graphs",
+    ),
+    _graphs("NONE", decode="eager", other="eager"),
+    _graphs("PIECEWISE", decode="piecewise", other="eager"),
+    _graphs("FULL", decode="replayed", other="eager"),
+    _graphs("FULL_DECODE_ONLY", decode="replayed", other="eager"),
+    Feature(
+        "tensor_parallel=2",
+        _each(lambda rank: rank.tensor, 2),
+        settings={"tensor_parallel_size": 2},
+        axis="tensor",
+        ranks=2,
+    ),
+    Feature(
+        "tensor_parallel=4",
+        _each(lambda rank: rank.tensor, 4),
+        settings={"tensor_parallel_size": 4},
+        axis="tensor",
+        ranks=4,
+        only_with=("FULL_DECODE_ONLY", "expert_parallel", "sequence_parallel", "weight_nz", "matmul_all_reduce"),
+    ),
+    Feature(
+        "pipeline_parallel=2",
+        _each(lambda rank: rank.stage, 2),
+        settings={"pipeline_parallel_size": 2},
+        ranks=2,
+    ),
+    Feature(
+        "data_parallel=2",
+        lambda ranks: len(ranks) >= 2 and all(rank.decode["total"] > 0 for rank in ranks),
+        settings={"data_parallel_size": 2},
+        ranks=2,
+        refused_for={"moe": r"data parallelism .* of a mixture of experts"},
+    ),
+    Feature(
+        "expert_parallel",
+        lambda ranks: all(0 < rank.experts < EXPERTS for rank in ranks),
+        settings={"enable_expert_parallel": True},
+        needs_ranks=True,
+        kinds=("moe",),
+    ),
+    Feature(
+        "sequence_parallel",
+        _fired("sequence_parallel"),
+        compile={"sequence_parallel": 1},
+        needs_ranks=True,
+        refused_with={**_COMPILES, "matmul_all_reduce": "want the same sums over the ranks"},
+    ),
+    Feature(
+        "matmul_all_reduce",
+        _fired("matmul_all_reduce"),
+        compile={"matmul_all_reduce": 1},
+        needs_ranks=True,
+        half=True,
+        refused_with=_COMPILES,
+    ),
+    Feature(
+        "weight_nz",
+        lambda ranks: all(rank.fractal > 0 for rank in ranks),
+        compile={"weight_nz": "all"},
+        half=True,
+        refused_with=_COMPILES,
+    ),
+)
+BY_NAME = {feature.name: feature for feature in FEATURES}

@@ -1,0 +1,98 @@
+"""docs/parallel_pairs.md: each pair and what is known of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tests.serving.pairs.features import FEATURES, KINDS
+from tests.serving.pairs.plan import Pair, Start, pairs, pairs_of
+
+EQUAL, NOT_RUN = "equal", "not run"
+Row = Mapping[str, Any]
+
+HEAD = """# Features of several ranks, pair by pair
+
+Written by `python -m tests.serving.pairs` (`make pairs`); its `--help` says how to run a part, or go on.
+
+Each pair of features was served together with vLLM on the host runtime, ranks being processes; nothing here ran on
+Ascend cards. A small Qwen3 (dense) or Qwen3-MoE answers 8 prompts of 3 to 300 tokens at once, and the tokens have to be
+those of transformers, in float32 on the CPU. Features that need half precision run in float16, on prompts whose answers
+no rounding can change: transformers chooses each token by a margin, and the same one in float16. A start that gives the
+right tokens counts only if the ranks show that each of its features did something: steps that were replayed, passes
+that fired, experts and weights as they lie.
+
+- **equal**: the tokens are equal. The number is that of the start, below, whose features were all on together.
+- **refused**: start-up refuses the pair, for the reason given; a test holds it to that.
+- a reason: it does not work.
+- **not run**: nothing is known.
+
+Two choices of one thing (graph modes, numbers of tensor-parallel ranks) are no pair. `tensor_parallel=4` is tried with
+some features only. Where no graph mode is named, it is FULL_DECODE_ONLY.
+"""
+
+
+def states(rows: Sequence[Row], refusals: Mapping[Pair, str]) -> dict[Pair, str]:
+    """What is known of each pair: refused, equal in a start with more features, wrong by itself, or nothing."""
+    found = dict.fromkeys(pairs(), NOT_RUN)
+    for row in rows:
+        start = Start.parse(row["start"])
+        tried = pairs_of(start)
+        for pair in tried:
+            if row["outcome"] == EQUAL:
+                found[pair] = EQUAL
+            elif pair.start == start and found[pair] != EQUAL:
+                found[pair] = f"{row['outcome']}: {row['reason']}"
+    return found | {pair: f"refused: {reason}" for pair, reason in refusals.items()}
+
+
+def page(rows: Sequence[Row], refusals: Mapping[Pair, str], compiler: str) -> str:
+    """The page in Markdown."""
+    found, equal = states(rows, refusals), [row for row in rows if row["outcome"] == EQUAL]
+    numbers = {row["start"]: number for number, row in enumerate(equal, start=1)}
+    lines = [HEAD]
+    counts = Counter(state.partition(":")[0] for state in found.values())
+    summary = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    lines += [f"{len(found)} pairs: {summary}.", ""]
+    for kind in KINDS:
+        lines += [f"## {'Dense' if kind == 'dense' else 'Mixture of experts'}", ""]
+        lines += _table(kind, {pair: state for pair, state in found.items() if pair.kind == kind}, numbers)
+        lines.append("")
+    lines += _reasons(found)
+    lines += ["## Starts", "", "| number | features | seconds | compiler |", "| --- | --- | --- | --- |"]
+    for row in equal:
+        now = "this" if row["compiler"] == compiler else "an earlier one"
+        lines.append(f"| {numbers[row['start']]} | {row['start']} | {row['seconds']:.0f} | {now} |")
+    return "\n".join([*lines, ""])
+
+
+def _table(kind: str, states: Mapping[Pair, str], numbers: Mapping[str, int]) -> list[str]:
+    names = [feature.name for feature in FEATURES if kind in feature.kinds]
+    columns = [name for name in names[1:] if any(pair.right == name for pair in states)]
+    lines = ["| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    starts = {pair: number for text, number in numbers.items() for pair in pairs_of(Start.parse(text))}
+    for left in names:
+        cells = [_cell(states.get(Pair(kind, left, right)), starts.get(Pair(kind, left, right))) for right in columns]
+        if any(cells):
+            lines.append(f"| {left} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(state: str | None, start: int | None) -> str:
+    if state is None:
+        return ""
+    return f"equal {start}" if state == EQUAL else state.partition(":")[0]
+
+
+def _reasons(states: Mapping[Pair, str]) -> list[str]:
+    """What start-up says to refused pairs, and what is wrong with others: one line a reason."""
+    why: dict[str, list[Pair]] = {}
+    for pair, state in states.items():
+        if state not in (EQUAL, NOT_RUN):
+            why.setdefault(state, []).append(pair)
+    lines = ["## Reasons", ""] if why else []
+    for state, found in sorted(why.items()):
+        names = "; ".join(dict.fromkeys(f"{pair.left} with {pair.right} ({pair.kind})" for pair in found))
+        lines.append(f"- {names}: {state}")
+    return [*lines, ""] if why else []

@@ -1,0 +1,85 @@
+"""Features of several ranks beside each other: what start-up refuses, which starts try all pairs, and some of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.serving.pairs import page, plan, refusals, start
+from tests.serving.pairs.__main__ import waiting
+from tests.serving.pairs.plan import Pair, Start
+
+IN_DEFAULT_RUN = (
+    "dense:FULL_DECODE_ONLY+tensor_parallel=2+sequence_parallel+weight_nz",
+    "dense:FULL_DECODE_ONLY+pipeline_parallel=2",
+)
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[Pair, str]:
+    return refusals.said()
+
+
+def test_start_up_refuses_the_pairs_that_are_illegal_and_no_others(said: dict[Pair, str]) -> None:
+    for pair in plan.pairs():
+        expected = plan.refusal(pair.start)
+        if expected:
+            assert re.search(expected, said.get(pair, "")), pair
+        else:
+            assert pair not in said
+    assert 0 < len(said) < len(plan.pairs())
+
+
+def test_few_starts_try_every_legal_pair() -> None:
+    legal = {pair for pair in plan.pairs() if not plan.refusal(pair.start)}
+    starts = list(plan.covering(sorted(legal)))
+    assert set().union(*map(plan.pairs_of, starts)) >= legal
+    assert len(starts) < len(legal) / 2
+    assert not [one for one in starts if plan.refusal(one)]
+
+
+def test_starts_are_found_again_by_their_names() -> None:
+    for pair in plan.pairs():
+        assert Start.parse(str(pair.start)) == pair.start
+
+
+def row(name: str, outcome: str) -> dict[str, object]:
+    return {"start": name, "outcome": outcome, "reason": "why", "compiler": "now", "seconds": 1.0}
+
+
+def test_after_a_failure_pairs_are_tried_one_by_one() -> None:
+    """A start that failed says nothing of its pairs; one that was equal shows all of them."""
+    good, bad = map(str, list(plan.covering(plan.pairs()))[3:5])
+    rows = {good: row(good, "equal"), bad: row(bad, "different")}
+    known = page.states(list(rows.values()), {})
+    assert {known[pair] for pair in plan.pairs_of(Start.parse(good))} == {"equal"}
+    left = waiting(rows, None, "now")
+    for pair in plan.pairs_of(Start.parse(bad)):
+        if known[pair] != "equal":
+            assert pair.start in left
+    everything = waiting({}, None, "now")
+    assert waiting(rows, "all", "now") == everything
+    assert waiting({good: row(good, "equal")}, "stale", "later") == everything
+
+
+def test_the_page_tells_a_pair_that_fails_by_itself() -> None:
+    pair = next(pair for pair in plan.pairs() if not plan.refusal(pair.start))
+    text = page.page([row(str(pair.start), "different")], {}, "now")
+    assert f"- {pair.left} with {pair.right} ({pair.kind}): different: why" in text
+    assert "1 different" in text
+
+
+def full() -> Iterator[object]:
+    for one in plan.covering(plan.pairs()):
+        if str(one) not in IN_DEFAULT_RUN:
+            yield pytest.param(str(one), marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("name", [*IN_DEFAULT_RUN, *full()])
+def test_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in start.ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    found = start.row(Start.parse(name))
+    assert found["outcome"] == "equal", found["reason"] + found["traceback"]
