@@ -13,17 +13,18 @@ from typing import Any
 import torch
 
 from benchmarks import devices, models
+from benchmarks.cpu import Clock, spent
 
-BACKENDS = ("ascend", "aot_eager", "npugraph_ex", "inductor")
+BACKENDS = ("ascend", "aot_eager", "npugraph_ex", "npugraphs", "inductor")
 SIZES = 35
 
 
 def seconds(backend: str, name: str, layers: int) -> dict[str, Any]:
-    """Seconds from torch.compile to the end of the first call, of a fresh process.
+    """CPU seconds from torch.compile to the end of the first call, of a fresh process and its children.
 
-    `total` is wall time, `cpu` the CPU time of all threads in it, which says more on a shared machine. Parts of
-    `total`: `dynamo`; `compiler`, the backend with AOTAutograd, which holds `passes` and `order` (the order of calls);
-    `capture`. The last three are known for `ascend` only. Inductor runs on the plain CPU, the others on the device.
+    `cpu` is all of it, `wall` the same by the clock. Parts of `wall`: `dynamo`; `compiler`, the backend with
+    AOTAutograd. For `ascend` also CPU seconds of its own stages, `stages`, and of those behind AOTAutograd together,
+    `after`. Inductor runs on the plain CPU, the others on the device.
     """
     from torch._dynamo.utils import compilation_time_metrics
 
@@ -31,24 +32,21 @@ def seconds(backend: str, name: str, layers: int) -> dict[str, Any]:
     with torch.inference_mode():
         arguments, step = models.inputs(name, device), models.step(name, layers, device)
         step(*arguments)  # operators and libraries are loaded before the clock starts
-        start, start_cpu = time.perf_counter(), time.process_time()
+        start, start_cpu = time.perf_counter(), spent()
         options = {"cache": True} if backend == "ascend" else None  # others keep what they keep by themselves
         torch.compile(step, backend=backend, fullgraph=True, dynamic=False, options=options)(*arguments)
         if device.type == "npu":
             torch.npu.synchronize()
-        total, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        wall, cpu = time.perf_counter() - start, spent() - start_cpu
     inside = sum(compilation_time_metrics["OutputGraph.call_user_compiler"])
     frame = sum(compilation_time_metrics["_compile.compile_inner"])
-    found = {"total": total, "cpu": cpu, "dynamo": frame - inside, "compiler": inside}
-    found |= {"passes": None, "order": None, "capture": None}
+    found = {"cpu": cpu, "wall": wall, "dynamo": frame - inside, "compiler": inside, "after": None, "stages": None}
     if backend == "ascend":
-        from npu_compiler.backend import FROM_CACHE, ascend
+        from npu_compiler.backend import ascend
 
-        newest = ascend.compiled()[-1]
-        assert newest.ledger is not None
-        found["passes"] = 0.0 if newest.stored == FROM_CACHE else sum(record.seconds for record in newest.records)
-        found["order"] = newest.arrangement.seconds if newest.arrangement is not None else 0.0
-        found["capture"] = sum(capture.milliseconds for capture in newest.ledger.captures) / 1e3
+        stages = ascend.compiled()[-1].stages
+        found["after"] = stages.after_lowering.cpu
+        found["stages"] = {stage: cost.cpu for stage, cost in stages.costs.items()}
     return found
 
 
@@ -76,19 +74,23 @@ def sizes(name: str, layers: int) -> dict[str, Any]:
 
 
 def vllm_start(name: str, layers: int) -> dict[str, Any]:
-    """Seconds of an engine's start in FULL_DECODE_ONLY, and of the compilation in it; vLLM's import is not counted."""
+    """CPU seconds of an engine's start in FULL_DECODE_ONLY, `cpu`, and of the compilation in it as vLLM counts it,
+    `compile`; the same by the clock, `wall` and `compile_wall`. vLLM's import is not counted."""
     import vllm  # noqa: F401  # before the clock starts
 
     # The path of a model is part of vLLM's cache key: in a folder of another name each start would be a cold one.
     folder = str(Path(os.environ["VLLM_CACHE_ROOT"]) / f"{name}_{layers}")
     models.configuration(name, layers).save_pretrained(folder)
-    start = time.perf_counter()
-    llm = models.engine(folder, [1, 2, 4])
-    total = time.perf_counter() - start
+    with Clock("vllm.compilation.monitor", "s in total").running() as clock:
+        start, start_cpu = time.perf_counter(), spent()
+        llm = models.engine(folder, [1, 2, 4])
+        wall, cpu = time.perf_counter() - start, spent() - start_cpu
     report = llm.collective_rpc("report")[0]
     return {
-        "total": total,
-        "compile": llm.llm_engine.vllm_config.compilation_config.compilation_time,
+        "cpu": cpu,
+        "wall": wall,
+        "compile": clock.seconds,
+        "compile_wall": llm.llm_engine.vllm_config.compilation_config.compilation_time,
         "capture": report["capture_milliseconds"] / 1e3,
     }
 

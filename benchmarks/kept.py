@@ -29,6 +29,13 @@ def measured(make: Callable[[], list[Record]], **about: Any) -> Record:
     return {"about": about, "records": records}
 
 
+def together(one: Record, two: Record) -> Record:
+    """The conditions of a part that was measured in two pieces."""
+    seconds = one["seconds"] + two["seconds"]
+    others = (one["others"] * one["seconds"] + two["others"] * two["seconds"]) / seconds if seconds else 0.0
+    return one | {"seconds": seconds, "cpu": one["cpu"] + two["cpu"], "others": round(others, 3)}
+
+
 def loaded(part: Record) -> bool:
     """Whether other programs worked beside a part."""
     return bool(part["about"]["others"] > LOADED)

@@ -51,6 +51,7 @@ from npu_compiler.passes.record import PassRecord, report_lines
 from npu_compiler.plan import agreement, memory, weight_layout
 from npu_compiler.plan.memory import MemoryPlan
 from npu_compiler.plan.order import Arrangement, arrange
+from npu_compiler.stages import LOWERING, ORDER, PASSES, PLAN, STORE, Stages
 from npu_compiler.units import in_bytes
 from npu_compiler.watching import Notes, told, warn_of_absent
 
@@ -82,6 +83,7 @@ class CompiledGraph:
         stored: what the cache did for it, as text; empty without a cache.
         key: what decides about the result, part by part: the key of the cache. Empty without a cache.
         missed: what differed from the nearest program that was stored before, where this one had to be stored.
+        stages: what compiling, first calls and captures cost.
         dumped: where its part of a bundle is, and how large; empty without a dump.
         batch: how many rows of each call are no padding, and its step, where somebody writes that (watched.Notes).
         notes: the memory of what the option `watch` names; None without it.
@@ -101,6 +103,7 @@ class CompiledGraph:
         self.stored = ""
         self.key: dict[str, str] = {}
         self.missed: list[str] = []
+        self.stages = Stages()
         self.dumped = ""
         self.batch: torch.Tensor | None = None
         self.notes: Notes | None = None
@@ -135,6 +138,8 @@ class CompiledGraph:
             parts.append("gradients are needed: no passes, no captures")
         elif self.options.capture_with != "ascend":
             parts.append(f"captured by {self.options.capture_with}, which keeps no ledger")
+        if self.stages.costs:
+            parts.append(self.stages)
         if self.stored:
             parts.append(f"program {self.stored}")
         if self.dumped:
@@ -183,7 +188,9 @@ class AscendBackend:
                 return npugraph_ex.serve(functional.graph, functional.inputs, functional.stable, chosen.npugraph_ex)
             values = compiled.constants.values if compiled.constants else ()
             every_name = [*names, *(node.name for node in values)]
-            replayer = Replayer(functional.graph, functional.stable, chosen, compiled.name, every_name)
+            replayer = Replayer(
+                functional.graph, functional.stable, chosen, compiled.name, every_name, stages=compiled.stages
+            )
             compiled.ledger = replayer.ledger
             return replayer
 
@@ -315,10 +322,12 @@ def _compile(
     """
     pipeline.selected(compiled.options)  # a wrong pass name is refused before the work starts
 
+    stages = compiled.stages
     mode = detect_fake_mode(list(example_inputs))
     environment = mode.shape_env if mode is not None else None
     known_guards = len(environment.guards) if environment is not None else 0
 
+    @stages.stage(PLAN)
     def finish(functional: Functional) -> Callable[..., Any]:
         compiled.graph = functional.graph
         _show_code("ascend lowered", functional.graph)
@@ -326,14 +335,17 @@ def _compile(
             once.freeze(functional.graph.graph, functional.stable)
         if dump is not None:
             once.note_lasting(functional.graph.graph, functional.stable)
-        compiled.records = pipeline.run(functional.graph, compiled.options, after_rules=after_passes, watch=watch)
+        with stages.stage(PASSES):
+            compiled.records = pipeline.run(functional.graph, compiled.options, after_rules=after_passes, watch=watch)
         if compiled.options.reorder:
-            compiled.arrangement = arrange(functional.graph.graph)
-            functional.graph.recompile()
+            with stages.stage(ORDER):
+                compiled.arrangement = arrange(functional.graph.graph)
+                functional.graph.recompile()
         if keep is not None:
-            guards = cache.guards_since(environment, known_guards)
-            program = Program(functional.graph, functional.stable, compiled.records, guards)
-            compiled.stored = _kept(program, functional.convention, keep)
+            with stages.stage(STORE):
+                guards = cache.guards_since(environment, known_guards)
+                program = Program(functional.graph, functional.stable, compiled.records, guards)
+                compiled.stored = _kept(program, functional.convention, keep)
         return _serve_once(compiled, functional, serve, watch, dump)
 
     place = beginning(gm.graph)
@@ -345,9 +357,11 @@ def _compile(
         if found is not None:
             compiled.graph, compiled.records, compiled.stored = found.graph, found.records, FROM_CACHE
             functional = Functional(found.graph, list(example_inputs), found.stable)
-            call = _serve_once(compiled, functional, serve, watch, dump)
+            with stages.stage(PLAN):
+                call = _serve_once(compiled, functional, serve, watch, dump)
         else:
-            call = lower(gm, example_inputs, finish)
+            with stages.stage(LOWERING):
+                call = lower(gm, example_inputs, finish)
     rewrites = sum(len(record.fired) for record in compiled.records)
     logger.info("compiled %s (%s): %d rewrites", compiled.name, place, rewrites)
     logger.debug("%s", compiled)

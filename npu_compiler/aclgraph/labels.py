@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from npu_compiler.graph.running import CallByCall
 from npu_compiler.graph.source import operator_name, place
 from npu_compiler.runtime import trace
 
@@ -49,11 +50,11 @@ class Labels:
         return json.dumps({name: text for name, text in said.items() if text}).encode()
 
 
-class Labeller(fx.Interpreter):
+class Labeller(CallByCall):
     """Runs a program call by call, so that each task's label names its call.
 
     Attributes:
-        current: the node being run. `graph_id`: of the captured graph, where that is known; else 0.
+        graph_id: of the captured graph, where that is known; else 0.
 
     Args:
         stream: the one that is captured; None: the current one.
@@ -61,8 +62,6 @@ class Labeller(fx.Interpreter):
 
     def __init__(self, program: fx.GraphModule, labels: Labels, stream: Any = None) -> None:
         super().__init__(program)
-        self.extra_traceback = False
-        self.current: fx.Node | None = None
         self.graph_id = 0
         self._labels = labels
         self._stream = torch.npu.current_stream() if stream is None else stream
@@ -84,11 +83,4 @@ class Labeller(fx.Interpreter):
         if n.op == "call_function":
             # This hands over what the call before left to torch_npu's queue: if that fails, `current` is still it.
             self.graph_id = self._labels.set(n, self._stream) or self.graph_id
-        self.current = n
-        return self.call(n)
-
-    def call(self, n: fx.Node) -> Any:
-        """Runs a node behind its label: as the interpreter's own `run_node`, which also notes the node for calls that
-        are traced, in half of its time."""
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return getattr(self, n.op)(n.target, args, kwargs)
+        return super().run_node(n)

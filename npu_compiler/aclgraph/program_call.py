@@ -11,7 +11,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from npu_compiler.aclgraph.labels import Labels
 from npu_compiler.aclgraph.streams import StreamRunner, Streams, summary
-from npu_compiler.graph.running import note, run
+from npu_compiler.graph.running import CallByCall, run
 from npu_compiler.runtime import trace
 
 logger = logging.getLogger(__name__)
@@ -26,26 +26,29 @@ class ProgramCall:
     Args:
         program: what to call.
         streams: plans the streams inside of a capture; None: all calls stay on the captured one.
+        called_once: most likely, so that its code is generated at the second call; else it is now.
 
     Attributes:
         planned: what several streams are estimated to save, by the sizes that were captured; nothing for a size that
             one stream serves as well.
     """
 
-    def __init__(self, program: fx.GraphModule, labels: Labels, streams: Streams | None = None) -> None:
+    def __init__(
+        self, program: fx.GraphModule, labels: Labels, streams: Streams | None = None, called_once: bool = False
+    ) -> None:
         self.planned: dict[str, str] = {}
         self._program, self._labels, self._streams = program, labels, streams
-        _LazyGraphModule.force_recompile(program)  # its code is otherwise generated at the first call
+        self._waits = called_once
+        if not called_once:
+            _LazyGraphModule.force_recompile(program)
 
     def __call__(self, *args: Any) -> Any:
         capturing = torch.npu.is_current_stream_capturing()
         if capturing or trace.recording():
-            runner = self._runner(args, capturing)
-            try:
-                return runner.run(*args, enable_io_processing=False)
-            except Exception as error:
-                note(error, runner.current)
-                raise
+            return self._runner(args, capturing).results(args)
+        if self._waits:
+            self._waits = False
+            return CallByCall(self._program).results(args)
         return run(self._program, args)
 
     def _runner(self, args: tuple[Any, ...], capturing: bool) -> StreamRunner:

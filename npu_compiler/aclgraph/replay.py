@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from npu_compiler import reasons
+from npu_compiler.aclgraph import modes
 from npu_compiler.aclgraph.budget import Budget
 from npu_compiler.aclgraph.capture import EXCLUSIVE, capture, refuse_uncapturable
 from npu_compiler.aclgraph.forecast import Forecast
@@ -34,6 +35,7 @@ from npu_compiler.graph.effects import draws_on_host, tensors
 from npu_compiler.graph.source import beginning, first_use, where
 from npu_compiler.plan.schedule import StreamPlan
 from npu_compiler.reasons import Why
+from npu_compiler.stages import CAPTURE, FIRST_CALL, Stages
 
 Key = tuple[Any, ...]
 MOVES_BEFORE_COPY = 2
@@ -71,6 +73,7 @@ class Replayer:
     Args:
         program: the fused program. `stable`: positions of inputs with lasting addresses.
         names: the inputs' names in the user's model, for messages.
+        stages: what first calls and captures cost is counted here.
         streams: plans the streams of its captures; None: as the options say.
 
     Raises:
@@ -84,13 +87,15 @@ class Replayer:
         options: Options,
         name: str,
         names: Sequence[str],
+        stages: Stages | None = None,
         streams: Streams | None = None,
     ) -> None:
         place = beginning(program.graph)
         self.ledger = Ledger(f"{name} ({place})" if place else name)
         self._program = program
+        self._stages = stages or Stages()
         self._labels = Labels(name)
-        self._call = ProgramCall(program, self._labels)
+        self._call = ProgramCall(program, self._labels, called_once=True)
         self._options = options
         self._name = name
         self._plan = InputPlan.of(program.graph, stable, names)
@@ -164,7 +169,14 @@ class Replayer:
 
     def _first(self, key: Key, args: Sequence[Any], reason: Why) -> Any:
         """Runs the call, then captures its shape."""
-        results = self._uncaptured(args, reasons.FIRST_CALL.said())
+        with self._stages.stage(FIRST_CALL), modes.at_first_call(self._program.graph):
+            results = self._uncaptured(args, reasons.FIRST_CALL.said())
+        with self._stages.stage(CAPTURE), modes.in_capture():
+            self._capture_shape(key, args, reason)
+        return results
+
+    def _capture_shape(self, key: Key, args: Sequence[Any], reason: Why) -> None:
+        """Captures a shape, unless that would not fit into the budget."""
         plan = self._streams.plan(args)
         needs = self._new_buffers(args), plan.streams if plan is not None else 1
         if not self.ledger.captures:
@@ -172,7 +184,7 @@ class Replayer:
         refusal = self._budget.refusal(key, *needs)
         if refusal:
             self._refuse(key, refusal)
-            return results
+            return
         while len(self._graphs) >= self._options.capture_limit:
             evicted = next(iter(self._graphs))
             self._drop(evicted)
@@ -182,7 +194,6 @@ class Replayer:
             self._graphs[key] = self._capture(key, args, reason, plan)
         except torch.OutOfMemoryError as error:
             self._refuse(key, f"the device has no memory left for it: {str(error).splitlines()[0]}")
-        return results
 
     def _refuse(self, key: Key, why: str) -> None:
         """Lets a shape run uncaptured from now on, and says so once."""

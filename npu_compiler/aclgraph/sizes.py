@@ -19,6 +19,8 @@ from npu_compiler.graph.effects import tensors, value
 def deciding(graph: fx.Graph) -> set[int]:
     """Positions of the inputs that are sizes and that a tensor's layout or an operator depends on."""
     placeholders = graph.find_nodes(op="placeholder")
+    if all(isinstance(node.meta.get("val"), torch.Tensor) for node in placeholders):
+        return set()
     in_layouts: set[Any] = set()
     reached: set[fx.Node] = set()
     for node in reversed(graph.nodes):
@@ -44,7 +46,7 @@ class NumberOutputs:
         placeholders = graph.find_nodes(op="placeholder")
         free = {node for i, node in enumerate(placeholders) if _is_number(node) and i not in key}
         computed: set[fx.Node] = set()
-        for node in graph.nodes:
+        for node in graph.nodes if free else ():
             if node.op == "call_function" and any(item in free or item in computed for item in node.all_input_nodes):
                 computed.add(node)
         returned = graph.output_node().args[0]

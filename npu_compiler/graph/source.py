@@ -113,9 +113,11 @@ def module_paths(node: fx.Node) -> list[str]:
 
 
 def _module_path(node: fx.Node) -> str:
-    return next(reversed(module_paths(node)), "")
+    entries = reversed((node.meta.get("nn_module_stack") or {}).values())
+    return next((_plain(entry[0]) for entry in entries if isinstance(entry, tuple) and entry and entry[0]), "")
 
 
+@functools.lru_cache(maxsize=1024)
 def _plain(path: str) -> str:
     return _CHILD.sub(r"\1", path[found.end() :] if (found := _ROOT.match(path)) else path)
 

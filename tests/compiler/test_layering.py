@@ -49,9 +49,10 @@ MAY_IMPORT = {
     "config": set(),
     "errors": set(),
     "reasons": set(),
+    "stages": set(),
     "units": set(),
 }
-LEAVES = {"config", "errors", "reasons", "units"}
+LEAVES = {"config", "errors", "reasons", "stages", "units"}
 
 
 def sources(part: str) -> Iterator[Path]:
