@@ -27,8 +27,8 @@ PAGE = ROOT / "docs" / "compiler_figures.md"
 PARTS = ("kernels", "compile", "sizes", "vllm", "pool")
 ROUNDS = 3
 """Rounds of cold and warm starts."""
-ROUNDS_OF = {"inductor": 1}
-"""Backends that take part in the first rounds only: Inductor needs minutes."""
+SLOW = ("inductor",)
+"""Backends that are measured once: Inductor needs minutes."""
 AT_ONCE = 2
 """Processes at a time where only counts and bytes are taken, never times."""
 WIDTHS, LARGEST = (1024, 2048), 2240
@@ -91,13 +91,16 @@ def kernel_rows(name: str, depths: Sequence[int]) -> list[Record]:
 
 def starts(rounds: int, depths: Sequence[int]) -> Iterator[tuple[int, str, int]]:
     """The starts to measure, one after the other: number of the round, backend, layers. The order of the backends turns
-    from round to round."""
+    from round to round; SLOW ones come behind all rounds, and count for the first."""
+    turning = [backend for backend in compiling.BACKENDS if backend not in SLOW]
     for number in range(rounds):
-        turn = number % len(compiling.BACKENDS)
+        turn = number % len(turning)
         for layers in depths:
-            for backend in (*compiling.BACKENDS[turn:], *compiling.BACKENDS[:turn]):
-                if number < ROUNDS_OF.get(backend, rounds):
-                    yield number, backend, layers
+            for backend in (*turning[turn:], *turning[:turn]):
+                yield number, backend, layers
+    for layers in depths:
+        for backend in SLOW:
+            yield 0, backend, layers
 
 
 def start(backend: str, name: str, layers: int) -> Round:

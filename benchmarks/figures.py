@@ -71,7 +71,7 @@ COMPILE = (
     ("model", "layers", *(f"{name}" for name in BACKENDS), "cold / aot_eager", "range", "28 / 4 layers"),
     "CPU seconds from `torch.compile` to the end of the first call, cold / warm, and behind them seconds by the\n"
     "clock (cold); warm is a process with the caches of the first. Medians over the rounds; Inductor, which needs\n"
-    "minutes and runs on the plain CPU, takes part in the first round only. aot_eager, npugraph_ex and npugraphs keep\n"
+    "minutes and runs on the plain CPU, is measured once, behind them. aot_eager, npugraph_ex and npugraphs keep\n"
     "nothing. `cold / aot_eager` is the median of the ratios inside a round and must be at most 1.3; `28 / 4 layers`\n"
     "is what comes after AOTAutograd (the next table), at most 2.",
 )
