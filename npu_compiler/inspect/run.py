@@ -71,6 +71,19 @@ class Modes(Data):
     eager: int
 
 
+class DroppedRows(Data):
+    """What a layer of experts dropped, of all ranks' rows, where the option `token_drop` lets it.
+
+    Attributes:
+        needed: the capacity factor at which nothing would have been dropped.
+    """
+
+    layer: str
+    routed: int
+    dropped: int
+    needed: float
+
+
 class Run(Data):
     """A run report. docs/serving.md describes the fields."""
 
@@ -88,6 +101,7 @@ class Run(Data):
     serving_seconds: float
     tokens_per_second: float
     input_waits: int
+    dropped: tuple[DroppedRows, ...] = ()
 
 
 class Calls(Data):

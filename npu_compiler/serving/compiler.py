@@ -29,7 +29,7 @@ from npu_compiler.errors import StoredProgramError
 from npu_compiler.serving import dump, qkv_attention
 from npu_compiler.serving.attention_notes import AttentionNotes
 from npu_compiler.serving.options import compile_options
-from npu_compiler.serving.watch import Watch
+from npu_compiler.serving.watch import Watch, is_noted
 from npu_compiler.watching import is_watched
 
 logger = init_logger(f"vllm.{__name__}")
@@ -100,7 +100,7 @@ class AscendCompiler(CompilerInterface):
         """Changes when the backend, its options or its passes do. vLLM calls it before the first `compile`."""
         self._options = dump.options_of(vllm_config)
         self._notes = AttentionNotes(vllm_config.compilation_config.static_forward_context)
-        if self._options.watch and self._watch is None:
+        if is_noted(self._options) and self._watch is None:
             self._watch = Watch(vllm_config)
         return fingerprint(self._options)
 
@@ -115,7 +115,7 @@ class AscendCompiler(CompilerInterface):
         """See CompilerInterface. `graph` is left as it is: vLLM compiles it once a range."""
         name = key or f"vllm_{compile_range.start}_{compile_range.end}"
         try:
-            if not is_watched(graph.graph, self._options):
+            if not (self._options.token_drop or is_watched(graph.graph, self._options)):
                 tell_vllm_the_key(graph, example_inputs)
         except StopCompiling:
             if name not in self._unusable:

@@ -2,15 +2,19 @@
 
 The worker says what each step was in vLLM's `CUDAGraphStat`, which vLLM carries from worker to front end; the front end
 hands it to the stat logger that this package registers (`vllm.stat_logger_plugins`). The stat's `runtime_mode` is text:
-"FULL decode", or "NONE other: prefill" with the name of a reason.
+"FULL decode", or "NONE other: prefill" with the name of a reason. Now and then it ends with what layers of experts have
+dropped since the start (docs/token_drop.md).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+from collections.abc import Sequence
 from typing import Any
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 from vllm.compilation.cuda_graph import CUDAGraphStat
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -18,26 +22,38 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from npu_compiler import reasons
+from npu_compiler.fusion_kernels.drop_counts import Dropped
 from npu_compiler.serving.steps import EAGER, Step, StepCounts
 
 logger = init_logger(f"vllm.{__name__}")
 DECODE, OTHER = "decode", "other"
+DROPPED = "; dropped "
 OF_ENGINE = ("model_name", "engine")
+OF_LAYER = (*OF_ENGINE, "layer")
 
 
-def stat_of(step: Step) -> CUDAGraphStat:
-    """What vLLM carries to the front end of a step."""
+def stat_of(step: Step, dropped: Sequence[Dropped] = ()) -> CUDAGraphStat:
+    """What vLLM carries to the front end of a step, and with it what layers have dropped so far."""
     kind = DECODE if step.decode else OTHER
     why = f": {step.reason.name}" if step.reason is not None else ""
-    return CUDAGraphStat(step.tokens, step.padded_tokens, step.padded_tokens - step.tokens, f"{step.mode} {kind}{why}")
+    news = DROPPED + json.dumps([dataclasses.astuple(entry) for entry in dropped]) if dropped else ""
+    return CUDAGraphStat(
+        step.tokens, step.padded_tokens, step.padded_tokens - step.tokens, f"{step.mode} {kind}{why}{news}"
+    )
 
 
 def step_of(stat: CUDAGraphStat) -> Step:
     """The step that a stat was made from, without the reason's detail."""
-    head, _, why = stat.runtime_mode.partition(": ")
+    head, _, why = stat.runtime_mode.partition(DROPPED)[0].partition(": ")
     mode, _, kind = head.partition(" ")
     reason = reasons.named(why) if why else None
     return Step(kind == DECODE, mode, stat.num_unpadded_tokens, stat.num_padded_tokens, reason=reason)
+
+
+def dropped_of(stat: CUDAGraphStat) -> list[Dropped]:
+    """What stat_of was given of layers that drop tokens."""
+    text = stat.runtime_mode.partition(DROPPED)[2]
+    return [Dropped(*entry) for entry in json.loads(text or "[]")]
 
 
 class StepMetrics(StatLoggerBase):
@@ -47,6 +63,7 @@ class StepMetrics(StatLoggerBase):
         self._labels = (str(vllm_config.model_config.served_model_name), str(engine_index))
         self._engine = engine_index
         self._steps = StepCounts()
+        self._dropped: dict[str, Dropped] = {}
 
     def record(
         self,
@@ -60,12 +77,23 @@ class StepMetrics(StatLoggerBase):
             return
         step = step_of(scheduler_stats.cudagraph_stats)
         self._steps.add(step)
+        self._count_dropped(dropped_of(scheduler_stats.cudagraph_stats))
         counters = _counters()
         kind, why = DECODE if step.decode else OTHER, step.reason.name if step.reason is not None else ""
         counters["steps"].labels(*self._labels, kind, step.mode, why).inc()
         if step.mode != EAGER:
             counters["tokens"].labels(*self._labels).inc(step.padded_tokens)
             counters["padding"].labels(*self._labels).inc(step.padded_tokens - step.tokens)
+
+    def _count_dropped(self, now: Sequence[Dropped]) -> None:
+        """Adds what came since the last time; a worker that cleared its report counts from 0 again."""
+        for entry in now:
+            labels, last = (*self._labels, entry.layer), self._dropped.get(entry.layer)
+            routed, dropped = (last.routed, last.dropped) if last and last.routed <= entry.routed else (0, 0)
+            _counters()["routed"].labels(*labels).inc(entry.routed - routed)
+            _counters()["dropped"].labels(*labels).inc(entry.dropped - dropped)
+            _counters()["needed"].labels(*labels).set(entry.needed)
+            self._dropped[entry.layer] = entry
 
     def log(self) -> None:
         """Says what the steps since the last call were; nothing where there were none."""
@@ -89,4 +117,9 @@ def _counters() -> dict[str, Any]:
         ),
         "tokens": Counter("npu_compiler:replayed_tokens", "Tokens of replayed steps, padding included.", OF_ENGINE),
         "padding": Counter("npu_compiler:padding_tokens", "Tokens of replayed steps that are padding.", OF_ENGINE),
+        "routed": Counter("npu_compiler:routed_rows", "Rows that had an expert, with token_drop.", OF_LAYER),
+        "dropped": Counter("npu_compiler:dropped_rows", "Rows that had no room in a buffer.", OF_LAYER),
+        "needed": Gauge(
+            "npu_compiler:needed_capacity_factor", "The factor at which nothing would have been dropped.", OF_LAYER
+        ),
     }

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from npu_compiler.fusion_kernels.drop_counts import Dropped
 from npu_compiler.reasons import FIRST_SHAPE
 from npu_compiler.serving.steps import EAGER, FULL, PIECEWISE, Step, StepCounts
 
@@ -48,6 +49,8 @@ class RunReport:
     serving_seconds: float = 0.0
     input_waits: int = 0
     """Steps whose host buffers were still being read by the step before, so that the host had to wait for it."""
+    dropped: list[Dropped] = dataclasses.field(default_factory=list)
+    """What each layer of experts dropped, of all ranks' tokens, where the option `token_drop` lets it."""
     _last_step: float | None = None
 
     def add(self, step: Step) -> None:
@@ -66,6 +69,7 @@ class RunReport:
         self.steps.clear()
         self.generated_tokens = self.input_waits = 0
         self.serving_seconds, self._last_step = 0.0, None
+        self.dropped = []
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON types; docs/serving.md describes the fields."""
@@ -85,6 +89,10 @@ class RunReport:
             "serving_seconds": round(self.serving_seconds, 6),
             "tokens_per_second": self.generated_tokens / self.serving_seconds if self.serving_seconds else 0.0,
             "input_waits": self.input_waits,
+            "dropped": [
+                {"layer": entry.layer, "routed": entry.routed, "dropped": entry.dropped, "needed": entry.needed}
+                for entry in self.dropped
+            ],
         }
 
     def text(self) -> str:
@@ -106,6 +114,7 @@ class RunReport:
             f"padding waste: {data['padding_waste']:.1%} of the replayed tokens",
             f"generated: {data['generated_tokens']} tokens in {data['serving_seconds']:.2f} s, "
             f"{data['tokens_per_second']:.1f} tokens/s",
+            *map(str, self.dropped),
         ]
         return "\n".join(lines)
 

@@ -22,11 +22,13 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import lock_workspace
 
 from npu_compiler import reasons
+from npu_compiler.backend import DropCounts, Dropped
 from npu_compiler.errors import UnservedError
 from npu_compiler.reasons import Reason
 from npu_compiler.serving import dump
 from npu_compiler.serving.attention_notes import STEP_KEY
 from npu_compiler.serving.capture_budget import CaptureBudget, agreed
+from npu_compiler.serving.drops import DropReader
 from npu_compiler.serving.graph_updates import UpdateResources
 from npu_compiler.serving.graph_wrapper import ACLGraphWrapper
 from npu_compiler.serving.metrics import stat_of
@@ -34,7 +36,7 @@ from npu_compiler.serving.options import ServingOptions
 from npu_compiler.serving.report import ReportFile, RunReport
 from npu_compiler.serving.seams import cuda_names_mean_npu
 from npu_compiler.serving.steps import Step
-from npu_compiler.serving.watch import Steps
+from npu_compiler.serving.watch import Steps, is_noted
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -62,7 +64,8 @@ class NPUModelRunner(GPUModelRunner):
         self._options = options
         self._budget: CaptureBudget | None = None  # while capture_model runs
         compiler = dump.options_of(vllm_config)
-        self._watched = Steps(vllm_config, compiler) if compiler.watch else None
+        self._noted = Steps(vllm_config, compiler) if is_noted(compiler) else None
+        self._drops = DropReader() if compiler.token_drop else None
 
     # -- model and cache ----------------------------------------------------------------------------------------------
 
@@ -221,16 +224,36 @@ class NPUModelRunner(GPUModelRunner):
         reason, detail = self._why_no_replay(mode, tokens, decode)
         self._step = Step(decode, mode.name, tokens, descriptor.num_tokens, reason=reason, detail=detail)
         self._requests = requests
-        return (mode, descriptor, *between, stat_of(self._step))
+        return (mode, descriptor, *between, stat_of(self._step, self._newly_dropped()))
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         get_forward_context().additional_kwargs[STEP_KEY] = True
         assert self._step is not None, "vLLM decides about a step before it runs it"
-        watched = self._watched.step(self.report.steps.total, self._step.tokens) if self._watched else nullcontext()
-        with watched:
+        noted = self._noted.step(self.report.steps.total, self._step.tokens) if self._noted else nullcontext()
+        with noted:
             output = super()._model_forward(*args, **kwargs)
+        if self._drops is not None:
+            self._drops.ask(self.drop_counts)
         self._count(self._step)
         return output
+
+    @property
+    def drop_counts(self) -> list[DropCounts]:
+        """What counts the tokens that the model drops, on the device."""
+        return [] if self._noted is None else self._noted.drops
+
+    def read_drops(self) -> None:
+        """Brings the report's figures on dropped tokens up to date. Waits for the device."""
+        if self._drops is not None:
+            self._drops.wait(self.drop_counts)
+            self.report.dropped = self._drops.latest
+
+    def _newly_dropped(self) -> list[Dropped]:
+        if self._drops is None:
+            return []
+        found = self._drops.take()
+        self.report.dropped = self._drops.latest
+        return found
 
     def _count(self, step: Step) -> None:
         discarded = int(self.discard_request_mask.np[: self._requests].sum())

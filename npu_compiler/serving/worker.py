@@ -151,6 +151,7 @@ class NPUWorker(Worker):
 
     def report(self) -> dict[str, Any]:
         """What this rank did so far (docs/serving.md). `LLM.collective_rpc("report")` returns one a rank."""
+        self.model_runner.read_drops()
         return self.model_runner.report.as_dict()
 
     def watched(self) -> list[Seen]:
@@ -160,6 +161,8 @@ class NPUWorker(Worker):
 
     def clear_report(self) -> None:
         """Starts the report's counters again."""
+        for counts in self.model_runner.drop_counts:
+            counts.clear()
         self.model_runner.report.clear()
 
     # -- timelines ----------------------------------------------------------------------------------------------------
@@ -181,6 +184,8 @@ class NPUWorker(Worker):
 
     def shutdown(self) -> None:
         runner = getattr(self, "model_runner", None)
+        if runner is not None:
+            runner.read_drops()
         if runner is not None and self.rank == 0:
             logger.info("Run report\n%s", runner.report.text())
         if runner is not None and runner.report_file is not None:
