@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compiler, dumping, kernels, row_decode_step, row_graph_launch, row_streams
+from benchmarks import compiler, dumping, kernels, moe, row_decode_step, row_graph_launch, row_streams
 from benchmarks.harness import Row, Settings, run
 
 RESULTS = Path(__file__).parent / "results"
@@ -127,11 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return compiler.main(arguments[1:])
     if arguments[:1] == ["dump"]:
         return dumping.main(arguments[1:])
+    if arguments[:1] == ["moe"]:
+        return moe.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
         epilog="Other commands, as the first argument: `kernels` (the captured tasks of one decoder layer), `compiler` "
-        "(nodes, kernels, seconds and MiB of compilation), `dump` (what a bundle costs); each has its --help.",
+        "(nodes, kernels, seconds and MiB of compilation), `dump` (what a bundle costs), `moe` (experts on two ranks, "
+        "exact and with tokens dropped); each has its --help.",
     )
     parser.add_argument("--rows", help=f"comma-separated rows; default all: {', '.join(all_rows())}")
     parser.add_argument(

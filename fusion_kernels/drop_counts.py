@@ -73,14 +73,15 @@ class DropCounts:
 
     Args:
         graph: the program, in which each dispatch is given a counter.
-        real: int64 [1] on the device, written before each call by who knows: how many rows are no padding.
+        batch: int64 on the device, written before each call by who knows: how many rows are no padding comes first.
     """
 
-    def __init__(self, graph: fx.Graph, real: Tensor | None = None) -> None:
+    def __init__(self, graph: fx.Graph, batch: Tensor | None = None) -> None:
         nodes, number = dispatches(graph), next(_numbers)
         self._layers = [place(node).module or where(node) for node in nodes]
         with lasting():
             self.memory = torch.zeros(len(nodes), 3, dtype=torch.int64, device=nodes[0].args[0].meta["val"].device)
+            real = None if batch is None else batch[:1]
             self._counters = [Counter(row, real) for row in self.memory.unbind()]
         for position, (node, counter) in enumerate(zip(nodes, self._counters, strict=True)):
             name = f"dropped_{number}_{position}"

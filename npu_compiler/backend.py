@@ -404,8 +404,7 @@ def _serve_once(
         compiled.notes = Notes(functional.graph.graph, compiled.name, keep, compiled.batch)
         functional.graph.recompile()
     if drop_counts.dispatches(functional.graph.graph):
-        real = None if compiled.batch is None else compiled.batch[:1]
-        compiled.drops = DropCounts(functional.graph.graph, real)
+        compiled.drops = DropCounts(functional.graph.graph, compiled.batch)
         functional.graph.recompile()
     call = serve(functional) if part is None else _with_values(part, functional, serve)
     call = weight_layout.applied(agreement.agreed(call, plans), compiled.weights)

@@ -22,7 +22,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from npu_compiler import reasons
-from npu_compiler.fusion_kernels.drop_counts import Dropped
+from npu_compiler.backend import Dropped
 from npu_compiler.serving.steps import EAGER, Step, StepCounts
 
 logger = init_logger(f"vllm.{__name__}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from npu_compiler.fusion_kernels.drop_counts import Dropped
+from npu_compiler.backend import Dropped
 from npu_compiler.reasons import FIRST_SHAPE
 from npu_compiler.serving.steps import EAGER, FULL, PIECEWISE, Step, StepCounts
 
