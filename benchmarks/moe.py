@@ -54,7 +54,8 @@ class Shape:
 def options_of() -> dict[str, dict[str, Any]]:
     """The compile options of each contestant."""
     drops = {f"capacity {factor:g}": {"token_drop": {"capacity_factor": factor}} for factor in FACTORS}
-    return {EXACT: {}, EXCHANGED: {"token_drop": {"max_drop_ratio": 0.0}}} | drops
+    exact = {EXACT: {"expert_communication": "allgather"}, EXCHANGED: {"expert_communication": "alltoall"}}
+    return exact | drops
 
 
 # -- a rank ------------------------------------------------------------------------------------------------------------

@@ -403,7 +403,7 @@ def _serve_once(
         keep = compiled.options.watch_keep
         compiled.notes = Notes(functional.graph.graph, compiled.name, keep, compiled.batch)
         functional.graph.recompile()
-    if drop_counts.dispatches(functional.graph.graph):
+    if compiled.options.token_drop and drop_counts.dispatches(functional.graph.graph):
         compiled.drops = DropCounts(functional.graph.graph, compiled.batch)
         functional.graph.recompile()
     call = serve(functional) if part is None else _with_values(part, functional, serve)
