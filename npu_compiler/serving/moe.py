@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Formula = Callable[[Tensor, ApplyMoEActivationConfig], Tensor]
 """[rows, n] to [rows, n] or, of a gated activation, to [rows, n / 2]."""
-_SOFTMAX, _SIGMOID = 0, 1
+SOFTMAX, SIGMOID = 0, 1
+"""How npu_moe_gating_top_k makes scores of logits."""
 _EPSILON = 1e-20  # keeps a sum of sigmoids that are all zero from dividing
 
 
@@ -247,7 +248,7 @@ def topk_softmax(
     if bias is None:
         weights, chosen, _ = torch_npu.npu_moe_gating_top_k_softmax_v2(gating_output, k=k, renorm=int(renormalize))
     else:
-        weights, chosen, _ = _gating(gating_output, k, bias, _SOFTMAX)
+        weights, chosen, _ = gating(gating_output, k, bias, SOFTMAX)
         if renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
     topk_weights.copy_(weights)
@@ -266,18 +267,22 @@ def topk_sigmoid(
 ) -> None:
     """As `topk_softmax`, with sigmoids, times `routed_scaling_factor`."""
     k = topk_weights.shape[-1]
-    weights, chosen, _ = _gating(gating_output, k, bias, _SIGMOID, routed_scaling_factor)
+    weights, chosen, _ = gating(gating_output, k, bias, SIGMOID, routed_scaling_factor)
     if not renormalize:  # the operator always divides sigmoids by their sum
         weights = gating_output.float().sigmoid().gather(-1, chosen.long()) * routed_scaling_factor
     topk_weights.copy_(weights)
     topk_indices.copy_(chosen)
 
 
-def _gating(logits: Tensor, k: int, bias: Tensor | None, norm: int, scale: float = 1.0) -> tuple[Tensor, ...]:
+def gating(
+    logits: Tensor, k: int, bias: Tensor | None, norm: int, scale: float = 1.0, **groups: int
+) -> tuple[Tensor, ...]:
+    """The k experts of the largest scores (plus `bias`) and their scores, logits [tokens, experts]; sigmoids divided by
+    their sum. `groups`: npu_moe_gating_top_k's arguments about groups of experts."""
     if bias is not None and bias.dtype != logits.dtype:
         logits, bias = logits.float(), bias.float()
     return torch_npu.npu_moe_gating_top_k(
-        logits, k, bias=bias, norm_type=norm, routed_scaling_factor=scale, eps=_EPSILON
+        logits, k, bias=bias, norm_type=norm, routed_scaling_factor=scale, eps=_EPSILON, **groups
     )
 
 

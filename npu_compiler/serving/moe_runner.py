@@ -10,15 +10,18 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+from npu_compiler.serving.moe_router import NPUGroupedTopKRouter
 
 
 @MoERunner.register_oot
 class NPUMoERunner(MoERunner):
     """vLLM's runner, traced. vLLM makes it wherever a model asks for a layer of experts."""
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(self, *arguments: Any, router: FusedMoERouter, **settings: Any) -> None:
+        super().__init__(*arguments, router=NPUGroupedTopKRouter.of(router), **settings)
         # vLLM's choice of operator. As a method it is not in the way of the module paths that Dynamo notes.
         del self._forward_entry
 

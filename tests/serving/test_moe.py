@@ -10,17 +10,33 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation
 from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
 
+from npu_compiler.inspect import bundle
 from npu_compiler.serving import moe
+from npu_compiler.serving.moe_router import NPUGroupedTopKRouter
 from tests.models import checkpoints, tokenizer
 from tests.runtime import reference
 from tests.serving import oracle
 from tests.serving.engine import engine, generate, graphs, report
 
 TOKENS, EXPERTS, K, HIDDEN, INNER = 7, 6, 2, 32, 48
+GROUPED = 16
+"""Experts, in four groups."""
 Kind = MoEActivation
 
 
@@ -66,6 +82,49 @@ def test_routing_by_sigmoid(biased: bool, renormalize: bool) -> None:
     expected = chosen(logits.double().sigmoid(), bias, renormalize, 2.5)
     reference.assert_close(weights, expected[0], torch.float32)
     assert torch.equal(experts.long(), expected[1])
+
+
+def grouped_router(scoring: str, biased: bool, renormalize: bool, **changes: Any) -> GroupedTopKRouter:
+    bias = torch.randn(GROUPED) if biased else None
+    settings: dict[str, Any] = {"num_expert_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5} | changes
+    return GroupedTopKRouter(
+        K, GROUPED, scoring_func=scoring, renormalize=renormalize, e_score_correction_bias=bias, **settings
+    )
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_routing_within_groups(scoring: str, biased: bool, renormalize: bool) -> None:
+    """Against the groups' definition in float64: those with the largest score, or the largest sum of two if biased."""
+    router, logits = grouped_router(scoring, biased, renormalize), torch.randn(TOKENS, GROUPED)
+    scores = logits.double().softmax(-1) if scoring == "softmax" else logits.double().sigmoid()
+    choice = scores if router.e_score_correction_bias is None else scores + router.e_score_correction_bias.double()
+    groups = choice.view(TOKENS, 4, -1)
+    of_groups = groups.topk(2).values.sum(-1) if biased else groups.amax(-1)
+    kept = torch.zeros_like(of_groups).scatter(1, of_groups.topk(2).indices, 1).bool()
+    experts = groups.masked_fill(~kept.unsqueeze(-1), -torch.inf).view(TOKENS, -1).topk(K).indices
+    weights = scores.gather(1, experts)
+    expected = (weights / weights.sum(-1, keepdim=True) if renormalize else weights) * 1.5
+    if router.e_score_correction_bias is not None:
+        router.e_score_correction_bias = router.e_score_correction_bias.npu()
+    found, chosen_ones = NPUGroupedTopKRouter.of(router)._compute_routing(logits.npu(), logits.npu(), None)
+    reference.assert_close(found.cpu(), expected, torch.float32)
+    assert torch.equal(chosen_ones.cpu().long(), experts)
+
+
+def test_which_groups_are_one_operator() -> None:
+    def is_one(experts: int, **changes: Any) -> bool:
+        router = NPUGroupedTopKRouter.of(grouped_router("softmax", False, False, **changes))
+        assert isinstance(router, NPUGroupedTopKRouter)
+        return router._is_one_operator(experts)
+
+    assert is_one(12)
+    assert not is_one(8), "two experts a group"
+    assert not is_one(14), "groups are not equal"
+    assert not is_one(2052, num_expert_group=4)
+    assert not is_one(260, num_expert_group=65), "65 groups of 32, as they are aligned"
+    assert not is_one(12, num_expert_group=4, topk_group=0)
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------
@@ -191,28 +250,82 @@ def test_an_unknown_activation_is_refused() -> None:
 # -- a model -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+LAYER = (
+    "npu.npu_moe_gating_top_k_softmax_v2.default", "npu.npu_moe_init_routing_v2.default",
+    "npu.npu_grouped_matmul.default", "npu_fused.swiglu.default", "npu.npu_grouped_matmul.default",
+    "npu.npu_moe_finalize_routing.default",
+)  # fmt: skip
+"""The calls of a layer in order, between the norm and the sum over the ranks."""
+Made = tuple[type[PretrainedConfig], type[PreTrainedModel], dict[str, Any]]
+GROUPS = {"n_group": 4, "topk_group": 2, "n_routed_experts": GROUPED, "first_k_dense_replace": 1}
+FAMILIES: dict[str, Made] = {
+    "qwen3": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 32}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "head_dim": 32}),
+    "deepseek_v2": (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        GROUPS
+        | {"topk_method": "group_limited_greedy", "n_shared_experts": 2, "moe_intermediate_size": 64, "v_head_dim": 32}
+        | {"q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32}
+        | {"routed_scaling_factor": 1.0, "num_key_value_heads": 4},
+    ),
+    "glm4": (
+        Glm4MoeConfig,
+        Glm4MoeForCausalLM,
+        GROUPS | {"n_shared_experts": 1, "moe_intermediate_size": 64, "routed_scaling_factor": 1.5, "head_dim": 32},
+    ),
+}
+"""Softmax over all; the same in another model; softmax within groups and shared experts; sigmoids within groups, with a
+bias and a scale."""
+
+
+def saved(family: str, folder: Path) -> Path:
     shape = checkpoints.configuration(checkpoints.Shape()).to_dict()
-    shared = {name: shape[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")}
-    config = Qwen3MoeConfig(
-        **shared, num_key_value_heads=2, vocab_size=shape["vocab_size"], num_experts=4, num_experts_per_tok=2,
-        moe_intermediate_size=64, intermediate_size=128, max_position_embeddings=1024, dtype="float32",
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    made, model_class, settings = FAMILIES[family]
+    common = {"num_key_value_heads": 2, "num_experts_per_tok": 2, "intermediate_size": 128, "dtype": "float32"}
+    config = made(
+        **{name: shape[name] for name in names} | common | settings, max_position_embeddings=1024,
         bos_token_id=None, eos_token_id=tokenizer.TURN_END_ID, pad_token_id=tokenizer.END_OF_TEXT_ID,
     )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config).float()
+    model = model_class(config).float()
     checkpoints.initialise(model, seed=0)
-    return checkpoints.save(model.eval(), tmp_path_factory.mktemp("moe"))
+    return checkpoints.save(model.eval(), folder)
 
 
-def test_tokens_are_those_of_transformers(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("qwen3", tmp_path_factory.mktemp("moe"))
+
+
+def test_tokens_are_those_of_transformers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the layers are calls of the graph, under the layers' names."""
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")  # a program that is loaded is not dumped
     prompts = oracle.prompts()[:4]
     expected = [oracle.greedy(folder, prompt, 16) for prompt in prompts]
-    with engine(folder, **graphs("FULL_DECODE_ONLY")) as llm:
+    options = {"additional_config": {"compile": {"dump": str(tmp_path)}}}
+    with engine(folder, **options, **graphs("FULL_DECODE_ONLY")) as llm:
         assert generate(llm, prompts, 16) == expected
         steps = report(llm)["decode_steps"]
     assert steps["replayed"] > 0
     assert steps["eager"] == 0
+    (stored,) = bundle.all_of(tmp_path)
+    (graph,) = stored.graphs
+    found = [call for call in graph.program(graph.stage("final")).calls if call.target in LAYER]
+    assert [call.target for call in found] == list(LAYER) * checkpoints.Shape().layers
+    assert [call.place.module for call in found[:: len(LAYER)]] == [
+        f"layers.{layer}.mlp.experts" for layer in range(checkpoints.Shape().layers)
+    ]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3"])
+def test_other_families(family: str, tmp_path: Path) -> None:
+    model, prompts = saved(family, tmp_path), oracle.prompts()[:4]
+    expected = [oracle.greedy(model, prompt, 16) for prompt in prompts]
+    with engine(model, **graphs("FULL_DECODE_ONLY")) as llm:
+        assert generate(llm, prompts, 16) == expected
+        assert report(llm)["decode_steps"]["eager"] == 0
 
 
 @pytest.mark.parametrize("communication", ["auto", pytest.param("alltoall", marks=pytest.mark.full)])
