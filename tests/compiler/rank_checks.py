@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -190,6 +192,20 @@ def check_tokens_beyond_the_capacity_are_dropped_in_a_replay() -> None:
     (counted,) = entry.drops.read()
     assert (counted.routed, counted.dropped) == (routed, lost), "both ranks count for all sources"
     assert f"{lost} of {routed} rows dropped" in str(entry)
+
+
+def check_a_stored_program_counts_too() -> None:
+    given = experts_given(CASE)
+    lost = kept(CASE, *CASE.inputs()[1:])[1]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        os.environ["NPU_COMPILER_CACHE"] = folder
+        for stored in ("stored", "from the cache"):
+            run, backend = compiled(experts_layer, dynamic=False, cache=True, token_drop={"capacity_factor": 1.0})
+            run(*given)
+            (entry,) = backend.compiled()
+            assert (entry.stored, entry.drops is None) == (stored, False)
+            assert entry.drops is not None and [counted.dropped for counted in entry.drops.read()] == [lost]
+        del os.environ["NPU_COMPILER_CACHE"]
 
 
 def check_nothing_dropped_is_the_same_bits() -> None:
