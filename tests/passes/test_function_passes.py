@@ -18,6 +18,7 @@ from npu_compiler.passes import (
     common,
     constant_folding,
     dead_code,
+    expert_communication,
     noop,
     pipeline,
     qk_norm_rope,
@@ -358,8 +359,8 @@ def test_fires_on_its_example_and_keeps_every_bit(module: ModuleType, dtype: tor
     assert torch.equal(got, expected)
 
 
-ARITHMETIC_ELSEWHERE = {qk_norm_rope.NAME, dead_code.NAME, sequence_parallel.NAME, token_drop.NAME}
-REASONS_ELSEWHERE = {dead_code.NAME, sequence_parallel.NAME, token_drop.NAME}
+REASONS_ELSEWHERE = {dead_code.NAME, sequence_parallel.NAME, token_drop.NAME, expert_communication.NAME}
+ARITHMETIC_ELSEWHERE = REASONS_ELSEWHERE | {qk_norm_rope.NAME}
 """Passes that their own files run on an example, and whose refusals those files look at; dead_code refuses nothing."""
 
 
