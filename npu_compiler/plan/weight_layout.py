@@ -11,7 +11,7 @@ place before a program's first call: the parameter keeps its shape and meaning, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +33,10 @@ SECOND_OPERAND = {
     "aten.linear.default": 1,
     "aten.addmm.default": 2,
     "npu.npu_quant_matmul.default": 1,
-    "npu_fused.matmul_all_reduce.default": 1,
 }
 """Products, and the position of the weight among their arguments. Their kernels take it in either layout."""
+PLAIN_ONLY = {"npu_fused.matmul_all_reduce.default": 1}
+"""The same for products whose kernel takes plain rows only (ND, in CANN's page on aclnnMatmulAllReduce)."""
 TURNED = frozenset({"aten.t.default", "aten.transpose.int", "aten.permute.default"})
 LARGE = 256
 """Rows and columns from which "auto" converts; an assumption about what is worth it, measured on no card."""
@@ -153,13 +154,16 @@ def _padding(given: Tensor) -> int:
 
 
 def _feeds_a_product(node: fx.Node) -> bool:
-    return any(_is_second_operand(reader, user) for reader, user in _readers(node))
+    return any(_is_second_operand(*read, SECOND_OPERAND | PLAIN_ONLY) for read in _readers(node))
 
 
 def _other_reader(node: fx.Node) -> str:
     """What else reads a weight; empty if only products do."""
     other = next((user for reader, user in _readers(node) if not _is_second_operand(reader, user)), None)
-    return "" if other is None else f"also read by {operator_name(other.target)}"
+    if other is None:
+        return ""
+    how = ", which takes plain rows only" if str(other.target) in PLAIN_ONLY else ""
+    return f"also read by {operator_name(other.target)}{how}"
 
 
 def _readers(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -170,8 +174,8 @@ def _readers(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     return found
 
 
-def _is_second_operand(reader: fx.Node, user: fx.Node) -> bool:
-    place = SECOND_OPERAND.get(str(user.target))
+def _is_second_operand(reader: fx.Node, user: fx.Node, products: Mapping[str, int] = SECOND_OPERAND) -> bool:
+    place = products.get(str(user.target))
     arguments = [index for index, item in enumerate(user.args) if item is reader]
     return arguments == [place] and reader not in user.kwargs.values()
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch_npu
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from npu_compiler import fusion_kernels
 from npu_compiler.backend import AscendBackend
 from npu_compiler.errors import OptionError
-from npu_compiler.plan.weight_layout import FRACTAL_NZ, Layout
+from npu_compiler.plan.weight_layout import FRACTAL_NZ, Layout, planned
 
 ND = 2
 HALF = [torch.float16, torch.bfloat16]
@@ -124,6 +125,24 @@ def test_what_something_else_reads_stays() -> None:
     assert sorted(layout.left.values()) == sorted(
         ["also read by aten.embedding.default", "torch.float32", "no parameter", *layout_of_stack(layout)]
     )
+
+
+def test_a_product_that_takes_plain_rows_only_keeps_its_weight() -> None:
+    """aclnnMatmulAllReduce refuses a weight in fractals. No rank is asked: nothing runs."""
+    fusion_kernels.register()
+    graph = fx.Graph()
+    x, weight, other = map(graph.placeholder, ("x", "weight", "other"))
+    turned = graph.call_function(torch.ops.aten.t.default, (weight,))
+    fused = torch.ops.npu_fused.matmul_all_reduce.default
+    summed = graph.call_function(fused, (x, turned, None, "0", 1))
+    graph.output(graph.call_function(torch.ops.aten.mm.default, (summed, other)))
+    for node, size in ((x, (4, 32)), (weight, (32, 32)), (other, (32, 32)), (turned, (32, 32)), (summed, (4, 32))):
+        node.meta["val"] = torch.empty(size, dtype=torch.float16, device="meta")
+    layout = planned(graph, "all")
+    assert layout is not None
+    assert [entry.name for entry in layout.candidates] == ["other"]
+    (reason,) = layout.left.values()
+    assert reason.startswith("also read by") and reason.endswith(", which takes plain rows only"), reason
 
 
 def layout_of_stack(layout: Layout) -> list[str]:
