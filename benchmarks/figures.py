@@ -23,7 +23,8 @@ is measured. Models are transformers' own with random weights in bfloat16. Nothi
 device `npu` is the host runtime. Counts and bytes are exact. CPU seconds are user and system seconds of the measured
 process, all its threads, and its children; they come first, because seconds by the clock mean little where other
 programs work (the last table says where they did). Cores that are shared make CPU seconds longer as well, so compare
-those of one part only, by the ratios of starts that follow one another. A `*` misses its goal.
+those of one part only, by the ratios of starts that follow one another. A `*` misses its goal; a `?` leaves it open:
+fewer than three rounds, or some on either side of the goal.
 """
 BACKENDS = ("ascend", "aot_eager", "npugraph_ex", "npugraphs", "inductor")
 COUNTED = (PASSES, ORDER, STORE, PLAN, FIRST_CALL, CAPTURE)
@@ -204,10 +205,11 @@ def _each(
 
 
 def _value(record: Record, form: str = ".2f") -> str:
-    """A figure, marked where it misses its goal; or that it is missing."""
+    """A figure, marked where it misses its goal or leaves it open; or that it is missing."""
     if record["value"] is None:
         return "missing"
-    return f"{record['value']:{form}}{'*' if record['met'] is False else ''}"
+    open_ = record["goal"] is not None and record["met"] is None
+    return f"{record['value']:{form}}{'?' if open_ else '*' if record['met'] is False else ''}"
 
 
 def _table(columns: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
