@@ -131,6 +131,7 @@ class CompiledGraph:
             *report_lines(self.records),
             *operators,
             *self._planned(),
+            *([self.stages] if self.stages.costs else []),
             *(self.drops.read() if self.drops else []),
             *([self.ledger] if self.ledger else []),
         ]
@@ -138,8 +139,6 @@ class CompiledGraph:
             parts.append("gradients are needed: no passes, no captures")
         elif self.options.capture_with != "ascend":
             parts.append(f"captured by {self.options.capture_with}, which keeps no ledger")
-        if self.stages.costs:
-            parts.append(self.stages)
         if self.stored:
             parts.append(f"program {self.stored}")
         if self.dumped:
