@@ -39,6 +39,7 @@ from npu_compiler.passes.record import Pass, PassRecord
 
 NAME = "watch"
 EVERY = "*"
+UNUSED = "no value that is computed there is used elsewhere, so nothing of it is noted"
 NEAREST = 3
 """How many places are named instead of one that is not there."""
 
@@ -55,8 +56,9 @@ def pass_of(entries: Sequence[str]) -> Pass | None:
             for node in found:
                 watch(node, what, record)  # type: ignore[arg-type]  # one of config.WATCHES
             if not found:
-                near = [] if _inside(module.graph, place) else nearest(place, _places(module.graph))
-                record.refuse_all(f"{NAME} {place}", _nothing(near), near)
+                near = nearest(place, _places(module.graph))
+                why = UNUSED if _inside(module.graph, place) else _nothing(place, near)
+                record.refuse_all(f"{NAME} {place}", why, near)
 
     return Pass(NAME, "before all others: what is watched is not fused away", run)
 
@@ -83,7 +85,8 @@ def absent(pieces: Iterable[Sequence[PassRecord]]) -> Iterator[str]:
         if all(rule in entries for entries in refused):
             place = rule.removeprefix(f"{NAME} ")
             names = dict.fromkeys(name for entries in refused for name in entries[rule].near)
-            yield f"{place!r}: {_nothing(nearest(place, names))}"
+            unused = any(entries[rule].reason == UNUSED for entries in refused)
+            yield f"{place!r}: {UNUSED if unused else _nothing(place, nearest(place, names))}"
 
 
 def leaving(graph: fx.Graph, place: str) -> list[fx.Node]:
@@ -158,7 +161,12 @@ def nearest(place: str, known: Iterable[str]) -> list[str]:
     return (close or alike or known)[:NEAREST]
 
 
-def _nothing(near: Sequence[str]) -> str:
-    if not near:
-        return "no value that is computed there is used elsewhere, so nothing of it is noted"
-    return f"nothing is computed there, so nothing is noted; there is {', '.join(map(repr, near))}"
+def _nothing(place: str, near: Sequence[str]) -> str:
+    """Why nothing is noted of a place at which no call is."""
+    there = f"; there is {', '.join(map(repr, near))}" if near else ""
+    if _line(place) is None and all(map(_line, near)):
+        return (
+            "no call of this program says which module it is in, as none does of a graph that vLLM has read from its "
+            f"cache (VLLM_DISABLE_COMPILE_CACHE=1 has it traced anew), so nothing is noted{there}"
+        )
+    return f"nothing is computed there, so nothing is noted{there}"

@@ -112,6 +112,18 @@ def test_what_one_piece_of_a_model_has_is_there() -> None:
     assert not list(absent([[], []]))
 
 
+def test_a_program_without_modules() -> None:
+    """As a graph that vLLM has read from its cache: lines are known."""
+    module = lowered(Model(1), torch.rand(4, 8)).graph
+    for node in module.graph.nodes:
+        node.meta.pop("nn_module_stack", None)
+    entry = pass_of(["layers.0.gate:nan"])
+    assert entry is not None
+    (told,) = absent([[apply(entry, module)]])
+    assert told.startswith("'layers.0.gate': no call of this program says which module it is in")
+    assert "there is 'test_watch.py:" in told
+
+
 def test_a_module_whose_values_nobody_uses() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")

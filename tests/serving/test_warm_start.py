@@ -4,7 +4,9 @@ them has changed or the files are damaged."""
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from vllm.compilation.counter import compilation_counter
 from vllm.engine.arg_utils import EngineArgs
 
 from npu_compiler.backend import FROM_CACHE, STORED
+from npu_compiler.errors import WatchWarning
 from npu_compiler.serving import compiler
 from tests.models import checkpoints
 from tests.serving import oracle
@@ -43,7 +46,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     def watched(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             made = function(*args, **kwargs)
-            found.append((made.stored, str(made.graph.graph)))
+            program = re.sub(r"watched_\d+_", "watched_", str(made.graph.graph))  # counted through the process
+            found.append((made.stored, program))
             return made
 
         return call
@@ -91,27 +95,49 @@ def damage(folder: Path, files: str) -> None:
         file.write_bytes(file.read_bytes()[:-1000])
 
 
+def noted(folder: Path) -> tuple[list[tuple[int, str]], list[float]]:
+    """What the option `watch` noted: step and place of each value, and its mean."""
+    lines = [json.loads(line) for line in (folder / "notes.jsonl").read_text().splitlines()]
+    return [(line["step"], line["place"]) for line in lines], [line["statistics"]["mean"] for line in lines]
+
+
+def unwatched(program: str) -> str:
+    """A program's text without what is noted in it."""
+    return re.sub(r" *%watched\w* .*\n|\[num_users=\d+\]", "", program)
+
+
 def test_starts_after_the_first(cache: Path, compiled: list[tuple[str, str]]) -> None:
+    """The second notes what the first does of what the option `watch` names. The third compiles a graph that vLLM has
+    stored without the places of its calls, so it can't."""
     mode, folder = "FULL_DECODE_ONLY", checkpoints.cached(checkpoints.Shape())
+    watch = {"watch": ["layers.1.mlp:values"], "watch_save": str(cache / "saved"), "watch_print": False}
+    watched: dict[str, Any] = {"additional_config": {"compile": watch}}
     expected = [oracle.greedy(folder, prompt, 12) for prompt in oracle.prompts()[:3]]
 
-    tokens, cold = start(mode, traces=True)
+    tokens, cold = start(mode, traces=True, **watched)
     assert tokens == expected
     ((first, program),) = compiled
     assert first == STORED
     assert "npu_fused.swiglu" in program
 
     compiled.clear()
-    tokens, warm = start(mode, traces=False)
+    tokens, warm = start(mode, traces=False, **watched)
     assert (tokens, compiled) == (expected, [(FROM_CACHE, program)])
     assert warm < cold
 
     compiled.clear()
     damage(cache, PROGRAMS.format(0))
-    with warnings() as said:
-        tokens, _ = start(mode, traces=False)
-    assert (tokens, compiled) == (expected, [(STORED, program)])
+    with (
+        warnings() as said,
+        pytest.warns(WatchWarning, match="'layers.1.mlp': no call of this program says which module"),
+    ):
+        tokens, _ = start(mode, traces=False, **watched)
+    ((stored, again),) = compiled
+    assert (tokens, stored, unwatched(again)) == (expected, STORED, unwatched(program))
     assert any("is compiled again: the stored file is damaged" in message for message in said)
+    places, means = noted(cache / "saved" / "rank0" / "vllm")
+    assert len(places) >= 12
+    assert noted(cache / "saved" / "rank0" / "vllm.1") == (places, pytest.approx(means, rel=1e-4, abs=1e-6))
 
 
 @pytest.mark.full
