@@ -27,6 +27,8 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_ex
 from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
 
 from npu_compiler.inspect import bundle
+from npu_compiler.inspect.outcome import Point
+from npu_compiler.inspect.replay import Subject
 from npu_compiler.serving import moe
 from npu_compiler.serving.moe_router import NPUGroupedTopKRouter
 from tests.models import checkpoints, tokenizer
@@ -299,7 +301,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_are_those_of_transformers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the layers are calls of the graph, under the layers' names."""
+    """And the layers are calls of the graph, under the layers' names, which runs alone (npu-compiler replay)."""
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")  # a program that is loaded is not dumped
     prompts = oracle.prompts()[:4]
     expected = [oracle.greedy(folder, prompt, 16) for prompt in prompts]
@@ -316,6 +318,8 @@ def test_tokens_are_those_of_transformers(folder: Path, tmp_path: Path, monkeypa
     assert [call.place.module for call in found[:: len(LAYER)]] == [
         f"layers.{layer}.mlp.experts" for layer in range(checkpoints.Shape().layers)
     ]
+    outcome = Subject.of(graph).run(Point())
+    assert outcome.right, str(outcome)
 
 
 @pytest.mark.full
