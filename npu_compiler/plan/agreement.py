@@ -101,8 +101,8 @@ def compare(group: str, plan: Planned, args: Sequence[Any]) -> None:
             if left != right:
                 raise RankError(
                     f"input {name} is not the same on ranks 0 and {rank} of group {group!r}",
-                    rule="sequence_parallel: what stands beside the rows is the same on all ranks",
-                    fix='leave the option sequence_parallel out, or options={"disabled_passes": ["sequence_parallel"]}',
+                    rule="where each rank computes its part of the rows, what stands beside them is the same on all",
+                    fix="leave out the option that parts them: sequence_parallel, token_drop or expert_communication",
                 )
 
 
