@@ -87,6 +87,7 @@ class Replayer:
         options: Options,
         name: str,
         names: Sequence[str],
+        *,
         stages: Stages | None = None,
         streams: Streams | None = None,
     ) -> None:

@@ -312,7 +312,7 @@ def _served(
     if options.multistream == "auto":
         launches = len(calls) if point.streams is None else point.streams
         made["streams"] = partly.FirstSteps(module, options.stream_limit, launches)
-    return Replayer(module, stable, options, "replay", (), made.get("streams"))
+    return Replayer(module, stable, options, "replay", (), streams=made.get("streams"))
 
 
 def _with(options: Options, point: Point) -> Options:

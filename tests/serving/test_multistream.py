@@ -33,7 +33,7 @@ def qwen2_moe(shared: dict[str, Any]) -> PreTrainedModel:
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(**shared, **sizes, num_experts=4, num_experts_per_tok=2))
 
 
-@pytest.mark.parametrize("build", [cohere, qwen2_moe])
+@pytest.mark.parametrize("build", [pytest.param(cohere, marks=pytest.mark.full), qwen2_moe])
 def test_tokens_and_streams(build: Callable[[dict[str, Any]], PreTrainedModel], tmp_path: Path) -> None:
     shape = checkpoints.configuration(checkpoints.Shape()).to_dict()
     shared = {name: shape[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")}

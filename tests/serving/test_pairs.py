@@ -11,10 +11,7 @@ from tests.serving.pairs import page, plan, refusals, start
 from tests.serving.pairs.__main__ import waiting
 from tests.serving.pairs.plan import Pair, Start
 
-IN_DEFAULT_RUN = (
-    "dense:FULL_DECODE_ONLY+tensor_parallel=2+sequence_parallel+weight_nz",
-    "dense:FULL_DECODE_ONLY+pipeline_parallel=2",
-)
+IN_DEFAULT_RUN = ("dense:FULL_DECODE_ONLY+pipeline_parallel=2",)
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ NO_LAYER = {
     "options.py:parse": "an option",
     "padding.py:spread_padding": "a batch",
     "platform.py:_refuse_missing_devices": "an option",
+    "platform.py:_refuse_placements": "options",
     "platform.py:_refuse_uncapturable": "a variable of the environment",
     "platform.py:_refuse_unserved": "options, and kinds of models: before there are layers",
     "platform.py:check_if_supports_dtype": "an option",

@@ -19,7 +19,8 @@ TOKENS = 4
 NOWHERE = "WatchWarning: watch in the model: 'layers.1.mpl': nothing is computed there, so nothing is noted; there is "
 
 
-@pytest.mark.parametrize("starts", [1, pytest.param(2, marks=pytest.mark.full)], ids=["cold", "and warm"])
+@pytest.mark.full
+@pytest.mark.parametrize("starts", [1, 2], ids=["cold", "and warm"])
 def test_both_ranks_note_the_same(
     starts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
