@@ -58,17 +58,17 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def warnings(name: str) -> Iterator[list[str]]:
-    """What one of vLLM's loggers, which pytest's handler does not see, warns of meanwhile. Not their common one: vLLM
-    takes that one's handlers away whenever it is given other settings of its log than the last time."""
+def warnings(logger: logging.Logger) -> Iterator[list[str]]:
+    """What a logger of vLLM's is given as warnings meanwhile. Not by a handler: vLLM may set up its log anew, which
+    takes them away."""
     found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger(name).addHandler(handler)
-    try:
+
+    def warning(message: str, *arguments: object, **settings: Any) -> None:
+        found.append(message % arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logger, "warning", warning)
         yield found
-    finally:
-        logging.getLogger(name).removeHandler(handler)
 
 
 def start(mode: str, *, traces: bool, **changes: Any) -> tuple[list[list[int]], float]:
@@ -129,7 +129,7 @@ def test_starts_after_the_first(cache: Path, compiled: list[tuple[str, str]]) ->
     compiled.clear()
     damage(cache, PROGRAMS.format(0))
     with (
-        warnings(compiler.logger.name) as said,
+        warnings(compiler.logger) as said,
         pytest.warns(WatchWarning, match="'layers.1.mlp': no call of this program says which module"),
     ):
         tokens, _ = start(mode, traces=False, **watched)
@@ -150,7 +150,7 @@ def test_a_damaged_graph_is_traced_again(cache: Path, compiled: list[tuple[str, 
 
     compiled.clear()
     damage(cache, GRAPHS.format(0))
-    with warnings("vllm.compilation.decorators") as said:
+    with warnings(logging.getLogger("vllm.compilation.decorators")) as said:
         tokens, _ = start(mode, traces=True)
     assert (tokens, compiled) == (expected, [(FROM_CACHE, program)])
     assert any("Compiling model again due to a load failure" in message for message in said)
