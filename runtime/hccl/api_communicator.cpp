@@ -37,6 +37,7 @@ void require(const void* pointer, const char* name) {
 CommunicatorOptions options_from(const HcclCommConfig* config) {
   CommunicatorOptions options;
   options.exec_timeout = exec_timeout();
+  options.buffer_bytes = buffer_bytes();
   if (config == nullptr) return options;
   ConfigHeader header;
   std::memcpy(&header, config, sizeof(header));
@@ -44,6 +45,8 @@ CommunicatorOptions options_from(const HcclCommConfig* config) {
     throw Error(HCCL_E_PARA, "the HcclCommConfig was not set up with HcclCommConfigInit");
   }
   options.name.assign(config->hcclCommName, strnlen(config->hcclCommName, COMM_NAME_MAX_LENGTH));
+  if (config->hcclBufferSize != HCCL_COMM_BUFFSIZE_CONFIG_NOT_SET)
+    options.buffer_bytes = uint64_t{config->hcclBufferSize} << 20;
   // Callers built with an older header pass a shorter structure.
   const bool has_timeout = header.size >= offsetof(HcclCommConfig, hcclExecTimeOut) + sizeof(int32_t);
   if (has_timeout && config->hcclExecTimeOut != HCCL_COMM_EXECTIMEOUT_CONFIG_NOT_SET) {

@@ -23,9 +23,6 @@ Range piece(const Range& whole, uint64_t index, uint64_t per_round) {
   return {whole.offset + start, std::min(per_round, whole.bytes - start)};
 }
 
-/// A slot is divided between the ranks; parts start on cache lines, so elements are never split.
-uint64_t part_bytes(size_t ranks) { return kSlotBytes / ranks / 64 * 64; }
-
 uint64_t longest(const std::vector<Range>& ranges) {
   uint64_t bytes = 0;
   for (const Range& range : ranges) bytes = std::max(bytes, range.bytes);
@@ -199,6 +196,8 @@ std::string json_of(const Communicator& communicator) {
 }
 
 }  // namespace
+
+uint64_t part_bytes(size_t ranks) { return kSlotBytes / ranks / 64 * 64; }
 
 Operation announce(HcclCMDType kind, HcclDataType type, uint64_t count) {
   Operation operation{};

@@ -28,6 +28,9 @@ class Collective : public Exchange {
   Operation announced_;
 };
 
+/// A slot is divided between the ranks; parts start on cache lines, so elements are never split.
+uint64_t part_bytes(size_t ranks);
+
 /// What `kind` announces before counts are added: one round, nothing sent.
 Operation announce(HcclCMDType kind, HcclDataType type, uint64_t count);
 
@@ -51,7 +54,9 @@ std::unique_ptr<Collective> make_reduce_parts(Operation announced, const void* i
 class CollectiveTask : public Task {
  public:
   CollectiveTask(CommunicatorPtr communicator, std::unique_ptr<Collective> collective, std::string name)
-      : communicator_(std::move(communicator)), collective_(std::move(collective)), name_(std::move(name)) {}
+      : communicator_(std::move(communicator)), collective_(std::move(collective)), name_(std::move(name)) {
+    communicator_->claim(Use::kCollectives);
+  }
   void run() override { communicator_->run(*collective_, name_.c_str()); }
   std::string name() const override { return name_; }
   std::vector<MemoryAccess> accesses() const override { return collective_->accesses(); }
@@ -67,7 +72,9 @@ class CollectiveTask : public Task {
 class MessageTask : public Task {
  public:
   MessageTask(CommunicatorPtr communicator, std::vector<Message> messages, std::string name)
-      : communicator_(std::move(communicator)), messages_(std::move(messages)), name_(std::move(name)) {}
+      : communicator_(std::move(communicator)), messages_(std::move(messages)), name_(std::move(name)) {
+    communicator_->claim(Use::kCollectives);
+  }
   void run() override { communicator_->transfer(messages_, name_.c_str()); }
   std::string name() const override { return name_; }
   std::vector<MemoryAccess> accesses() const override;

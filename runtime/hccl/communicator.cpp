@@ -36,6 +36,10 @@ const char* call_name(uint32_t kind) {
       return "HcclScatter";
     case HCCL_CMD_BARRIER:
       return "HcclBarrier";
+    case kExpertDispatch:
+      return "aclnnMoeDistributeDispatchV2";
+    case kExpertCombine:
+      return "aclnnMoeDistributeCombineV2";
     default:
       return "unknown operation";
   }
@@ -52,7 +56,13 @@ bool has_counts_per_rank(uint32_t kind) {
 
 bool agree(const Operation& a, const Operation& b) {
   return a.kind == b.kind && a.data_type == b.data_type && a.reduction == b.reduction && a.root == b.root &&
-         a.count == b.count;
+         a.count == b.count && a.experts == b.experts && a.tokens == b.tokens;
+}
+
+std::string describe_experts(const Operation& operation) {
+  return std::string(call_name(operation.kind)) + "(" + std::to_string(operation.experts) + " experts, " +
+         std::to_string(operation.tokens) + " tokens of all ranks, rows of " +
+         std::to_string(operation.count) + " " + data_type_name(operation.data_type) + ")";
 }
 
 }  // namespace
@@ -60,6 +70,8 @@ bool agree(const Operation& a, const Operation& b) {
 std::string describe_operation(const Operation& operation) {
   std::string text = call_name(operation.kind);
   if (operation.kind == HCCL_CMD_BARRIER) return text;
+  if (operation.kind == kExpertDispatch || operation.kind == kExpertCombine)
+    return describe_experts(operation);
   text += "(";
   if (!has_counts_per_rank(operation.kind)) text += "count " + std::to_string(operation.count) + ", ";
   text += data_type_name(operation.data_type);
@@ -73,9 +85,21 @@ Communicator::Communicator(const std::string& segment, uint32_t ranks, uint32_t 
     : segment_name_(segment),
       name_(options.name.empty() ? segment.substr(1) : options.name),
       exec_timeout_(options.exec_timeout),
+      buffer_bytes_(options.buffer_bytes),
       segment_(segment, ranks, rank) {}
 
 Communicator::~Communicator() = default;
+
+void Communicator::claim(Use use) {
+  Use before = Use::kNone;
+  if (use_.compare_exchange_strong(before, use) || before == use) return;
+  throw Error(
+      HCCL_E_NOT_SUPPORT,
+      "communicator " + name_ + " has run " +
+          (before == Use::kExperts ? "aclnnMoeDistributeDispatchV2 or CombineV2" : "other operators") +
+          " before: their page wants a communicator for the two alone. Make one more process group of "
+          "the same ranks");
+}
 
 void Communicator::throw_if_failed() const {
   const Control& control = segment_.control();

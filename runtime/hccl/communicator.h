@@ -15,6 +15,13 @@
 
 namespace host_runtime::hccl {
 
+/// What Operation::kind is for MoE dispatch and combine, beside HCCL's own kinds.
+constexpr uint32_t kExpertDispatch = 1001;
+constexpr uint32_t kExpertCombine = 1002;
+
+/// What a communicator is used for: operators of experts want one for themselves.
+enum class Use { kNone, kCollectives, kExperts };
+
 /// One collective operation, as the round engine runs it. A round moves at most one slot per rank.
 class Exchange {
  public:
@@ -39,6 +46,7 @@ struct Message {
 struct CommunicatorOptions {
   std::string name;  // empty: made from the segment's name
   std::chrono::seconds exec_timeout{1836};
+  uint64_t buffer_bytes = uint64_t{200} << 20;
 };
 
 class Communicator {
@@ -52,8 +60,12 @@ class Communicator {
   const std::string& name() const { return name_; }
   const std::string& segment_name() const { return segment_name_; }
   std::chrono::seconds exec_timeout() const { return exec_timeout_; }
+  uint64_t buffer_bytes() const { return buffer_bytes_; }
   HcclResult async_error() const { return async_error_.load(); }
   void wait_for_all(std::chrono::milliseconds timeout) { segment_.wait_for_all(timeout); }
+
+  /// Says what is about to be launched. Throws Error if it can't share the communicator with what was.
+  void claim(Use use);
 
   /// Runs one collective operation to its end. `label` is its name in messages. Throws TaskError.
   void run(Exchange& exchange, const char* label);
@@ -82,7 +94,9 @@ class Communicator {
   std::string segment_name_;
   std::string name_;
   std::chrono::seconds exec_timeout_;
+  uint64_t buffer_bytes_;
   Segment segment_;
+  std::atomic<Use> use_{Use::kNone};
   std::atomic<HcclResult> async_error_{HCCL_SUCCESS};
   std::mutex order_;  // one collective at a time
   uint64_t round_ = 0;

@@ -6,6 +6,7 @@
 #include "runtime/acl/rank_group.h"
 #include "runtime/hccl/data_type.h"
 #include "runtime/hccl/errors.h"
+#include "runtime/hccl/sized_parts.h"
 
 namespace host_runtime::hccl {
 namespace {
@@ -46,8 +47,10 @@ HcclDataType hccl_type(aclDataType type) {
       return HCCL_DATA_TYPE_FP16;
     case ACL_BF16:
       return HCCL_DATA_TYPE_BFP16;
+    case ACL_INT8:
+      return HCCL_DATA_TYPE_INT8;
     default:
-      throw Error(HCCL_E_NOT_SUPPORT, "fused operators reduce float32, float16 and bfloat16 only");
+      throw Error(HCCL_E_NOT_SUPPORT, "fused operators send float32, float16, bfloat16 and int8 only");
   }
 }
 
@@ -56,8 +59,21 @@ class CommunicatorGroup final : public RankGroup {
  public:
   explicit CommunicatorGroup(CommunicatorPtr communicator) : communicator_(std::move(communicator)) {}
   uint32_t size() const override { return communicator_->size(); }
+  uint32_t rank() const override { return communicator_->rank(); }
+  uint64_t buffer_bytes() const override { return communicator_->buffer_bytes(); }
+  void keep_for_experts() const override { communicator_->claim(Use::kExperts); }
+  Parts exchange(const ExpertExchange& what, const Parts& parts, const char* label) const override {
+    Operation announced = announce(HCCL_CMD_INVALID, hccl_type(what.type), what.hidden);
+    announced.kind = what.back ? kExpertCombine : kExpertDispatch;
+    announced.experts = what.experts;
+    announced.tokens = what.tokens;
+    SizedParts exchange(announced, communicator_->rank(), parts);
+    communicator_->run(exchange, label);
+    return std::move(exchange).received();
+  }
   std::function<void()> all_reduce_sum(void* buffer, uint64_t count, aclDataType type,
                                        const char* label) const override {
+    communicator_->claim(Use::kCollectives);
     Operation announced = announce(HCCL_CMD_ALLREDUCE, hccl_type(type), count);
     announced.reduction = HCCL_REDUCE_SUM;
     std::shared_ptr<Collective> collective = make_reduce(announced, buffer, buffer);

@@ -23,9 +23,11 @@ struct Operation {
   uint32_t data_type;  // HcclDataType
   uint32_t reduction;  // HcclReduceOp, or HCCL_REDUCE_RESERVED
   uint32_t root;
-  uint64_t count;   // elements; 0 when the counts differ between ranks
-  uint64_t serial;  // how many operations the rank ran on this communicator before
-  uint64_t rounds;  // rounds that the rank itself needs
+  uint32_t experts;  // of an exchange of experts' rows
+  uint64_t tokens;   // the same: most of all ranks
+  uint64_t count;    // elements (of a row, for experts); 0 when the counts differ between ranks
+  uint64_t serial;   // how many operations the rank ran on this communicator before
+  uint64_t rounds;   // rounds that the rank itself needs
   uint64_t bytes_to[kMaxRanks];
   uint64_t bytes_from[kMaxRanks];
 };

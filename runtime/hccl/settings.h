@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 
 namespace host_runtime::hccl {
 
@@ -13,5 +14,9 @@ std::chrono::seconds connect_timeout();
 /// How long a collective waits for its peers: HCCL_EXEC_TIMEOUT, seconds in [0, 2147483647], default 1836, 0
 /// for ever. Throws Error(HCCL_E_PARA) for another value.
 std::chrono::seconds exec_timeout();
+
+/// Bytes of a communicator's buffer: HCCL_BUFFSIZE, MiB, at least 1, default 200. Throws Error(HCCL_E_PARA)
+/// for another value.
+uint64_t buffer_bytes();
 
 }  // namespace host_runtime::hccl
