@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RUN    := OMP_NUM_THREADS=1 $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build browser test test-full demo serve bench bench-compiler pairs sweep lint format sanitize wheel clean
+.PHONY: help setup build browser test test-full demo serve bench bench-compiler bench-parallel pairs sweep lint format sanitize wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -42,6 +42,9 @@ bench: setup  ## all peers in one interleaved run; rows go to benchmarks/results
 
 bench-compiler: setup  ## nodes, kernels, compile seconds, MiB a size: every model and backend (long; --quick in the docs)
 	$(RUN) -m benchmarks compiler
+
+bench-parallel: setup  ## several ranks: bytes and step time of each pass, token drop, NZ, streams (--quick in the docs)
+	$(RUN) -m benchmarks parallel
 
 pairs: setup  ## every pair of features of several ranks, served; resumable, writes docs/parallel_pairs.md
 	$(RUN) -m tests.serving.pairs

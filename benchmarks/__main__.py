@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compiler, dumping, kernels, moe, parallel, row_decode_step, row_graph_launch, row_streams
+from benchmarks import compiler, dumping, kernels, parallel, row_decode_step, row_graph_launch, row_streams
 from benchmarks.harness import Row, Settings, run
 
 RESULTS = Path(__file__).parent / "results"
@@ -129,14 +129,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parallel.main(arguments[1:])
     if arguments[:1] == ["dump"]:
         return dumping.main(arguments[1:])
-    if arguments[:1] == ["moe"]:
-        return moe.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
         epilog="Other commands, as the first argument: `kernels` (the captured tasks of one decoder layer), `compiler` "
-        "(nodes, kernels, seconds and MiB of compilation), `dump` (what a bundle costs), `parallel` (several ranks), "
-        "`moe` (experts on two ranks, exact and with tokens dropped); each has its --help.",
+        "(nodes, kernels, seconds and MiB of compilation), `dump` (what a bundle costs), `parallel` (several ranks, "
+        "token drop, weights in FRACTAL_NZ, streams); each has its --help.",
     )
     parser.add_argument("--rows", help=f"comma-separated rows; default all: {', '.join(all_rows())}")
     parser.add_argument(

@@ -41,6 +41,14 @@ class Contestant:
 
 
 Factory = Callable[[], Contestant]
+Agree = Callable[[float], float]
+"""Makes one number of those that several processes have, once all of them have called it: their largest. Processes that
+measure together then go through the same loops and rounds, and a time is that of the slowest one."""
+
+
+def alone(number: float) -> float:
+    """The `Agree` of one process."""
+    return number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,29 +149,31 @@ def timed(contestant: Contestant, loops: int) -> float:
     return time.perf_counter() - began
 
 
-def calibrate(contestant: Contestant, round_seconds: float) -> int:
+def calibrate(contestant: Contestant, round_seconds: float, agree: Agree = alone) -> int:
     """The number of loops that fills a round, after a warm-up."""
     contestant.batch(3)
     loops = 1
     while True:
-        seconds = timed(contestant, loops)
+        seconds = agree(timed(contestant, loops))
         if seconds >= round_seconds / 4:
             return max(1, round(loops * round_seconds / seconds))
         loops *= 4
 
 
-def one_round(contestants: Sequence[Contestant], loops: dict[str, int], probe: Probe) -> tuple[dict[str, float], bool]:
+def one_round(
+    contestants: Sequence[Contestant], loops: dict[str, int], probe: Probe, agree: Agree = alone
+) -> tuple[dict[str, float], bool]:
     """Times every contestant once; returns the seconds per loop, and whether the probe noticed another program."""
-    seconds, disturbed = {}, probe.disturbed()
+    seconds, disturbed = {}, agree(probe.disturbed()) > 0
     for contestant in contestants:
-        seconds[contestant.name] = timed(contestant, loops[contestant.name]) / loops[contestant.name]
-        disturbed = probe.disturbed() or disturbed
+        seconds[contestant.name] = agree(timed(contestant, loops[contestant.name])) / loops[contestant.name]
+        disturbed = agree(probe.disturbed()) > 0 or disturbed
     return seconds, disturbed
 
 
-def measure(contestants: Sequence[Contestant], divisor: int, settings: Settings) -> Measured:
+def measure(contestants: Sequence[Contestant], divisor: int, settings: Settings, agree: Agree = alone) -> Measured:
     """Runs interleaved rounds until enough are undisturbed, or `settings.attempts` have been run."""
-    loops = {contestant.name: calibrate(contestant, settings.round_seconds) for contestant in contestants}
+    loops = {contestant.name: calibrate(contestant, settings.round_seconds, agree) for contestant in contestants}
     probe = Probe()
     accepted: list[dict[str, float]] = []
     disturbed_rounds: list[dict[str, float]] = []
@@ -171,7 +181,7 @@ def measure(contestants: Sequence[Contestant], divisor: int, settings: Settings)
         # Turn the order, so that nobody always runs behind the same neighbour.
         shift = attempt % len(contestants)
         order = [*contestants[shift:], *contestants[:shift]]
-        seconds, disturbed = one_round(order, loops, probe)
+        seconds, disturbed = one_round(order, loops, probe, agree)
         (disturbed_rounds if disturbed else accepted).append(seconds)
         if len(accepted) >= settings.rounds:
             break
@@ -252,7 +262,7 @@ def _met(goal: Goal, record: dict[str, Any]) -> bool:
     return record["ratio"] is not None and bool(record["ratio"] >= (goal.faster_than or 0.0))
 
 
-def run(row: Row, settings: Settings) -> list[dict[str, Any]]:
+def run(row: Row, settings: Settings, agree: Agree = alone) -> list[dict[str, Any]]:
     """Builds, checks and measures the contestants of `row`.
 
     Raises:
@@ -263,7 +273,7 @@ def run(row: Row, settings: Settings) -> list[dict[str, Any]]:
     if not contestants:
         return records(row, Measured({}, 0, False), {}, missing)
     check_outputs(contestants, row.reference, row.tolerance)
-    measured = measure(contestants, row.divisor, settings)
+    measured = measure(contestants, row.divisor, settings, agree)
     # Once more: a replay that drifts or reads memory given back since shows only now.
     errors = check_outputs(contestants, row.reference, row.tolerance)
     return records(row, measured, errors, missing)

@@ -19,7 +19,7 @@ class Sizes:
     inner: int = 1024
     experts: int = 0
     chosen: int = 2
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.float32
 
 
 def summed(partial: Tensor) -> Tensor:
@@ -27,21 +27,30 @@ def summed(partial: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(partial, "sum", "0"))
 
 
+def drawn(*shape: int) -> Tensor:
+    """A weight [..., in, out], the same on all ranks, which draw in the same order."""
+    return torch.randn(shape) / shape[-2] ** 0.5
+
+
+def parameter(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.contiguous(), requires_grad=False)
+
+
 class Linear(nn.Module):
     """A product without bias, weight [in, out]."""
 
-    def __init__(self, size: int, out: int, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter((torch.randn(size, out) / size**0.5).to(dtype), requires_grad=False)
+        self.weight = parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight
 
 
 class Norm(nn.Module):
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, dtype=dtype), requires_grad=False)
+        self.weight = parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
@@ -50,10 +59,11 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Causal attention of one prompt, on this rank's heads."""
 
-    def __init__(self, sizes: Sizes, ranks: int) -> None:
+    def __init__(self, sizes: Sizes, rank: int, ranks: int) -> None:
         super().__init__()
-        self.heads, own = sizes.heads // ranks, sizes.hidden // ranks
-        self.qkv, self.out = Linear(sizes.hidden, 3 * own, sizes.dtype), Linear(own, sizes.hidden, sizes.dtype)
+        self.heads, size = sizes.heads // ranks, sizes.hidden
+        qkv, out = drawn(size, 3 * size).unflatten(1, (3, ranks, -1)), drawn(size, size)
+        self.qkv, self.out = Linear(qkv[:, :, rank].flatten(1)), Linear(out.chunk(ranks)[rank])
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.qkv(x).view(x.shape[0], 3, self.heads, -1).unbind(1)
@@ -62,11 +72,17 @@ class Attention(nn.Module):
         return summed(self.out(found[0].transpose(0, 1).reshape(x.shape[0], -1)))
 
 
+def part_of_inner(up: Tensor, down: Tensor, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """A rank's columns of gate and up [..., hidden, 2 * inner], and its rows of down [..., inner, hidden]."""
+    own = up.unflatten(-1, (2, ranks, -1))[..., rank, :].flatten(-2)
+    return own, down.chunk(ranks, dim=-2)[rank]
+
+
 class Mlp(nn.Module):
-    def __init__(self, sizes: Sizes, ranks: int) -> None:
+    def __init__(self, sizes: Sizes, rank: int, ranks: int) -> None:
         super().__init__()
-        own = sizes.inner // ranks
-        self.up, self.down = Linear(sizes.hidden, 2 * own, sizes.dtype), Linear(own, sizes.hidden, sizes.dtype)
+        whole = drawn(sizes.hidden, 2 * sizes.inner), drawn(sizes.inner, sizes.hidden)
+        self.up, self.down = map(Linear, part_of_inner(*whole, rank, ranks))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.up(x).chunk(2, dim=-1)
@@ -80,15 +96,15 @@ class Experts(nn.Module):
     def __init__(self, sizes: Sizes, rank: int, ranks: int, whole: bool) -> None:
         super().__init__()
         self.sizes, self.whole = sizes, whole
-        count, own = (sizes.experts // ranks, sizes.inner) if whole else (sizes.experts, sizes.inner // ranks)
-        self.range = [rank * count, (rank + 1) * count] if whole else [0, sizes.experts]
-        generator = torch.Generator().manual_seed(7)  # the router is the same on all ranks
-        router = torch.randn(sizes.hidden, sizes.experts, generator=generator).to(sizes.dtype)
-        self.router = nn.Parameter(router, requires_grad=False)
-        self.up = Linear(sizes.hidden, 2 * own, sizes.dtype)
-        self.down = Linear(own, sizes.hidden, sizes.dtype)
-        for layer in (self.up, self.down):
-            layer.weight = nn.Parameter(layer.weight.expand(count, -1, -1).contiguous(), requires_grad=False)
+        each = sizes.experts // ranks
+        self.range = [rank * each, (rank + 1) * each] if whole else [0, sizes.experts]
+        self.router = parameter(drawn(sizes.hidden, sizes.experts))
+        weights = (
+            drawn(sizes.experts, sizes.hidden, 2 * sizes.inner),
+            drawn(sizes.experts, sizes.inner, sizes.hidden),
+        )
+        own = (weight[slice(*self.range)] for weight in weights) if whole else part_of_inner(*weights, rank, ranks)
+        self.up, self.down = map(Linear, own)
 
     def forward(self, x: Tensor) -> Tensor:
         weights, chosen, _ = torch_npu.npu_moe_gating_top_k_softmax_v2(x @ self.router, k=self.sizes.chosen, renorm=1)
@@ -100,7 +116,6 @@ class Experts(nn.Module):
         down = _product(functional.silu(gate) * up, self.down.weight, counts)
         mode = 3 if self.whole else 2
         results = down.unsqueeze(1) if self.whole else down
-        weights = weights.to(x.dtype)
         return summed(
             torch_npu.npu_moe_finalize_routing(results, None, None, None, weights, places, None, drop_pad_mode=mode)
         )
@@ -115,9 +130,9 @@ def _product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 class Layer(nn.Module):
     def __init__(self, sizes: Sizes, rank: int, ranks: int, whole: bool) -> None:
         super().__init__()
-        self.before, self.between = Norm(sizes.hidden, sizes.dtype), Norm(sizes.hidden, sizes.dtype)
-        self.attention = Attention(sizes, ranks)
-        self.mlp: nn.Module = Experts(sizes, rank, ranks, whole) if sizes.experts else Mlp(sizes, ranks)
+        self.before, self.between = Norm(sizes.hidden), Norm(sizes.hidden)
+        self.attention = Attention(sizes, rank, ranks)
+        self.mlp: nn.Module = Experts(sizes, rank, ranks, whole) if sizes.experts else Mlp(sizes, rank, ranks)
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         residual = x if residual is None else x + residual
@@ -127,12 +142,15 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Layers and a last norm; x [tokens, hidden] is the same on all ranks."""
+    """Layers and a last norm, with the same weights for any number of ranks and any placement; x [tokens, hidden] is
+    the same on all ranks."""
 
     def __init__(self, sizes: Sizes, layers: int, rank: int, ranks: int, whole: bool = False) -> None:
         super().__init__()
+        torch.manual_seed(7)
         self.layers = nn.ModuleList(Layer(sizes, rank, ranks, whole) for _ in range(layers))
-        self.last = Norm(sizes.hidden, sizes.dtype)
+        self.last = Norm(sizes.hidden)
+        self.to(sizes.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         residual = None

@@ -12,7 +12,7 @@ import torch
 from benchmarks import decode_model, devices
 from benchmarks.harness import Contestant, Factory, Goal, Row
 
-Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Step = Callable[..., torch.Tensor]
 
 
 def contestant(name: str, step: Step, arguments: tuple[torch.Tensor, ...], wait: Callable[[], None]) -> Contestant:

@@ -101,11 +101,13 @@ class Timeline(Data):
 
     Attributes:
         microseconds: from the first task's start to the last one's end.
+        together: of that, when two streams or more had a task to run.
         host: calls of the host, by name. `steps`: what the run named.
     """
 
     file: str
     microseconds: float
+    together: float
     streams: tuple[Stream, ...]
     critical: Critical
     gaps: tuple[Gap, ...]
@@ -125,6 +127,8 @@ class Timeline(Data):
             f"waiting {stream.waiting:.1f}, idle {stream.idle:.1f}"
             for stream in self.streams
         ]
+        if len(self.streams) > 1:
+            lines.append(f"  at once: {self.together:.1f} us ({self.together / whole:.0%}) on two streams or more")
         path = self.critical
         lines.append(
             f"critical path: {path.tasks:.1f} us in tasks, {path.host:.1f} before the host's launch, "
@@ -213,6 +217,7 @@ def summary(name: str, tasks: Sequence[Task], events: Sequence[dict[str, Any]], 
     return Timeline(
         file=name,
         microseconds=end - start,
+        together=_together(work),
         streams=tuple(_stream(stream, own, end - start) for stream, own in sorted(by_stream.items())),
         critical=_critical(work, top),
         gaps=tuple(sorted(_gaps(work), key=lambda gap: -gap.microseconds)[:top]),
@@ -275,6 +280,17 @@ def _stream(name: str, tasks: Sequence[Task], whole: float) -> Stream:
     waiting = sum(task.microseconds for task in tasks if task.waits)
     busy = sum(task.microseconds for task in tasks if not task.waits)
     return Stream(name=name, tasks=len(tasks), busy=busy, waiting=waiting, idle=max(0.0, whole - busy - waiting))
+
+
+def _together(tasks: Iterable[Task]) -> float:
+    """Microseconds in which more than one of these tasks ran; those of a stream run one by one."""
+    changes = sorted(change for task in tasks for change in ((task.start, 1), (task.end, -1)))
+    total, running, since = 0.0, 0, 0.0
+    for when, change in changes:  # of what happens at one time, the ends come first
+        if running > 1:
+            total += when - since
+        running, since = running + change, when
+    return total
 
 
 def _totals(entries: Iterable[tuple[str, float]], top: int) -> tuple[Total, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -70,6 +71,40 @@ def test_contestants_take_turns_and_the_order_turns() -> None:
     journal.clear()
     harness.measure(contestants, 1, Settings(rounds=3, round_seconds=1e-3, attempts=3))
     assert journal[-9:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+
+
+def test_processes_that_measure_together_go_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads stand for them: the second one is slower, and alone notices that its first round is disturbed."""
+    numbers, meeting = [0.0, 0.0], threading.Barrier(2)
+    disturbed = [iter([False] * 100), iter([True] + [False] * 100)]
+    found: list[harness.Measured] = []
+
+    def process(which: int) -> None:
+        def agree(number: float) -> float:
+            numbers[which] = number
+            meeting.wait(30)
+            largest = max(numbers)
+            meeting.wait(30)
+            return largest
+
+        def batch(count: int) -> None:
+            counts[which].append(count)
+            time.sleep(count * 1e-3 * which)
+
+        mine.which = which
+        found.append(harness.measure([Contestant("a", batch)], 1, SHORT, agree))
+
+    mine = threading.local()
+    monkeypatch.setattr(harness.Probe, "disturbed", lambda self: next(disturbed[mine.which]))
+    counts: list[list[int]] = [[], []]
+    threads = [threading.Thread(target=process, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counts[0] == counts[1] and len(found) == 2
+    assert [one.rejected for one in found] == [1, 1] and found[0].seconds == found[1].seconds
+    assert min(found[0].seconds["a"]) >= 1e-3  # the slower one's
 
 
 def test_a_disturbed_round_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,8 @@ def test_streams_of_a_graph_have_lines_of_their_own(tmp_path: Path) -> None:
     check_format(tmp_path / "run.json")
     found = timeline(tmp_path / "run.json")
     assert any("graph stream 1" in stream.name for stream in found.streams)
+    assert 0 <= found.together <= min(sorted(stream.busy for stream in found.streams)[-2:])
+    assert "us (" in next(line for line in str(found).splitlines() if line.startswith("  at once: "))
     assert sum(stream.tasks for stream in found.streams) == len(tasks_of(read(tmp_path / "run.json")))
 
 
@@ -246,7 +248,7 @@ def test_figures() -> None:
         Task("d", "0", 30, 40, launched=27.0),
     ]
     found = summary("x", tasks, [])
-    assert found.microseconds == 40
+    assert (found.microseconds, found.together) == (40, 4)
     assert [(stream.busy, stream.waiting, stream.idle) for stream in found.streams] == [(28, 0, 12), (4, 3, 33)]
     assert [(gap.before, gap.after, gap.microseconds, gap.host) for gap in found.gaps] == [
         ("b", "d", 10, 7),
