@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RUN    := OMP_NUM_THREADS=1 $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build browser test test-full demo serve bench bench-compiler bench-parallel pairs sweep lint format sanitize wheel clean
+.PHONY: help setup build browser test test-full demo serve bench bench-check bench-compiler bench-parallel pairs sweep lint format sanitize wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -37,8 +37,12 @@ demo: setup  ## start vllm serve with the trained model, chat with it, print a r
 serve: setup  ## the same, left running
 	$(RUN) examples/demo.py --serve
 
-bench: setup  ## all peers in one interleaved run; rows go to benchmarks/results/
+bench: setup  ## all peers in one interleaved run; rows and a plot go to benchmarks/results/
+	@$(BIN)/python tools/setup_environment.py --venv $(VENV) --bench
 	$(RUN) -m benchmarks
+
+bench-check: setup  ## fails where a row of the last `make bench` is below its floor (benchmarks/floors.toml)
+	$(RUN) -m benchmarks check
 
 bench-compiler: setup  ## nodes, kernels, compile seconds, MiB a size: every model and backend (long; --quick in the docs)
 	$(RUN) -m benchmarks compiler

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -13,16 +14,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compiler, dumping, kernels, parallel, row_decode_step, row_graph_launch, row_streams
+from benchmarks import (
+    check,
+    compiler,
+    dumping,
+    kernels,
+    parallel,
+    plot,
+    row_decode_step,
+    row_graph_launch,
+    row_prefill,
+    row_streams,
+)
 from benchmarks.harness import Row, Settings, run
 
 RESULTS = Path(__file__).parent / "results"
-ROW_TIMEOUT_S = 600
+ROW_TIMEOUT_S = 3600
 
 
 def all_rows() -> dict[str, Row]:
     """Every row by name, in the order of the table."""
-    return {row.name: row for row in (*row_graph_launch.rows(), *row_decode_step.rows(), *row_streams.rows())}
+    families = (row_graph_launch, row_decode_step, row_prefill, row_streams)
+    return {row.name: row for family in families for row in family.rows()}
 
 
 def machine() -> dict[str, str]:
@@ -38,13 +51,11 @@ def machine() -> dict[str, str]:
 
 def measure_here(name: str, quick: bool) -> dict[str, Any]:
     """One row in this process, as the JSON object that is stored."""
-    import torch
 
     row = all_rows()[name]
     found = run(row, Settings.quick() if quick else Settings())
-    versions = {"torch": torch.__version__}
-    if "torch_npu" in sys.modules:
-        versions["torch_npu"] = sys.modules["torch_npu"].__version__
+    loaded = ("torch", "torch_npu", "onnxruntime", "openvino")
+    versions = {module: sys.modules[module].__version__ for module in loaded if module in sys.modules}
     about = {"title": row.title, "quick": quick, "machine": machine(), "versions": versions}
     return {"about": {**about, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, "records": found}
 
@@ -61,6 +72,8 @@ def measure_apart(name: str, quick: bool, results: Path) -> dict[str, Any]:
     done = subprocess.run(
         command + ["--quick"] * quick,
         cwd=Path(__file__).parent.parent,
+        # Streams are threads too, and torch.set_num_threads() holds for the calling thread only.
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -94,22 +107,25 @@ def table(title: str, found: Sequence[dict[str, Any]]) -> str:
             line += f"   goal {record['goal']}: {'met' if record['met'] else 'NOT met'}"
         lines.append(line)
     first = found[0]
+    if first["best_ratio"] is not None:
+        lines.append(f"  best rival: {first['best_rival']}, {number(first['best_ratio'])}")
     notes = [f"{max(record['rounds'] for record in found)} rounds, {first['rejected']} disturbed"]
     notes += ["TOO FEW UNDISTURBED ROUNDS, disturbed ones counted"] * bool(first["noisy"])
     if first["floor"] is not None:
-        notes.append(f"floor {first['floor']:g} {unit}")
+        share = f", {first['floor'] / first['median']:.0%} of it reached" if first["median"] else ""
+        notes.append(f"floor {number(first['floor'])} {unit}{share}")
     return "\n".join([*lines, f"  [{'; '.join(notes)}]"])
 
 
-def chosen(names: str | None) -> list[str]:
-    """The rows asked for, in the order of the table.
+def chosen(names: str | None, quick: bool) -> list[str]:
+    """The rows asked for, in the order of the table; without names all, but no long one when `quick`.
 
     Raises:
         SystemExit: an unknown row; the nearest one is named.
     """
-    known = list(all_rows())
+    known = list(rows := all_rows())
     if names is None:
-        return known
+        return [name for name in known if not (quick and rows[name].long)]
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in known:
@@ -129,12 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parallel.main(arguments[1:])
     if arguments[:1] == ["dump"]:
         return dumping.main(arguments[1:])
+    if arguments[:1] == ["check"]:
+        return check.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
         epilog="Other commands, as the first argument: `kernels` (the captured tasks of one decoder layer), `compiler` "
-        "(nodes, kernels, seconds and MiB of compilation), `dump` (what a bundle costs), `parallel` (several ranks, "
-        "token drop, weights in FRACTAL_NZ, streams); each has its --help.",
+        "(nodes, kernels, seconds and MiB of compilation), `check` (stored rows against their floors), `dump` (what a "
+        "bundle costs), `parallel` (several ranks, token drop, weights in FRACTAL_NZ, streams); each has its --help.",
     )
     parser.add_argument("--rows", help=f"comma-separated rows; default all: {', '.join(all_rows())}")
     parser.add_argument(
@@ -149,7 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (options.results / f"{options.measure}.json").write_text(json.dumps(measured, indent=1) + "\n")
         return 0
     failed = False
-    for name in chosen(options.rows):
+    names = chosen(options.rows, options.quick)
+    for index, name in enumerate(names, 1):
+        print(f"[{index}/{len(names)}] {name}", file=sys.stderr, flush=True)
         try:
             measured = measure_apart(name, options.quick, options.results)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
@@ -157,6 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed = True
             continue
         print(table(measured["about"]["title"], measured["records"]) + "\n", flush=True)
+    stored = [options.results / f"{name}.json" for name in all_rows()]
+    picture = options.results / "benchmarks.png"
+    problem = plot.draw([json.loads(file.read_text()) for file in stored if file.exists()], picture)
+    print(f"benchmarks: {problem or picture}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,13 +14,17 @@ SETUP_ERRORS = (RuntimeError, ImportError, NotImplementedError, AttributeError, 
 
 
 @contextlib.contextmanager
-def needed(what: str) -> Iterator[None]:
-    """Turns a failure to set a contestant up into Missing with the first line of the reason."""
+def needed(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turns a failure to set a contestant up into Missing with the first line of the reason.
+
+    `errors`: those that a library has of its own, beside Python's.
+    """
+    failures: tuple[type[Exception], ...] = (*SETUP_ERRORS, *errors)
     try:
         yield
     except Missing:
         raise
-    except SETUP_ERRORS as error:
+    except failures as error:
         raise Missing(f"{what}: {type(error).__name__}: {telling_line(str(error))}") from error
 
 
@@ -51,6 +56,17 @@ def wait() -> Callable[[], None]:
         stream.synchronize()
 
     return synchronize
+
+
+def read_bandwidth(size: int = 512 << 20, passes: int = 7) -> float:
+    """Bytes per second that one thread reads from memory here: the best of `passes` sums over `size` bytes."""
+    numbers = torch.ones(size // 4)
+    seconds = []
+    for _ in range(passes):
+        began = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - began)
+    return size / min(seconds)
 
 
 def nothing() -> None:

@@ -53,14 +53,23 @@ def alone(number: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """A first target. `limit` is in the row's unit for the subject itself; `faster_than` is a ratio against a peer."""
+    """A first target, attached to the record of `peer`.
+
+    Attributes:
+        limit: for the subject itself, in the row's unit.
+        faster_than: ratio of the peer's time; for the subject itself, of the best of the row's rivals.
+        floor_share: for the subject itself, the row's floor / its time.
+    """
 
     peer: str
     limit: float | None = None
     faster_than: float | None = None
+    floor_share: float | None = None
 
     def text(self, unit: str) -> str:
-        return f"<= {self.limit:g} {unit}" if self.limit is not None else f">= {self.faster_than:g}x"
+        if self.limit is not None:
+            return f"<= {self.limit:g} {unit}"
+        return f"{self.floor_share:.0%} of the floor" if self.floor_share is not None else f">= {self.faster_than:g}x"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +80,11 @@ class Row:
         name: also the name of the JSON file.
         unit: "ns", "us" or "ms", for the printed and stored figures.
         divisor: units of work in one call of `batch(1)`; figures are per unit.
-        floor: what physics or a published figure allows at best, in `unit`, or None.
+        floor: what physics or a published figure allows at best, in `unit`, or None; a function measures it here.
         tolerance: allowed absolute difference from the reference's output.
         reference: the contestant whose output is right by definition (plain PyTorch on the CPU).
+        rivals: contestants the best of which the subject is to beat.
+        long: takes minutes, so `--quick` leaves it out unless it is asked for by name.
     """
 
     name: str
@@ -83,8 +94,10 @@ class Row:
     reference: str
     goals: tuple[Goal, ...] = ()
     divisor: int = 1
-    floor: float | None = None
+    floor: float | Callable[[], float] | None = None
     tolerance: float = 0.0
+    rivals: tuple[str, ...] = ()
+    long: bool = False
 
     @property
     def subject(self) -> str:
@@ -217,22 +230,32 @@ def check_outputs(contestants: Sequence[Contestant], reference: str, tolerance: 
 
 
 def build(row: Row) -> tuple[list[Contestant], dict[str, str]]:
-    """Sets up every contestant; those that can't run here are returned with their reason."""
-    ready, missing = [], {}
-    for name, factory in row.contestants.items():
+    """Sets up every contestant; those that can't run here are returned with their reason.
+
+    The last one is set up first: `npugraphs` and `npugraph_ex` load torch_npu's Inductor, which changes the lowering
+    of the plain CPU for the whole process, so that what AOTInductor writes then doesn't compile.
+    """
+    ready: list[Contestant] = []
+    missing: dict[str, str] = {}
+    for name, factory in reversed(row.contestants.items()):
         try:
-            ready.append(factory())
+            ready.insert(0, factory())
         except Missing as reason:
             missing[name] = str(reason)
     return ready, missing
 
 
 def records(
-    row: Row, measured: Measured, errors: dict[str, float | None], missing: dict[str, str]
+    row: Row,
+    measured: Measured,
+    errors: dict[str, float | None],
+    missing: dict[str, str],
+    floor: float | None = None,
 ) -> list[dict[str, Any]]:
     """The row as JSON objects, one per peer (the subject is its own peer, with ratio 1).
 
-    `ratio` is peer / subject, the median over rounds of the ratio within a round: above 1 the subject is faster.
+    `ratio` is peer / subject, the median over rounds of the ratio within a round: above 1 the subject is faster. The
+    subject's record names the rival with the least ratio as `best_rival`, and that ratio as `best_ratio`.
     """
     scale, subject = SCALE[row.unit], measured.seconds.get(row.subject)
     out: list[dict[str, Any]] = []
@@ -241,7 +264,8 @@ def records(
         record: dict[str, Any] = {"row": row.name, "subject": row.subject, "peer": name, "unit": row.unit}
         keys = ("median", "min", "max", "ratio", "ratio_min", "ratio_max", "max_abs_error")
         record.update(dict.fromkeys(keys))
-        record.update(floor=row.floor, goal=goals[0].text(row.unit) if goals else None, met=None)
+        record.update(best_rival=None, best_ratio=None)
+        record.update(floor=floor, goal="; ".join(goal.text(row.unit) for goal in goals) or None, met=None)
         record.update(missing=missing.get(name), rounds=0, rejected=measured.rejected, noisy=measured.noisy)
         if name in measured.seconds:
             seconds = measured.seconds[name]
@@ -251,15 +275,25 @@ def records(
             if subject is not None:
                 ratios = [peer / own for peer, own in zip(seconds, subject, strict=True)]
                 record.update(ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios))
-            record["met"] = all(_met(goal, record) for goal in goals) if goals else None
         out.append(record)
+    rivals = [record for record in out if record["peer"] in row.rivals and record["ratio"] is not None]
+    if rivals:
+        best = min(rivals, key=lambda record: record["ratio"])
+        out[0].update(best_rival=best["peer"], best_ratio=best["ratio"])
+    for record in out:
+        goals = [goal for goal in row.goals if goal.peer == record["peer"]]
+        if goals and record["median"] is not None:
+            record["met"] = all(_met(goal, record) for goal in goals)
     return out
 
 
 def _met(goal: Goal, record: dict[str, Any]) -> bool:
     if goal.limit is not None:
         return bool(record["median"] <= goal.limit)
-    return record["ratio"] is not None and bool(record["ratio"] >= (goal.faster_than or 0.0))
+    if goal.floor_share is not None:
+        return record["floor"] is not None and bool(record["floor"] / record["median"] >= goal.floor_share)
+    ratio = record["best_ratio"] if record["peer"] == record["subject"] else record["ratio"]
+    return ratio is not None and bool(ratio >= (goal.faster_than or 0.0))
 
 
 def run(row: Row, settings: Settings, agree: Agree = alone) -> list[dict[str, Any]]:
@@ -269,11 +303,12 @@ def run(row: Row, settings: Settings, agree: Agree = alone) -> list[dict[str, An
         AssertionError: a contestant computes something else than the reference.
     """
     torch.set_num_threads(1)
+    floor = row.floor() if callable(row.floor) else row.floor
     contestants, missing = build(row)
     if not contestants:
-        return records(row, Measured({}, 0, False), {}, missing)
+        return records(row, Measured({}, 0, False), {}, missing, floor)
     check_outputs(contestants, row.reference, row.tolerance)
     measured = measure(contestants, row.divisor, settings, agree)
     # Once more: a replay that drifts or reads memory given back since shows only now.
     errors = check_outputs(contestants, row.reference, row.tolerance)
-    return records(row, measured, errors, missing)
+    return records(row, measured, errors, missing, floor)

@@ -1,18 +1,34 @@
-"""A decode step (Qwen3-like, 4 layers, batch 1, static cache): replayed, eager, and the plain CPU peers.
+"""A decode step (Qwen3-like, 4 layers, static cache): replayed, eager, and every peer on the plain CPU.
 
 Every step of an `npu` contestant ends with a wait for the device: a server needs the token before the next step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 
-from benchmarks import decode_model, devices
+from benchmarks import decode_model, devices, peers
 from benchmarks.harness import Contestant, Factory, Goal, Row
 
 Step = Callable[..., torch.Tensor]
+FAMILIES = {torch.float32: ("float32", ""), torch.bfloat16: ("bfloat16", "_bf16")}
+# Largest difference of two right results: bfloat16 keeps 8 bits, and the logits are sums over four layers of them.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
+RIVALS = ("cpu eager", "cpu inductor", "aot inductor", "onnx runtime", "openvino")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A decode step of one size in one dtype."""
+
+    size: decode_model.Size
+    dtype: torch.dtype = torch.float32
+
+    def model(self) -> decode_model.Decoder:
+        return decode_model.decoder(self.size).to(self.dtype)
 
 
 def contestant(name: str, step: Step, arguments: tuple[torch.Tensor, ...], wait: Callable[[], None]) -> Contestant:
@@ -29,10 +45,10 @@ def contestant(name: str, step: Step, arguments: tuple[torch.Tensor, ...], wait:
     return Contestant(name, batch, output)
 
 
-def on_cpu(name: str, size: decode_model.Size, compiled: bool) -> Factory:
+def on_cpu(name: str, case: Case, compiled: bool) -> Factory:
     def factory() -> Contestant:
-        step: Step = decode_model.decoder(size)
-        arguments = decode_model.inputs(size)
+        step: Step = case.model()
+        arguments = decode_model.inputs(case.size)
         if compiled:
             with devices.needed(name), torch.inference_mode():
                 step = torch.compile(step, fullgraph=True, dynamic=False)
@@ -42,14 +58,31 @@ def on_cpu(name: str, size: decode_model.Size, compiled: bool) -> Factory:
     return factory
 
 
-def on_npu(name: str, size: decode_model.Size, backend: str | None) -> Factory:
+def read_only(name: str, case: Case, peer: peers.Peer, dtype: torch.dtype) -> Factory:
+    """A program whose graph changes no input: the host writes new keys and values into the cache.
+
+    `dtype` is that of the tensors it is given; they hold the row's weights, rounded to the row's dtype.
+    """
+
+    def factory() -> Contestant:
+        model = case.model().to(dtype)
+        arguments = decode_model.inputs(case.size)
+        caches = decode_model.caches(model)
+        run = peer(decode_model.ReadOnlyStep(model), (*arguments, *caches.flatten(0, 1)), case.dtype)
+        step = peers.in_place(run, caches, int(arguments[1]))
+        return contestant(name, step, arguments, devices.nothing)
+
+    return factory
+
+
+def on_npu(name: str, case: Case, backend: str | None) -> Factory:
     """Eager on the device when `backend` is None, else torch.compile with that backend."""
 
     def factory() -> Contestant:
         device = devices.npu()
         with devices.needed(name), torch.inference_mode():
-            step: Step = decode_model.decoder(size).to(device)
-            tokens, position = (argument.to(device) for argument in decode_model.inputs(size))
+            step: Step = case.model().to(device)
+            tokens, position = (argument.to(device) for argument in decode_model.inputs(case.size))
             if backend is not None:
                 step = torch.compile(step, backend=backend, fullgraph=True, dynamic=False)
             for _ in range(3):  # compile, warm up and capture
@@ -60,24 +93,51 @@ def on_npu(name: str, size: decode_model.Size, backend: str | None) -> Factory:
     return factory
 
 
-def row(label: str, size: decode_model.Size, faster_than_eager: float) -> Row:
+def bytes_floor(case: Case) -> float:
+    """Microseconds to read the weights and the cache once at the bandwidth that one thread has here."""
+    with torch.device("meta"):
+        model = decode_model.Decoder(case.size).to(case.dtype)
+    read = decode_model.weight_bytes(model) + decode_model.cache_bytes(model)
+    return 1e6 * read / devices.read_bandwidth()
+
+
+def row(label: str, case: Case, goals: tuple[Goal, ...], from_memory: bool = False) -> Row:
+    family, suffix = FAMILIES[case.dtype]
+    size = case.size
     return Row(
-        name=f"decode_step_{label}",
-        title=f"decode step, {size.layers} layers, hidden {size.hidden}, batch {size.batch}, float32",
+        name=f"decode_step_{label}{suffix}",
+        title=f"decode step, {size.layers} layers, hidden {size.hidden}, batch {size.batch}, {family}",
         unit="us",
         contestants={
-            "ascend": on_npu("ascend", size, "ascend"),
-            "npu eager": on_npu("npu eager", size, None),
-            "npugraphs": on_npu("npugraphs", size, "npugraphs"),
-            "npugraph_ex": on_npu("npugraph_ex", size, "npugraph_ex"),
-            "cpu eager": on_cpu("cpu eager", size, compiled=False),
-            "cpu inductor": on_cpu("cpu inductor", size, compiled=True),
+            "ascend": on_npu("ascend", case, "ascend"),
+            "npu eager": on_npu("npu eager", case, None),
+            "npugraphs": on_npu("npugraphs", case, "npugraphs"),
+            "npugraph_ex": on_npu("npugraph_ex", case, "npugraph_ex"),
+            "cpu eager": on_cpu("cpu eager", case, compiled=False),
+            "cpu inductor": on_cpu("cpu inductor", case, compiled=True),
+            "aot inductor": read_only("aot inductor", case, peers.aot_inductor, case.dtype),
+            "onnx runtime": read_only("onnx runtime", case, peers.onnx_runtime, torch.float32),
+            "openvino": read_only("openvino", case, peers.openvino, torch.float32),
         },
         reference="cpu eager",
-        goals=(Goal(peer="npu eager", faster_than=faster_than_eager),),
-        tolerance=1e-4,
+        goals=goals,
+        floor=(lambda: bytes_floor(case)) if from_memory else None,
+        tolerance=TOLERANCE[case.dtype],
+        rivals=RIVALS,
     )
 
 
 def rows() -> list[Row]:
-    return [row("h32", decode_model.HIDDEN_32, 10.0), row("h256", decode_model.HIDDEN_256, 3.0)]
+    beat = Goal(peer="ascend", faster_than=1.2)
+    launches = (Goal(peer="npu eager", faster_than=10.0), Goal(peer="ascend", faster_than=1.0))
+    found = [row("h32", Case(decode_model.HIDDEN_32), launches)]
+    for dtype in FAMILIES:
+        for batch in (1, 8, 32):
+            size = dataclasses.replace(decode_model.HIDDEN_256, batch=batch)
+            goals = (Goal(peer="npu eager", faster_than=3.0), beat) if batch == 1 else (beat,)
+            label = "h256" if batch == 1 else f"h256_b{batch}"
+            found.append(row(label, Case(size, dtype), goals))
+    for dtype in FAMILIES:
+        goals = (Goal(peer="ascend", floor_share=0.85),)
+        found.append(row("h1024", Case(decode_model.HIDDEN_1024, dtype), goals, from_memory=True))
+    return found

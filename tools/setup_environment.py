@@ -6,6 +6,7 @@ Steps, each remembered by a hash of what it depends on (in `<venv>/.npu_compiler
   torch_npu    the unmodified wheel (after vLLM, whose build imports torch and would load it)
   tools        test and lint tools
   project      this project, editable; builds the host runtime with CMake
+  bench        with --bench: the peers of the benchmarks that are not part of torch
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ TEST_TOOLS = [
     "clang-format==23.1.5",
     "types-PyYAML",
 ]
+# With versions: a ratio to another release of a peer is another ratio.
+BENCH_TOOLS = ["onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.31.1", "openvino==2026.4.1", "matplotlib"]
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,11 @@ class Step:
         return digest.hexdigest()
 
 
-def steps() -> list[Step]:
+def steps(bench: bool) -> list[Step]:
     # pip must not replace the CPU build of torch when another package asks for torch.
     pin = ["--constraint", str(ROOT / "tools" / "constraints.txt")]
     vllm_environment = {"VLLM_TARGET_DEVICE": "empty", "VLLM_VERSION_OVERRIDE": VLLM}
+    peers = [Step("bench", [*BENCH_TOOLS, *pin], {}, [], [], "1 min")] if bench else []
     return [
         Step("torch", [f"torch=={TORCH}", *BUILD_TOOLS, *pin], {}, [], [], "1 min"),
         Step(
@@ -87,10 +91,11 @@ def steps() -> list[Step]:
             [BUILD / "build.ninja", ROOT / "runtime" / "lib" / "libopapi.so"],
             "4 min on two idle cores: compiles the host runtime",
         ),
+        *peers,
     ]
 
 
-def prepare(venv: Path) -> None:
+def prepare(venv: Path, bench: bool) -> None:
     python = venv / "bin" / "python"
     record_file = venv / ".npu_compiler_setup.json"
     if not python.exists():
@@ -98,7 +103,7 @@ def prepare(venv: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     record: dict[str, str] = json.loads(record_file.read_text()) if record_file.exists() else {}
     done_before = True
-    for step in steps():
+    for step in steps(bench):
         # A step that ran again may have changed what later ones build on.
         if done_before and record.get(step.name) == step.fingerprint() and all(p.exists() for p in step.outputs):
             continue
@@ -163,6 +168,7 @@ def main() -> None:
     parser.add_argument(
         "--venv", type=Path, default=ROOT / ".venv", help="virtual environment to prepare (default: .venv)"
     )
+    parser.add_argument("--bench", action="store_true", help="also install the benchmarks' peers")
     parser.add_argument("--where", metavar="PACKAGE", help="print where PACKAGE is installed, without importing it")
     arguments = parser.parse_args()
     if arguments.where:
@@ -173,7 +179,7 @@ def main() -> None:
         return
     check_machine(arguments.venv.absolute())
     try:
-        prepare(arguments.venv.absolute())
+        prepare(arguments.venv.absolute(), arguments.bench)
     except KeyboardInterrupt:
         raise SystemExit("\nsetup: stopped; finished steps are kept, run `make setup` again") from None
 

@@ -65,6 +65,16 @@ def test_one_step_equals_transformers() -> None:
 
 
 @torch.inference_mode()
+def test_a_prefill_equals_transformers() -> None:
+    ours = decode_model.decoder(SMALL)
+    tokens = torch.arange(SMALL.positions)
+    right = transformers_model(ours, SMALL)(tokens[None]).logits[0, -1:]
+    for grouped in (True, False):
+        found = decode_model.Prefill(ours, grouped)(ours.embedding(tokens))
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
 def test_step_is_repeatable_and_writes_its_cache_row() -> None:
     model = decode_model.decoder(SMALL)
     before = model.layers[0].attention.keys.clone()

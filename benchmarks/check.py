@@ -1,0 +1,85 @@
+"""`python -m benchmarks check`: compares stored rows with `benchmarks/floors.toml`, fails where one is below.
+
+A table of the file is a row. Its keys:
+
+    at_most = 100.0       the subject's own time, in the row's unit
+    best = 1.2            time of the best rival / time of the subject, at least
+    of_floor = 0.85       the row's floor (what the hardware allows) / time of the subject, at least
+    "npu eager" = 8.0     time of that contestant / time of the subject, at least
+
+Nothing is measured here: `make bench` does. A row that was not measured and a contestant that is missing fail too; a
+row with too few undisturbed rounds is noted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FLOORS = Path(__file__).parent / "floors.toml"
+RESULTS = Path(__file__).parent / "results"
+Floors = Mapping[str, Mapping[str, float]]
+
+
+def figure(key: str, found: Mapping[str, dict[str, Any]]) -> float | None:
+    """What a key of a row is compared with; `found` are its records by contestant, the subject first."""
+    subject = next(iter(found.values()))
+    if key == "at_most":
+        return subject["median"]
+    if key == "best":
+        return subject["best_ratio"]
+    if key == "of_floor":
+        return subject["floor"] / subject["median"] if subject["floor"] and subject["median"] else None
+    return found[key]["ratio"] if key in found else None
+
+
+def broken(row: str, limits: Mapping[str, float], stored: Mapping[str, Any] | None) -> list[str]:
+    """A sentence for each floor of `row` that its stored records don't hold."""
+    if stored is None:
+        return [f"{row}: not measured; run `make bench` or `python -m benchmarks --rows {row}`"]
+    found = {record["peer"]: record for record in stored["records"]}
+    sentences = []
+    for key, limit in limits.items():
+        value = figure(key, found)
+        if value is None:
+            reason = found[key]["missing"] if key in found else f"the row has {', '.join(found)}"
+            sentences.append(f"{row}: no figure for {key!r} ({reason})")
+        elif key == "at_most" and value > limit:
+            sentences.append(f"{row}: {value:.4g} {next(iter(found.values()))['unit']}, allowed are {limit:g}")
+        elif key != "at_most" and value < limit:
+            sentences.append(f"{row}: {key} is {value:.3g}, its floor is {limit:g}")
+    return sentences
+
+
+def check(floors: Floors, results: Path) -> tuple[list[str], list[str]]:
+    """The floors that don't hold, and notes on rows whose figures are rough, in the order of `floors`."""
+    wrong, notes = [], []
+    for row, limits in floors.items():
+        file = results / f"{row}.json"
+        stored = json.loads(file.read_text()) if file.exists() else None
+        wrong += broken(row, limits, stored)
+        if stored and (stored["about"]["quick"] or stored["records"][0]["noisy"]):
+            notes.append(f"{row}: measured with --quick or on a busy machine; measure again before you believe it")
+    return wrong, notes
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0 when every floor holds, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--floors", type=Path, default=FLOORS, help="TOML file of floors (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    floors = tomllib.loads(options.floors.read_text())
+    wrong, notes = check(floors, options.results)
+    for note in notes:
+        print(f"note: {note}")
+    for sentence in wrong:
+        print(f"FAILED {sentence}")
+    print(f"{sum(map(len, floors.values()))} floors of {len(floors)} rows, {len(wrong)} not held")
+    return 1 if wrong else 0
