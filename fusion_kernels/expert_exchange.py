@@ -66,12 +66,12 @@ def dispatch_reference(
     room = capacity(rows, top_k, ranks, each + (more > 0), parts)
     if counts is not None:
         every = _filled(ids, rows * ranks, experts) if whole else ids
-        counts.add(_sent(_owners(every, experts, ranks).view(-1, rows * top_k), ranks), room, rows * top_k)
+        counts.add(_sent(owners_of(every, experts, ranks).view(-1, rows * top_k), ranks), room, rows * top_k)
     if whole:
-        x, ids, weights = (_own(item, rank, rows, fill) for item, fill in ((x, 0), (ids, experts), (weights, 0)))
+        x, ids, weights = (own_part(item, rank, rows, fill) for item, fill in ((x, 0), (ids, experts), (weights, 0)))
 
-    owners = _owners(ids, experts, ranks).view(-1)
-    slots = _slots(owners, ids.reshape(-1), weights.reshape(-1), ranks, room, by)
+    owners = owners_of(ids, experts, ranks).view(-1)
+    slots = slots_of(owners, ids.reshape(-1), weights.reshape(-1), ranks, room, by)
     token = torch.arange(rows * top_k, device=x.device).div(top_k, rounding_mode="floor")
     last = ranks * room  # one more, for what is dropped
     source = token.new_zeros(last + 1).scatter_(0, slots, token)[:-1]
@@ -84,7 +84,7 @@ def dispatch_reference(
     if renormalise:
         scales = scales * _restored(weights, scales)
     sent = x.index_select(0, source)
-    return _exchanged(sent, group), _exchanged(to, group).unsqueeze(1), places, scales
+    return exchanged(sent, group), exchanged(to, group).unsqueeze(1), places, scales
 
 
 def combine_reference(rows: Tensor, order: Tensor, places: Tensor, scales: Tensor, group: str, ranks: int) -> Tensor:
@@ -117,17 +117,17 @@ def _combine_by_cann(rows: Tensor, order: Tensor, places: Tensor, scales: Tensor
 
 def _sent_back(rows: Tensor, order: Tensor, group: str) -> Tensor:
     """In the places they came from. Where nobody sent one, some other row goes back, which nobody reads."""
-    return _exchanged(rows.index_select(0, order.clamp(min=0)), group)
+    return exchanged(rows.index_select(0, order.clamp(min=0)), group)
 
 
-def _exchanged(parts: Tensor, group: str) -> Tensor:
+def exchanged(parts: Tensor, group: str) -> Tensor:
     """The r-th of equal parts goes to rank r; the r-th of the result is from it."""
     result = torch.empty_like(parts)
     dist.all_to_all_single(result, parts, group=_resolve_process_group(group))
     return result
 
 
-def _owners(ids: Tensor, experts: int, ranks: int) -> Tensor:
+def owners_of(ids: Tensor, experts: int, ranks: int) -> Tensor:
     """Which rank has an expert; `ranks` where there is none."""
     each, more = divmod(experts, ranks)
     if not more:
@@ -145,7 +145,7 @@ def _sent(owners: Tensor, ranks: int) -> Tensor:
     return (owners.unsqueeze(2) == torch.arange(ranks, device=owners.device)).sum(1)
 
 
-def _slots(owners: Tensor, ids: Tensor, weights: Tensor, ranks: int, room: int, by: str) -> Tensor:
+def slots_of(owners: Tensor, ids: Tensor, weights: Tensor, ranks: int, room: int, by: str) -> Tensor:
     """Where in the buffers each row goes: rank * room + its place among those of the rank; ranks * room: nowhere."""
     key, descending = (weights, True) if by == SCORE else (ids, False)
     order = torch.sort(key, stable=True, descending=descending).indices
@@ -171,7 +171,7 @@ def _without_padding(ids: Tensor, experts: int, real: Tensor | None, start: int)
     return ids.masked_fill(padding.unsqueeze(1), experts)
 
 
-def _own(whole: Tensor, rank: int, rows: int, fill: int) -> Tensor:
+def own_part(whole: Tensor, rank: int, rows: int, fill: int) -> Tensor:
     """Row rank * rows to (rank + 1) * rows, filled up."""
     return _filled(whole[rank * rows : (rank + 1) * rows], rows, fill)
 

@@ -146,6 +146,9 @@ class Options:
     """Most tokens of a call, for that table; 0: only the program's sizes say. In vLLM it is the compile range's end."""
     expert_graph_tokens: int = 0
     """Most tokens of a captured graph, for that table; 0: not known. In vLLM it is the largest capture size."""
+    expert_group: str = ""
+    """Name of a process group of the ranks that experts are spread over, in which nothing else communicates, for "mc2".
+    In vLLM it is "ep:0"."""
     token_drop: Mapping[str, Any] = field(default_factory=dict)
     """Send tokens to the ranks of their experts in buffers of a fixed size, and drop what has no room (TokenDrop). For
     example {"capacity_factor": 1.25, "by": "score", "renormalise": False}. Give all ranks the same."""

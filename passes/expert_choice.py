@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from npu_compiler.facts.sizes import Fact, Size, at_least, known
 
@@ -20,10 +21,9 @@ METHODS: Mapping[str, str] = {
     FUSED_MC2: "one operator for all of it (dispatch_ffn_combine)",
 }
 MISSING: Mapping[str, str] = {
-    MC2: "no pass writes npu_moe_distribute_dispatch_v2 and npu_moe_distribute_combine_v2 yet",
     FUSED_MC2: "torch_npu has no operator for it: it is one of vllm-ascend's own (dispatch_ffn_combine)",
 }
-"""Why a method can't run here."""
+"""Why a method can run nowhere."""
 MOST_EXPERTS_EACH, FEWEST_RANKS = 24, 16
 """On A2, of experts on a rank and of ranks: limits of its MC2 operators."""
 FUSED_RANKS = 32
@@ -124,15 +124,20 @@ class Choice:
         return f"{self.method.upper()} ({'; '.join((self.why, *self.passed_over))})"
 
 
-def choose(step: Step, asked: str = "") -> Choice:
-    """The method for a step: what was `asked` for, or what the table says."""
+def choose(step: Step, asked: str = "", here: Mapping[str, str] = MappingProxyType({})) -> Choice:
+    """The method for a step: what was `asked` for, or what the table says.
+
+    Args:
+        here: why methods can't be used in this layer.
+    """
     if asked:
         return Choice(asked, "asked for")
+    missing = {**here, **MISSING}
     passed_over: list[str] = []
     for row in TABLE[:-1]:
         verdict = row.verdict(step)
-        if verdict and row.method not in MISSING:
+        if verdict and row.method not in missing:
             return Choice(row.method, row.why, tuple(passed_over))
         if not row.socs or step.soc in row.socs:
-            passed_over.append(f"{row.method.upper()} not: {MISSING[row.method] if verdict else verdict.text}")
+            passed_over.append(f"{row.method.upper()} not: {missing[row.method] if verdict else verdict.text}")
     return Choice(TABLE[-1].method, TABLE[-1].why, tuple(passed_over))

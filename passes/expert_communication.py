@@ -20,7 +20,16 @@ After, where ALLTOALL is chosen::
     y = npu_fused.all_to_all_combine(h[0], routed[1], came[2], came[3], "tp:0", 2)
     y = npu_fused.all_gather_rows(y, "tp:0", 2, rows)
 
-It is the rewrite of the pass token_drop with buffers in which every routing has room: nothing is dropped, all shapes
+Where MC2 is chosen, the routing goes too (expert_mc2.py)::
+
+    came = npu_fused.mc2_dispatch(x, ids, "ep:0", 2, 4)
+    h = npu.npu_grouped_matmul.default([came[0]], [w13], group_list=came[1], ...)
+    h = npu_fused.swiglu.default(h[0])
+    h = npu.npu_grouped_matmul.default([h], [w2], group_list=came[1], ...)
+    y = npu_fused.mc2_combine(h[0], ids, weights, came[2], came[3], "ep:0", 2, 4)
+    y = npu_fused.all_gather_rows(y, "tp:0", 2, rows)
+
+ALLTOALL is the rewrite of the pass token_drop with buffers in which every routing has room: nothing is dropped. Shapes
 follow from the number of tokens, and a captured graph holds it. The choice is made by a table (expert_choice.py) from
 what is known about the layer and the chip, or by the option `expert_communication`. Layers that stay as they are have
 the choice and its reasons in the report, too.
@@ -35,8 +44,8 @@ from npu_compiler.errors import OptionError
 from npu_compiler.graph.effects import argument
 from npu_compiler.graph.soc import family
 from npu_compiler.graph.source import where
-from npu_compiler.passes import token_drop
-from npu_compiler.passes.expert_choice import ALLGATHER, ALLTOALL, MISSING, Step, choose
+from npu_compiler.passes import expert_mc2, token_drop
+from npu_compiler.passes.expert_choice import ALLGATHER, ALLTOALL, MC2, MISSING, Step, choose
 from npu_compiler.passes.record import PassRecord
 
 NAME = "expert_communication"
@@ -51,6 +60,7 @@ def run(
     tokens: int = 0,
     captured: int = 0,
     soc: str | None = None,
+    alone: str = "",
 ) -> None:
     """Rewrites the layers of a program.
 
@@ -58,6 +68,7 @@ def run(
         asked: a method (expert_choice.METHODS), or "auto" for what the table says.
         tokens: no call of the program has more; 0: only its sizes say. `captured`: the most of a captured graph.
         soc: the family of chips; None: of this process's.
+        alone: name of a process group of the experts' ranks that nothing else uses, for MC2; empty: there is none.
 
     Raises:
         OptionError: the method that was asked for by name can't be used.
@@ -74,12 +85,16 @@ def run(
             continue
         chip = family() if soc is None else soc
         step = Step(layer.rows, tokens, layer.ranks, layer.experts, layer.top_k, chip, captured)
-        choice = choose(step, "" if asked == AUTO else asked)
-        if choice.method in MISSING:
-            _refuse_what_was_asked(asked, routing, MISSING[choice.method])
+        no_mc2 = expert_mc2.refusal(layer, step, alone)
+        here = {MC2: no_mc2} if no_mc2 else {}
+        choice = choose(step, "" if asked == AUTO else asked, here)
+        if missing := {**here, **MISSING}.get(choice.method):
+            _refuse_what_was_asked(asked, routing, missing)
         text = f"{choice}, {layer.experts} experts on {layer.ranks} ranks, {layer.top_k} a token"
         if choice.method == ALLTOALL:
             token_drop.exchange(module.graph, layer, EXACT, record, text, NAME)
+        elif choice.method == MC2:
+            expert_mc2.exchange(module.graph, layer, alone, record, text, NAME)
         else:
             record.refuse(NAME, routing, text)
 

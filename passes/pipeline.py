@@ -180,6 +180,7 @@ def _with_communication(passes: Sequence[Pass], options: Options) -> tuple[Pass,
         asked=options.expert_communication,
         tokens=options.expert_tokens,
         captured=options.expert_graph_tokens,
+        alone=options.expert_group,
     )
     return tuple(
         dataclasses.replace(entry, run=run) if entry.name == expert_communication.NAME else entry for entry in passes

@@ -32,7 +32,7 @@ which the option `token_drop` asks for. Where nothing is dropped, it is the same
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,28 +271,38 @@ def _parts_of(node: fx.Node) -> dict[int, fx.Node]:
 def exchange(graph: fx.Graph, layer: Layer, drop: TokenDrop, record: PassRecord, text: str, name: str = NAME) -> None:
     """Rewrites a layer for the pass of this name; `text` says so in the report."""
     factor = parts(drop, layer.top_k, layer.experts, layer.ranks)
-    old = [layer.routing, *layer.between, layer.finish, *(layer.sum.calls if layer.sum.alone else ())]
-    record.fire(f"{name}: {text}", layer.finish, old)
+    record.fire(f"{name}: {text}", layer.finish, replaced_by(layer))
     with graph.inserting_before(layer.finish):
         came = list(_dispatched(graph, layer, factor, drop, name))
         copies, routed = _routed(graph, layer, came, name)
-        fused = torch.ops.npu_fused
         share = call(
             graph,
-            fused.all_to_all_combine.default,
+            torch.ops.npu_fused.all_to_all_combine.default,
             (copies[layer.results], routed[1], came[2], came[3], layer.sum.group, layer.ranks),
             replaces=[layer.finish],
             made_by=name,
         )
-        if layer.sum.alone and layer.sum.scattered:
-            whole, old_result = share, layer.sum.calls[-1]
-        else:
-            target = fused.all_gather_rows.default if layer.sum.alone else fused.unshard_rows.default
+    put_in_place(graph, layer, share, name)
+
+
+def replaced_by(layer: Layer) -> list[fx.Node]:
+    """The calls that a rewrite of a layer takes the place of."""
+    return [layer.routing, *layer.between, layer.finish, *(layer.sum.calls if layer.sum.alone else ())]
+
+
+def put_in_place(graph: fx.Graph, layer: Layer, share: fx.Node, name: str) -> None:
+    """Puts `share`, this rank's rows of a layer's result, in the place of the sum over the ranks; `name`: the pass."""
+    fused = torch.ops.npu_fused
+    if layer.sum.alone and layer.sum.scattered:
+        whole, old_result = share, layer.sum.calls[-1]
+    else:
+        target = fused.all_gather_rows.default if layer.sum.alone else fused.unshard_rows.default
+        old_result = layer.sum.calls[-1] if layer.sum.alone else layer.finish
+        with graph.inserting_before(layer.finish):
             arguments = (share, layer.sum.group, layer.ranks, _row_count(graph, layer, name))
-            old_result = layer.sum.calls[-1] if layer.sum.alone else layer.finish
             whole = call(graph, target, arguments, replaces=[old_result], made_by=name)
     old_result.replace_all_uses_with(whole)
-    for node in sorted(old, reverse=True):
+    for node in sorted(replaced_by(layer), reverse=True):
         if not node.users:
             graph.erase_node(node)
 
@@ -301,7 +311,7 @@ def _dispatched(graph: fx.Graph, layer: Layer, factor: int, drop: TokenDrop, nam
     """Calls for what came to this rank: rows, experts; and for where what it sent went: places, scales."""
     x, ids = argument(layer.routing, "x"), argument(layer.routing, "expert_idx")
     settings = (layer.sum.group, layer.ranks, layer.experts, factor, drop.by, drop.renormalise, True, "")
-    yield from _results(
+    yield from results(
         graph,
         torch.ops.npu_fused.all_to_all_dispatch.default,
         (x, ids, argument(layer.finish, "scales"), *settings),
@@ -320,16 +330,21 @@ def _routed(
     settings["active_num"] = -1  # all rows
     settings["expert_num"] = no_expert(layer.experts, layer.ranks) + 1
     settings["active_expert_range"] = [0, end - first]
-    routed = list(_results(graph, layer.routing.target, (came[0], came[1]), settings, layer.routing, name))
-    copies = {node: routed[index] for index, node in _parts_of(layer.routing).items()}
+    routed = list(results(graph, layer.routing.target, (came[0], came[1]), settings, layer.routing, name))
+    return repeated(graph, layer, routed, name), routed
+
+
+def repeated(graph: fx.Graph, layer: Layer, routed: Sequence[fx.Node | None], name: str) -> dict[fx.Node, fx.Node]:
+    """The experts' calls again, for `routed` in the place of the routing's results; by the calls they replace."""
+    copies = {node: new for index, node in _parts_of(layer.routing).items() if (new := routed[index]) is not None}
     for node in layer.between:
-        if node not in copies:
+        if node not in copies and layer.routing not in node.all_input_nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: copies.get(item, item))
             copies[node] = call(graph, node.target, args, kwargs=kwargs, replaces=[node], made_by=name)  # type: ignore[arg-type]
-    return copies, routed
+    return copies
 
 
-def _results(
+def results(
     graph: fx.Graph, target: Any, args: Any, kwargs: dict[str, Any], replaced: fx.Node, name: str
 ) -> Iterator[fx.Node]:
     """A call with several results, and a call for each of them."""

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
-from torch._C._distributed_c10d import _set_thread_isolation_mode
+from torch._C._distributed_c10d import (
+    _register_process_group,
+    _set_thread_isolation_mode,
+    _unregister_process_group,
+)
 from torch.testing._internal.distributed import multi_threaded_pg
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -33,6 +37,18 @@ def group_of(ranks: int, rank: int = 0) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """The default group under one more name, as if it were another group of the same ranks."""
+    group = dist.group.WORLD
+    assert group is not None
+    _register_process_group(name, group)
+    try:
+        yield
+    finally:
+        _unregister_process_group(name)
 
 
 def run(module: fx.GraphModule, inputs: Sequence[Sequence[Any]]) -> list[Any]:

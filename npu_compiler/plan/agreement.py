@@ -26,8 +26,12 @@ from npu_compiler.graph.source import where
 from npu_compiler.plan.engines import Engine, engine_of
 from npu_compiler.plan.first_call import before_first
 
-PARTS = frozenset({"npu_fused::reduce_scatter_rows", "npu_fused::shard_rows", "npu_fused::all_to_all_combine"})
+PARTS = frozenset(
+    f"npu_fused::{name}" for name in ("reduce_scatter_rows", "shard_rows", "all_to_all_combine", "mc2_combine")
+)
 WHOLE = frozenset({"npu_fused::all_gather_rows", "npu_fused::unshard_rows"})
+ALONE = ("npu_fused.mc2_dispatch", "npu_fused.mc2_combine")
+"""Whose group may have nothing else communicate in it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def planned(graph: fx.Graph) -> dict[str, Planned]:
 
 def agreed(call: Callable[..., Any], plans: Mapping[str, Planned]) -> Callable[..., Any]:
     """`call`, which at its first call compares over the ranks what they planned; `call` itself where nothing is sent.
+    What MC2's group has is compared in another group of the same ranks: behind the experts the program gathers in one.
 
     Args:
         plans: of this rank, by group (planned).
@@ -78,19 +83,34 @@ def agreed(call: Callable[..., Any], plans: Mapping[str, Planned]) -> Callable[.
 
     def check(args: Sequence[Any]) -> bool:
         for group, plan in sorted(shared.items()):
-            compare(group, plan, args)
+            over = _talk_in(group, shared)
+            if over:
+                compare(group, plan, args, over)
         return True
 
     return before_first(call, check)
 
 
-def compare(group: str, plan: Planned, args: Sequence[Any]) -> None:
+def _talk_in(group: str, plans: Mapping[str, Planned]) -> str:
+    """The group in which a group's ranks compare their plans: itself, or another one of the same ranks where it may
+    have nothing but the program's own calls; empty if there is none."""
+    if not any(text.startswith(ALONE) for text in plans[group].collectives):
+        return group
+    ranks = dist.get_process_group_ranks(_resolve_process_group(group))
+    others = (name for name in sorted(plans) if not any(text.startswith(ALONE) for text in plans[name].collectives))
+    return next((o for o in others if dist.get_process_group_ranks(_resolve_process_group(o)) == ranks), "")
+
+
+def compare(group: str, plan: Planned, args: Sequence[Any], over: str = "") -> None:
     """Compares this rank's plan with those of the others; all of the group's ranks have to call it.
+
+    Args:
+        over: the group to do it in; empty: the group itself.
 
     Raises:
         RankError: they differ; names the first two ranks that do, and what differs first.
     """
-    handle = _resolve_process_group(group)
+    handle = _resolve_process_group(over or group)
     mine = (plan, [_digest(args[index]) for index, _ in plan.equal])
     found: list[Any] = [None] * handle.size()
     dist.all_gather_object(found, mine, group=handle)

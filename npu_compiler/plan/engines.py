@@ -28,7 +28,7 @@ MATRIX_OPERATORS = frozenset(
     for name in ("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "_scaled_mm", "einsum")
 )
 LINKS = ("_c10d_functional", "c10d", "symm_mem")
-LINK_WORDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast_")
+LINK_WORDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast_", "mc2_", "moe_distribute")
 
 
 def engine_of(node: fx.Node) -> Engine:

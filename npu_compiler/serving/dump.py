@@ -18,6 +18,9 @@ logger = init_logger(f"vllm.{__name__}")
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+EXPERT_GROUP = "ep:0"
+"""vLLM's name of the group of ranks that experts are spread over. Layers of experts are traced (serving/moe_runner.py),
+and with one data-parallel rank nothing else communicates in it."""
 RUN, CAPTURES = "run.json", "captures.jsonl"
 """Files of a bundle (npu_compiler/inspect/contents.py)."""
 
@@ -28,7 +31,8 @@ def options_of(vllm_config: VllmConfig) -> Options:
     compilation = vllm_config.compilation_config
     folder = compilation.debug_dump_path
     if vllm_config.parallel_config.enable_expert_parallel:
-        given = {"expert_graph_tokens": compilation.max_cudagraph_capture_size or 0, **given}
+        largest = compilation.max_cudagraph_capture_size or 0
+        given = {"expert_graph_tokens": largest, "expert_group": EXPERT_GROUP, **given}
     return compile_options(given if folder is None else {"dump": str(folder), **given})
 
 

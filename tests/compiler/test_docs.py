@@ -72,7 +72,7 @@ FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
         ("trace.md", TRACE),
         ("watch.md", WATCH),
         ("parallel.md", ("group '0' has one rank",)),
-        ("moe.md", ("ALLGATHER (A2: what MC2 does not take; MC2 not: no pass writes npu_moe",)),
+        ("moe.md", ("MC2 (A2: at most 24 experts a rank, 16 ranks or more, it fits)",)),
         ("token_drop.md", ("[0.0, 1.0, 2.0, 3.0] [0, 1, 2, 0]\n[[0, -1], [1, -1], [2, -1], [3, -1]]\n[[1.0, 0.0]",)),
     ],
 )

@@ -271,6 +271,31 @@ def scenario_a_sum_in_the_communicator_of_experts() -> None:
     torch.npu.synchronize()
 
 
+def scenario_compiled() -> None:
+    """A layer of experts that the compiler makes one dispatch and one combine of, captured and replayed with other
+    routings; of 7 tokens one rank has 4, the other 3."""
+    from npu_compiler import fusion_kernels
+    from tests.compiler.rank_checks import compiled, experts_layer
+    from tests.experts import Case
+    from tests.passes import test_expert_mc2 as mc2
+
+    fusion_kernels.register()
+    own = dist.new_group(list(range(RANKS)), backend="hccl")
+    options = {"expert_communication": "mc2", "expert_group": own.group_name, "expert_tokens": 7}
+    run, backend = compiled(experts_layer, dynamic=False, **options)
+    for number in range(5):
+        case = Case(RANKS, 4, 2, 7, "skewed", 1.0, number=number)
+        with torch.no_grad():
+            found = run(*mc2.inputs(case, RANK)[:5])
+        torch.testing.assert_close(found.cpu().double(), mc2.expected(case), rtol=4 * 2**-8, atol=4 * 2**-8)
+    (entry,) = backend.compiled()
+    targets = [str(node.target) for node in entry.graph.graph.nodes]
+    assert [targets.count(name) for name in (mc2.DISPATCH, mc2.COMBINE)] == [1, 1]
+    assert entry.ledger is not None and entry.ledger.replays > 0
+    for operator in ("Dispatch", "Combine"):
+        assert f"aclnnMoeDistribute{operator}V2" in str(entry), str(entry)
+
+
 def scenario_dead_rank() -> None:
     dispatched()
     torch.npu.synchronize()

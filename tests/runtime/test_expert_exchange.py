@@ -38,6 +38,12 @@ def test_four_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+def test_a_compiled_layer(tmp_path: Path) -> None:
+    for results, errors in ranks.start(MODULE, tmp_path, "compiled"):
+        assert results == {"error": ""}, results.get("error", errors[-3000:])
+
+
+@pytest.mark.full
 def test_a2_wants_sixteen_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPU_COMPILER_HOST", "soc=Ascend910B3")
     for results, errors in ranks.start(MODULE, tmp_path, "another_number_of_experts"):
