@@ -27,7 +27,9 @@ from npu_compiler.fusion_kernels.operator import FusedOperator
 from npu_compiler.fusion_kernels.rope import QK_NORM_ROPE, QK_ROPE
 from npu_compiler.fusion_kernels.rope_cached import QK_ROPE_CACHED
 from npu_compiler.fusion_kernels.row_collectives import (
+    ALL_GATHER_COLUMNS,
     ALL_GATHER_ROWS,
+    ALL_TO_ALL_ROWS,
     REDUCE_SCATTER_ROWS,
     SHARD_ROWS,
     UNSHARD_ROWS,
@@ -62,6 +64,8 @@ OPERATORS: tuple[FusedOperator, ...] = (
     ALL_GATHER_ROWS,
     SHARD_ROWS,
     UNSHARD_ROWS,
+    ALL_TO_ALL_ROWS,
+    ALL_GATHER_COLUMNS,
     ALL_TO_ALL_DISPATCH,
     ALL_TO_ALL_COMBINE,
     MC2_DISPATCH,

@@ -3,7 +3,7 @@
 Rank r of n has rows r*s to (r+1)*s with s = ceil(rows / n); where that is more than there are, the last ranks' parts
 are filled up with zeros. Nothing is padded, and no copy made, where n divides the rows.
 
-CANN: HcclReduceScatter and HcclAllGather, which take equal parts from all ranks.
+CANN: HcclReduceScatter, HcclAllGather and HcclAlltoAll, which take equal parts from all ranks.
 """
 
 from __future__ import annotations
@@ -55,6 +55,22 @@ def unshard_rows_reference(x: Tensor, group: str, ranks: int, rows: int) -> Tens
     return whole[:rows]
 
 
+def all_to_all_rows_reference(x: Tensor, group: str, ranks: int) -> Tensor:
+    """This rank's rows of the columns of all ranks, in their order: [ceil(rows / ranks), ranks * columns]; x
+    [rows, columns] is this rank's columns of all rows."""
+    whole = _filled_up(x, ranks)
+    came = torch.empty_like(whole)
+    dist.all_to_all_single(came, whole, group=_resolve_process_group(group))
+    return _side_by_side(came, ranks)
+
+
+def all_gather_columns_reference(x: Tensor, group: str, ranks: int) -> Tensor:
+    """The columns of all ranks, in their order: [rows, ranks * columns]; x [rows, columns] is this rank's."""
+    whole = x.new_empty((x.shape[0] * ranks, x.shape[1]))
+    dist.all_gather_single(whole, x.contiguous(), group=_resolve_process_group(group))
+    return _side_by_side(whole, ranks)
+
+
 def part_of(rows: int, ranks: int) -> int:
     """How many rows a rank has."""
     return (rows + ranks - 1) // ranks
@@ -65,12 +81,26 @@ def _filled_up(x: Tensor, ranks: int) -> Tensor:
     return torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) if missing else x.contiguous()
 
 
+def _side_by_side(parts: Tensor, ranks: int) -> Tensor:
+    """[ranks * rows, columns] as [rows, ranks * columns]."""
+    rows = parts.shape[0] // ranks
+    return parts.view(ranks, rows, -1).transpose(0, 1).reshape(rows, ranks * parts.shape[1])
+
+
 def _fake_part(x: Tensor, group: str, ranks: int) -> Tensor:
     return torch.empty((part_of(x.shape[0], ranks), *x.shape[1:]), dtype=x.dtype, device=x.device)
 
 
 def _fake_whole(x: Tensor, group: str, ranks: int, rows: int) -> Tensor:
     return torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
+
+
+def _fake_exchanged(x: Tensor, group: str, ranks: int) -> Tensor:
+    return torch.empty((part_of(x.shape[0], ranks), ranks * x.shape[1]), dtype=x.dtype, device=x.device)
+
+
+def _fake_columns(x: Tensor, group: str, ranks: int) -> Tensor:
+    return torch.empty((x.shape[0], ranks * x.shape[1]), dtype=x.dtype, device=x.device)
 
 
 def _example(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -104,4 +134,18 @@ UNSHARD_ROWS = FusedOperator(
     fake=_fake_whole,
     providers=(Provider("composition", unshard_rows_reference),),
     example=lambda dtype: (*_example(dtype), 5),
+)
+ALL_TO_ALL_ROWS = FusedOperator(
+    "all_to_all_rows(Tensor x, str group, int ranks) -> Tensor",
+    reference=all_to_all_rows_reference,
+    fake=_fake_exchanged,
+    providers=(Provider("composition", all_to_all_rows_reference),),
+    example=_example,
+)
+ALL_GATHER_COLUMNS = FusedOperator(
+    "all_gather_columns(Tensor x, str group, int ranks) -> Tensor",
+    reference=all_gather_columns_reference,
+    fake=_fake_columns,
+    providers=(Provider("composition", all_gather_columns_reference),),
+    example=_example,
 )

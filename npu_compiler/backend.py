@@ -332,7 +332,7 @@ def _compile(
         _show_code("ascend lowered", functional.graph)
         if compiled.options.freeze:
             once.freeze(functional.graph.graph, functional.stable)
-        if dump is not None:
+        if dump is not None or compiled.options.attention_exchange:
             once.note_lasting(functional.graph.graph, functional.stable)
         with stages.stage(PASSES):
             compiled.records = pipeline.run(functional.graph, compiled.options, after_rules=after_passes, watch=watch)

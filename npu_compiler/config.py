@@ -26,6 +26,8 @@ WATCHES = ("stats", "values", "nan", "inf")
 WATCH = "NPU_COMPILER_WATCH"
 """Environment variable with entries of the option `watch`, separated by commas; the option comes first."""
 DROP_BY = ("score", "arrival")
+BY_ROWS = ("sequence_parallel", "attention_exchange")
+"""Options that are the fewest rows at which a rank's own rows are worked on (docs/parallel.md)."""
 CAPTURE_ERROR_MODES = ("global", "thread_local", "relaxed")
 
 
@@ -139,6 +141,10 @@ class Options:
     """Fewest rows at which the sums of tensor parallelism become a reduce-scatter and an all-gather, with norms between
     the two on a rank's own rows. A program is rewritten where it is proven to have as many; 1: always. 0: never. Give
     all ranks the same number."""
+    attention_exchange: int = 0
+    """Fewest rows at which attention's output goes to the ranks by rows and is multiplied there with the whole output
+    projection, which each rank then keeps beside its part: nothing is summed over the ranks. 1: always. 0: never. Give
+    all ranks the same number."""
     expert_communication: str = "auto"
     """How tokens get to the ranks of their experts, with expert parallelism: "allgather", "alltoall", "mc2" or
     "fused_mc2"; "auto": what a table says for the chip and the sizes (docs/moe.md). Give all ranks the same."""
@@ -212,12 +218,19 @@ class Options:
                 rule="matmul_all_reduce is the fewest rows that are worth one operator, or 0",
                 fix="use for example 256, or leave the option out",
             )
-        if self.sequence_parallel < 0:
-            raise OptionError(
-                f"sequence_parallel={self.sequence_parallel} is no number of rows",
-                rule="sequence_parallel is the fewest rows at which it is worth it, or 0",
-                fix="use for example 1000, 1 for all programs, or leave the option out",
-            )
+        for name in BY_ROWS:
+            if getattr(self, name) < 0:
+                raise OptionError(
+                    f"{name}={getattr(self, name)} is no number of rows",
+                    rule=f"{name} is the fewest rows at which it is worth it, or 0",
+                    fix="use for example 1000, 1 for all programs, or leave the option out",
+                )
+            if getattr(self, name) and self.matmul_all_reduce:
+                raise OptionError(
+                    f"{name} and matmul_all_reduce both want the sums over the ranks",
+                    rule="a sum is joined with its product, or taken apart",
+                    fix="leave one of the two out",
+                )
         if self.token_drop:
             TokenDrop.of(self.token_drop)
             if self.expert_communication not in ("auto", "alltoall"):
@@ -233,12 +246,6 @@ class Options:
                 raise OptionError(
                     f"{name}={getattr(self, name)} is no number of tokens", rule="it is at least 0", fix="leave it out"
                 )
-        if self.sequence_parallel and self.matmul_all_reduce:
-            raise OptionError(
-                "sequence_parallel and matmul_all_reduce both want the sums over the ranks",
-                rule="a sum is joined with its product, or taken apart",
-                fix="leave one of the two out",
-            )
         for name in ("capture_budget_seconds", "capture_budget_mib", "capture_budget_streams"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise OptionError(
@@ -281,7 +288,6 @@ class Options:
                 )
         values = {name: _typed(name, getattr(DEFAULTS, name), value) for name, value in given.items()}
         _refuse_contradictions(values)
-        _refuse_rivals(values)
         if not values.get("watch") and os.environ.get(WATCH):
             values["watch"] = tuple(os.environ[WATCH].split(","))
         return cls(**values)
@@ -324,6 +330,8 @@ OF_CAPTURES = (
     "clone_outputs",
 )
 """Options that describe the captured graphs of this backend."""
+OF_WEIGHTS = ("freeze", "attention_exchange")
+"""Options with which a program keeps what it computed from the weights."""
 OF_STREAMS = ("multistream", "stream_limit")
 """Options that describe what a capture finds, whoever makes it."""
 
@@ -347,15 +355,6 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
                 rule=f"these options describe captured graphs, and {why}",
                 fix="drop one side",
             )
-
-
-def _refuse_rivals(values: Mapping[str, Any]) -> None:
-    if values.get("sequence_parallel") and values.get("matmul_all_reduce"):
-        raise OptionError(
-            "sequence_parallel and matmul_all_reduce want the same sums over the ranks",
-            rule="one takes a sum apart into a scatter and a gather, the other joins it with the product before it",
-            fix="set one of the two to 0",
-        )
 
 
 def _unknown_value(option: str, value: str, valid: Iterable[str]) -> OptionError:

@@ -24,6 +24,7 @@ from npu_compiler.graph.spec import SpecCheck, lint, refresh_aliases
 from npu_compiler.passes import (
     add_layer_norm,
     add_rms_norm,
+    attention_exchange,
     cat_split,
     common,
     constant_folding,
@@ -74,6 +75,8 @@ LAYERS_ONCE = "layers_once"
 LOWERED, SHORTENED, AFTER_RULES = "lowered", "shortened", "after_rules"
 """Stages besides those that the passes leave: before all, without most of the equal layers, behind the last rule."""
 USER_RULES = "user_rules"
+BY_ROWS = {module.NAME: module.run for module in (sequence_parallel, attention_exchange)}
+"""Passes that the number of rows in the option of their name switches on."""
 PASSES: tuple[Pass, ...] = (
     Pass(noop.NAME, "first: patterns need not look through clones and views that do nothing", noop.run),
     Pass(common.NAME, "before the rules: one cos a model, not one a layer, is what pairs q with k", common.run),
@@ -109,6 +112,11 @@ PASSES: tuple[Pass, ...] = (
         sequence_parallel.NAME,
         "behind the norms and quantizations, which it takes along; only with the option of its name",
         sequence_parallel.run,
+    ),
+    Pass(
+        attention_exchange.NAME,
+        "behind sequence_parallel, whose scattered sums it takes too; only with the option of its name",
+        attention_exchange.run,
     ),
     Pass(
         token_drop.NAME,
@@ -148,19 +156,24 @@ def selected(options: Options) -> tuple[Pass, ...]:
         raise OptionError(f"rule {twice!r} exists already", rule="names are used once", fix="choose another name")
     check_names("disabled_rules", options.disabled_rules, known)
     order = users.with_rules(order, matmul_all_reduce.NAME, matmul_all_reduce.rules(options.matmul_all_reduce))
-    order = _with_rows(order, options.sequence_parallel)
+    order = _with_rows(order, options)
     order = _with_drop(order, options.token_drop)
     order = _with_communication(order, options)
     return tuple(entry for entry in order if entry.name not in options.disabled_passes)
 
 
-def _with_rows(passes: Sequence[Pass], rows: int) -> tuple[Pass, ...]:
-    """`passes` with sequence_parallel for programs of `rows` rows or more, or without it for 0."""
-    run = functools.partial(sequence_parallel.run, rows=rows)
-    filled = (
-        dataclasses.replace(entry, run=run) if entry.name == sequence_parallel.NAME else entry for entry in passes
-    )
-    return tuple(entry for entry in filled if rows or entry.name != sequence_parallel.NAME)
+def _with_rows(passes: Sequence[Pass], options: Options) -> tuple[Pass, ...]:
+    """`passes` with those that work on a rank's own rows, from the rows on that the options of their names say, or
+    without them for 0."""
+    found = []
+    for entry in passes:
+        run = BY_ROWS.get(entry.name)
+        rows = getattr(options, entry.name) if run is not None else 0
+        if run is None:
+            found.append(entry)
+        elif rows:
+            found.append(dataclasses.replace(entry, run=functools.partial(run, rows=rows)))
+    return tuple(found)
 
 
 def _with_drop(passes: Sequence[Pass], given: Mapping[str, Any]) -> tuple[Pass, ...]:

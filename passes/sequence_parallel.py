@@ -38,10 +38,10 @@ from torch import fx
 
 from npu_compiler.facts.sizes import Fact, Size, at_least, divisible, equal, known
 from npu_compiler.graph.build import call
-from npu_compiler.graph.effects import argument, is_pure, tensors, value
-from npu_compiler.graph.groups import ranks_of
+from npu_compiler.graph.effects import is_pure, tensors, value
 from npu_compiler.graph.source import where
 from npu_compiler.graph.traffic import is_view, moved_bytes, size_in_bytes
+from npu_compiler.passes.rank_sums import Sum, sum_of
 from npu_compiler.passes.record import PassRecord, Saving
 
 NAME = "sequence_parallel"
@@ -61,17 +61,6 @@ ROWS: dict[str, tuple[int, ...]] = {
 }
 """Operators that compute each row by itself, and which of their arguments have the rows. Elementwise operators do so
 too; where rows are among their arguments follows from the shapes."""
-
-
-@dataclass(frozen=True)
-class Sum:
-    """A sum over the ranks of a group: the node that has it, what is summed, and the calls that go with it."""
-
-    result: fx.Node
-    partial: fx.Node
-    group: str
-    ranks: int
-    nodes: tuple[fx.Node, ...]
 
 
 @dataclass
@@ -113,7 +102,7 @@ def _regions(graph: fx.Graph, record: PassRecord) -> list[Region]:
     """The sums with the calls behind them, joined where a call takes rows from several."""
     region_of: dict[fx.Node, Region] = {}
     for node in graph.nodes:
-        found = _sum(node)
+        found = sum_of(node)
         if isinstance(found, Sum):
             region_of[node] = Region([found])
         elif found:
@@ -124,37 +113,6 @@ def _regions(graph: fx.Graph, record: PassRecord) -> list[Region]:
     for region in regions:
         _retreat(region)
     return [region for region in regions if region.calls]
-
-
-def _sum(node: fx.Node) -> Sum | str:
-    """The sum over ranks that `node` is the result of; or why it is none that can be scattered, empty for no sum."""
-    target = str(node.target)
-    if target == "vllm.all_reduce.default":
-        partial, group, nodes = argument(node, 0), argument(node, 1), [node]
-    elif target == "_c10d_functional.wait_tensor.default" and _is_sum(node.args[0]):
-        start = node.args[0]
-        assert isinstance(start, fx.Node)
-        if len(start.users) > 1:
-            return "the sum is read before it is waited for"
-        partial, group, nodes = start.args[0], start.args[2], [start, node]
-    else:
-        return ""
-    if not isinstance(group, str):
-        return "the group has no name"
-    ranks = ranks_of(group)
-    if not ranks:
-        return f"there is no process group {group!r} in this process"
-    if ranks == 1:
-        return f"group {group!r} has one rank"
-    if _tensor(node).dim() < 2:
-        return f"the sum has {_tensor(node).dim()} dimensions, rows need two"
-    return Sum(node, partial, group, ranks, tuple(nodes))
-
-
-def _is_sum(node: object) -> bool:
-    if not isinstance(node, fx.Node) or str(node.target) != "_c10d_functional.all_reduce.default":
-        return False
-    return node.args[1] == "sum"
 
 
 def _join(node: fx.Node, region_of: dict[fx.Node, Region], record: PassRecord) -> None:
@@ -198,6 +156,11 @@ def _row_arguments(node: fx.Node) -> list[fx.Node]:
         return []
     result = _tensor(node)
     return [item for item in node.all_input_nodes if _has_rows_of(item, result)]
+
+
+def works_by_row(node: fx.Node) -> bool:
+    """Whether a call computes each row of its result from the same row of its arguments, and weights."""
+    return bool(_row_arguments(node))
 
 
 def _has_rows_of(item: fx.Node, result: torch.Tensor) -> bool:

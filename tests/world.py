@@ -98,6 +98,17 @@ def _shard(each: Each) -> list[Tensor]:
     return [_parts(args[0], len(each))[rank] for rank, args in enumerate(each)]
 
 
+def _all_to_all(each: Each) -> list[Tensor]:
+    """To each rank its rows of every rank's columns."""
+    parts = [_parts(args[0], len(each)) for args in each]
+    return [torch.cat([of_one[rank] for of_one in parts], dim=1) for rank in range(len(each))]
+
+
+def _gather_columns(each: Each) -> list[Tensor]:
+    whole = torch.cat([args[0] for args in each], dim=1)
+    return [whole.clone() for _ in each]
+
+
 def _total(terms: Sequence[Tensor]) -> Tensor:
     total = terms[0]
     for term in terms[1:]:
@@ -117,6 +128,8 @@ COLLECTIVES: dict[str, Callable[[Each], list[Any]]] = {
     "npu_fused.reduce_scatter_rows.default": _reduce_scatter,
     "npu_fused.all_gather_rows.default": _all_gather,
     "npu_fused.shard_rows.default": _shard,
+    "npu_fused.all_to_all_rows.default": _all_to_all,
+    "npu_fused.all_gather_columns.default": _gather_columns,
 }
 
 

@@ -156,6 +156,12 @@ def _rows_gathered(add: Add, node: fx.Node, ranks: int) -> fx.Node:
     return add(aten.slice.Tensor, node.args[0], 0, 0, node.args[3])
 
 
+def _columns_gathered(add: Add, node: fx.Node, ranks: int) -> fx.Node:
+    """All rows, as of `_rows_summed`."""
+    count: Any = node.args[2]
+    return add(aten.cat.default, [node.args[0]] * count, 1)
+
+
 def _sums(node: fx.Node) -> bool:
     """Whether a reduction is a sum; vLLM's name no other."""
     return len(node.args) < 3 or node.args[1] == "sum"
@@ -174,4 +180,6 @@ _ALONE: dict[str, Alone] = {
     "npu_fused::reduce_scatter_rows": _rows_summed,
     "npu_fused::all_gather_rows": _rows_gathered,
     "npu_fused::shard_rows": _copied,
+    "npu_fused::all_to_all_rows": _columns_gathered,
+    "npu_fused::all_gather_columns": _columns_gathered,
 }

@@ -14,7 +14,10 @@ from npu_compiler.inspect.program import Call
 
 SEVERAL = 3
 """How many names a sentence lists."""
-OPTIONS = {"matmul_all_reduce": "matmul_all_reduce", "sequence_parallel": "sequence_parallel", "user_rules": "rules"}
+OPTIONS = {
+    **{name: name for name in ("matmul_all_reduce", "sequence_parallel", "attention_exchange")},
+    "user_rules": "rules",
+}
 """The passes that run only with an option, and that option."""
 
 

@@ -69,9 +69,12 @@ def lower(
         finish: makes the executable of the functional graph; it is called with a flat list of inputs.
     """
 
+    marked = _marked_static(dynamo.graph)
+
     def inference(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
         convention = _convention(inputs, example_inputs)
-        return _boxed(finish(Functional(graph, inputs, _stable_inputs(len(inputs)), convention)))
+        stable = {*_stable_inputs(len(inputs)), *(marked if len(inputs) == len(example_inputs) else ())}
+        return _boxed(finish(Functional(graph, inputs, tuple(sorted(stable)), convention)))
 
     def forward(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
         warnings.warn(f"{NEEDS_GRADIENTS} ({beginning(graph.graph)})", TrainingWarning, stacklevel=2)
@@ -110,6 +113,13 @@ def _stable_inputs(count: int) -> tuple[int, ...]:
     if context is None or context.fw_metadata is None:
         return ()
     return tuple(index for index in context.fw_metadata.static_input_indices if index < count)
+
+
+def _marked_static(dynamo: fx.Graph) -> list[int]:
+    """Indices of a Dynamo graph's inputs that Dynamo marked as parameters, buffers or static. AOTAutograd asks the
+    nodes' sources for them, which are lost where somebody copied the graph, as vLLM does."""
+    inputs = enumerate(dynamo.find_nodes(op="placeholder"))
+    return [index for index, node in inputs if "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})]
 
 
 def _convention(inputs: Sequence[Any], example_inputs: Sequence[Any]) -> str:

@@ -27,9 +27,10 @@ from npu_compiler.plan.engines import Engine, engine_of
 from npu_compiler.plan.first_call import before_first
 
 PARTS = frozenset(
-    f"npu_fused::{name}" for name in ("reduce_scatter_rows", "shard_rows", "all_to_all_combine", "mc2_combine")
+    f"npu_fused::{name}"
+    for name in ("reduce_scatter_rows", "shard_rows", "all_to_all_combine", "all_to_all_rows", "mc2_combine")
 )
-WHOLE = frozenset({"npu_fused::all_gather_rows", "npu_fused::unshard_rows"})
+WHOLE = frozenset(f"npu_fused::{name}" for name in ("all_gather_rows", "all_gather_columns", "unshard_rows"))
 ALONE = ("npu_fused.mc2_dispatch", "npu_fused.mc2_combine")
 """Whose group may have nothing else communicate in it."""
 
@@ -122,7 +123,8 @@ def compare(group: str, plan: Planned, args: Sequence[Any], over: str = "") -> N
                 raise RankError(
                     f"input {name} is not the same on ranks 0 and {rank} of group {group!r}",
                     rule="where each rank computes its part of the rows, what stands beside them is the same on all",
-                    fix="leave out the option that parts them: sequence_parallel, token_drop or expert_communication",
+                    fix="leave out the option that parts them: sequence_parallel, attention_exchange, token_drop or "
+                    "expert_communication",
                 )
 
 
@@ -167,7 +169,7 @@ def _beside_parts(graph: fx.Graph, group: str) -> set[fx.Node]:
     parts: set[fx.Node] = set()
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+        name = _name(node)
         if name in PARTS and group_of(node) == group:
             parts.add(node)
             if name == "npu_fused::shard_rows":
@@ -179,16 +181,20 @@ def _beside_parts(graph: fx.Graph, group: str) -> set[fx.Node]:
 
 
 def _inputs(nodes: Sequence[fx.Node], parts: set[fx.Node]) -> Iterator[fx.Node]:
-    """The tensors among a program's inputs that `nodes` are made of."""
+    """The tensors among a program's inputs that `nodes` are made of, but for what is gathered from all ranks."""
     todo, seen = list(nodes), set()
     while todo:
         node = todo.pop()
-        if node in seen or node in parts:
+        if node in seen or node in parts or _name(node) in WHOLE:
             continue
         seen.add(node)
         if node.op == "placeholder" and isinstance(value(node), torch.Tensor):
             yield node
         todo += node.all_input_nodes
+
+
+def _name(node: fx.Node) -> str:
+    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 def _digest(given: Any) -> str:

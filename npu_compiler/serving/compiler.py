@@ -24,7 +24,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from npu_compiler.backend import STORED, CompiledGraph, compile_fx, fingerprint, load_fx
-from npu_compiler.config import Options
+from npu_compiler.config import BY_ROWS, OF_WEIGHTS, Options
 from npu_compiler.errors import StoredProgramError
 from npu_compiler.serving import dump, qkv_attention
 from npu_compiler.serving.attention_notes import AttentionNotes
@@ -77,7 +77,7 @@ class AscendCompiler(CompilerInterface):
     vLLM captures by itself (graph_wrapper.py), so this is the backend without its capture. What was compiled lies in
     vLLM's compile cache, one file a piece: the next start with the same settings loads it and skips lowering and
     passes. Pieces that are equal but for names, as those of a model's layers, are compiled once, if nothing in them is
-    watched.
+    watched, counted or computed from weights once.
     """
 
     name = "ascend"
@@ -115,7 +115,8 @@ class AscendCompiler(CompilerInterface):
         """See CompilerInterface. `graph` is left as it is: vLLM compiles it once a range."""
         name = key or f"vllm_{compile_range.start}_{compile_range.end}"
         try:
-            if not (self._options.token_drop or is_watched(graph.graph, self._options)):
+            own = self._options.token_drop or any(getattr(self._options, name) for name in OF_WEIGHTS)
+            if not (own or is_watched(graph.graph, self._options)):
                 tell_vllm_the_key(graph, example_inputs)
         except StopCompiling:
             if name not in self._unusable:
@@ -167,14 +168,10 @@ class AscendCompiler(CompilerInterface):
 
 
 def for_range(options: Options, tokens: Range) -> Options:
-    """The options for a range of token counts, which a program's sizes do not show: the pass that asks for a number of
-    rows is on where there are always as many, and experts' communication is chosen for the most that there can be."""
-    enough = options.sequence_parallel <= max(tokens.start, 2)
-    return dataclasses.replace(
-        options,
-        sequence_parallel=int(bool(options.sequence_parallel) and enough),
-        expert_tokens=options.expert_tokens or tokens.end,
-    )
+    """The options for a range of token counts, which a program's sizes do not show: the passes that ask for a number of
+    rows are on where there are always as many, and experts' communication is chosen for the most that there can be."""
+    changed: dict[str, Any] = {name: int(0 < getattr(options, name) <= max(tokens.start, 2)) for name in BY_ROWS}
+    return dataclasses.replace(options, **changed, expert_tokens=options.expert_tokens or tokens.end)
 
 
 def put_into_key(config: VllmConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch_npu import npu
 from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
+from npu_compiler.config import BY_ROWS
 from npu_compiler.errors import UnservedError
 from npu_compiler.serving.places import here
 
@@ -203,7 +205,8 @@ class NPUPlatform(Platform):
 
         from npu_compiler.serving.options import ServingOptions
 
-        _split_compile_ranges(vllm_config, ServingOptions.of(vllm_config).compile.get("sequence_parallel", 0))
+        options = ServingOptions.of(vllm_config).compile
+        _split_compile_ranges(vllm_config, {options.get(name, 0) for name in BY_ROWS})
         _refuse_unserved(vllm_config)
         _refuse_placements(vllm_config)
         _refuse_missing_devices(vllm_config)
@@ -249,11 +252,12 @@ def _choose_graphs(vllm_config: VllmConfig) -> None:
         compilation.cudagraph_capture_sizes = sizes
 
 
-def _split_compile_ranges(vllm_config: VllmConfig, rows: int) -> None:
-    """Lets vLLM compile twice: for fewer tokens than `rows`, and for as many or more (serving/compiler.py)."""
-    if rows > 2:
+def _split_compile_ranges(vllm_config: VllmConfig, rows: Collection[int]) -> None:
+    """Lets vLLM compile for each range between these numbers of tokens (serving/compiler.py)."""
+    ends = sorted(number - 1 for number in rows if number > 2)
+    if ends:
         compilation = vllm_config.compilation_config
-        compilation.compile_ranges_endpoints = [*(compilation.compile_ranges_endpoints or ()), rows - 1]
+        compilation.compile_ranges_endpoints = [*(compilation.compile_ranges_endpoints or ()), *ends]
 
 
 def _refuse_unserved(vllm_config: VllmConfig) -> None:

@@ -23,9 +23,11 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from npu_compiler.config import OF_WEIGHTS
+from npu_compiler.errors import UnservedError
 from npu_compiler.serving import moe, moe_runner  # noqa: F401  # give vLLM its experts
 from npu_compiler.serving.compiler import put_into_key
-from npu_compiler.serving.options import ServingOptions
+from npu_compiler.serving.options import ServingOptions, compile_options
 from npu_compiler.serving.platform import NPUPlatform
 from npu_compiler.serving.runner import NPUModelRunner
 from npu_compiler.watching import Seen, watched
@@ -146,6 +148,32 @@ class NPUWorker(Worker):
             runner._dummy_pooler_run(hidden)
         else:
             runner._dummy_sampler_run(hidden_states=last_hidden)
+
+    # -- weights that change ------------------------------------------------------------------------------------------
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """See vLLM's Worker.
+
+        Raises:
+            UnservedError: programs hold values that were computed from the weights.
+        """
+        self._refuse_other_weights()
+        super().reload_weights(*args, **kwargs)
+
+    def _start_weight_update(self, is_draft: bool = False) -> None:
+        self._refuse_other_weights()
+        super()._start_weight_update(is_draft)
+
+    def _refuse_other_weights(self) -> None:
+        options = compile_options(ServingOptions.of(self.vllm_config).compile)
+        holds = [name for name in OF_WEIGHTS if getattr(options, name)]
+        if holds:
+            raise UnservedError(
+                f"weights can't be replaced with the compile option {' and '.join(holds)}",
+                where="the weights of the running model",
+                rule="programs keep what they computed from the weights once; vLLM writes new ones without a trace",
+                fix=f"leave {' and '.join(holds)} out, or start the engine again with the new weights",
+            )
 
     # -- the run report -----------------------------------------------------------------------------------------------
 

@@ -132,6 +132,71 @@ def check_ranks_can_go_on_after_a_refusal() -> None:
         same(run(*(item.npu() for item in operands(4))), 4)
 
 
+# -- whole weights -----------------------------------------------------------------------------------------------------
+
+
+class Attention(torch.nn.Module):
+    """A rank's heads, and its part of the output projection."""
+
+    def __init__(self, rank: int = RANK) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(3 + rank)
+        for name, shape in (("qkv", (WIDTH, INNER)), ("out", (WIDTH, INNER))):
+            weight = torch.randn(shape, generator=draw)
+            self.register_parameter(name, torch.nn.Parameter(weight, requires_grad=False))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """x [rows, WIDTH]; this rank's term of the sum over the ranks."""
+        heads = (x @ self.qkv).view(x.shape[0], 2, -1).transpose(0, 1)
+        found = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        return found.transpose(0, 1).reshape(x.shape[0], -1) @ self.out.t()
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x and the norm's weight are the same on all ranks."""
+        return norm(summed(self.partial(x)) + x, weight)
+
+
+def attended(rows: int, models: list[Attention]) -> tuple[list[Tensor], Tensor]:
+    """x and the norm's weight, and what comes out, in float64."""
+    draw = torch.Generator().manual_seed(7)
+    x, weight = torch.randn(rows, WIDTH, generator=draw), torch.rand(WIDTH, generator=draw)
+    terms = torch.stack([model.double().partial(x.double()) for model in models])
+    return [x.npu(), weight.npu()], norm(terms.sum(0) + x.double(), weight.double())
+
+
+def check_attention_is_exchanged_and_its_projection_whole() -> None:
+    """Rows that the ranks divide and rows that they don't, captured and replayed; then with other weights."""
+    model, models = Attention().npu(), [Attention(rank) for rank in range(RANKS)]
+    run, backend = compiled(model, attention_exchange=1, sequence_parallel=1)
+    with torch.no_grad():
+        for factor in (1, 2):
+            for rows in (4, 5, 4, 5):
+                given, right = attended(rows, models)
+                torch.testing.assert_close(run(*given).cpu().double(), right, rtol=1e-4, atol=1e-4)
+            for item in (model, *models):
+                item.out.mul_(2 * factor)
+    names = ("all_to_all_rows", "all_gather_rows", "all_gather_columns", "reduce_scatter_rows")
+    for entry in backend.compiled():
+        assert entry.graph is not None and entry.ledger is not None
+        found = [str(node.target) for node in entry.graph.graph.nodes]
+        assert [found.count(f"npu_fused.{name}.default") for name in names] == [1, 1, 0, 0], found
+        assert entry.ledger.replays > 0
+        assert "a whole weight of 4.0 KiB beside the part of 2.0 KiB" in str(entry), entry
+
+
+def check_a_part_in_fractals_becomes_whole() -> None:
+    """Another program has laid the weight out in FRACTAL_NZ."""
+    part = torch.randn(WIDTH, INNER, generator=torch.Generator().manual_seed(RANK)).half()
+    held = torch.nn.Parameter(part.npu(), requires_grad=False)
+    torch.npu.config.allow_internal_format = True
+    torch.ops.npu.npu_format_cast_(held, 29)
+    parts = [torch.randn(WIDTH, INNER, generator=torch.Generator().manual_seed(rank)).half() for rank in range(RANKS)]
+    whole = torch.ops.npu_fused.all_gather_columns(held, "0", RANKS)
+    assert torch.equal(whole.cpu(), torch.cat(parts, dim=1))
+    whole = torch.ops.npu_fused.all_gather_rows(held, "0", RANKS, RANKS * WIDTH)
+    assert torch.equal(whole.cpu(), torch.cat(parts))
+
+
 # -- experts -----------------------------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,7 @@ FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
         ("watch.md", WATCH),
         ("parallel.md", ("group '0' has one rank",)),
         ("moe.md", ("MC2 (A2: at most 24 experts a rank, 16 ranks or more, it fits)",)),
+        ("placements.md", ("torch.Size([16, 128])\nFalse\n",)),
         ("token_drop.md", ("[0.0, 1.0, 2.0, 3.0] [0, 1, 2, 0]\n[[0, -1], [1, -1], [2, -1], [3, -1]]\n[[1.0, 0.0]",)),
     ],
 )

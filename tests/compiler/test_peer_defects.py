@@ -354,7 +354,7 @@ def test_every_option_is_part_of_the_cache_key() -> None:
     for name, value in decide_nothing.items():
         assert fingerprint({name: value}) == plain, name
     all_on = {"matmul_all_reduce": 1}  # a pass that does not run cannot be switched off
-    apart = {"sequence_parallel": 1, "token_drop": {"capacity_factor": 1.0}}  # which exclude others
+    apart = {"sequence_parallel": 1, "attention_exchange": 1, "token_drop": {"capacity_factor": 1.0}}  # exclude others
     passes = [name for name in dict.fromkeys(pipeline.names()) if name not in ("user_rules", *apart)]
     rules = [rule.name for entry in pipeline.selected(Options(**all_on)) for rule in entry.rules]
     keys = [fingerprint({**all_on, "disabled_passes": [name]}) for name in passes]

@@ -32,13 +32,15 @@ def test_refused(given: object, message: str) -> None:
         ServingOptions.parse(given)
 
 
-def test_sequence_parallel_is_on_where_a_range_has_as_many_tokens() -> None:
+@pytest.mark.parametrize("name", ["sequence_parallel", "attention_exchange"])
+def test_rows_in_parts_where_a_range_has_as_many_tokens(name: str) -> None:
     from vllm.config.utils import Range
 
     from npu_compiler.config import Options
     from npu_compiler.serving.compiler import for_range
 
-    small, large = Range(1, 999), Range(1000, 8192)
-    assert [for_range(Options(sequence_parallel=1000), tokens).sequence_parallel for tokens in (small, large)] == [0, 1]
-    assert [for_range(Options(sequence_parallel=1), tokens).sequence_parallel for tokens in (small, large)] == [1, 1]
-    assert [for_range(Options(), tokens).sequence_parallel for tokens in (small, large)] == [0, 0]
+    def chosen(rows: int) -> list[int]:
+        ranges = (Range(1, 999), Range(1000, 8192))
+        return [getattr(for_range(Options(**{name: rows}), tokens), name) for tokens in ranges]
+
+    assert [chosen(rows) for rows in (1000, 1, 0)] == [[0, 1], [1, 1], [0, 0]]

@@ -114,7 +114,10 @@ FEATURES = (
         settings={"tensor_parallel_size": 4},
         axis="tensor",
         ranks=4,
-        only_with=("FULL_DECODE_ONLY", "expert_parallel", "sequence_parallel", "weight_nz", "matmul_all_reduce"),
+        only_with=(
+            *("FULL_DECODE_ONLY", "expert_parallel", "sequence_parallel", "attention_exchange"),
+            *("weight_nz", "matmul_all_reduce"),
+        ),
     ),
     Feature(
         "pipeline_parallel=2",
@@ -141,7 +144,19 @@ FEATURES = (
         _fired("sequence_parallel"),
         compile={"sequence_parallel": 1},
         needs_ranks=True,
-        refused_with={**_COMPILES, "matmul_all_reduce": "want the same sums over the ranks"},
+        refused_with={**_COMPILES, "matmul_all_reduce": "both want the sums over the ranks"},
+    ),
+    Feature(
+        "attention_exchange",
+        _fired("attention_exchange"),
+        compile={"attention_exchange": 1},
+        needs_ranks=True,
+        refused_with={**_COMPILES, "matmul_all_reduce": "both want the sums over the ranks"},
+        only_with=(
+            *("eager", "NONE", "FULL", "FULL_DECODE_ONLY"),  # PIECEWISE leaves it nothing to do
+            *("tensor_parallel=2", "tensor_parallel=4", "pipeline_parallel=2", "data_parallel=2", "expert_parallel"),
+            *("sequence_parallel", "matmul_all_reduce", "weight_nz"),
+        ),
     ),
     Feature(
         "matmul_all_reduce",

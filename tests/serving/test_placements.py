@@ -1,0 +1,70 @@
+"""Placements of parallel layers, served on two ranks: transformers' tokens, and what was placed where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from npu_compiler.inspect import bundle
+from tests.models import checkpoints
+from tests.serving import oracle
+from tests.serving.engine import engine, generate, graphs
+from tests.serving.test_tokens import ENDING_ONE_BY_ONE, TOKENS, check_steps
+
+LAYERS = checkpoints.Shape().layers
+EXCHANGE, SCATTER, GATHER, COLUMNS = (
+    f"npu_fused.{name}.default"
+    for name in ("all_to_all_rows", "reduce_scatter_rows", "all_gather_rows", "all_gather_columns")
+)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", ["FULL_DECODE_ONLY", "FULL", "PIECEWISE"])
+@pytest.mark.parametrize("rows", [0, 1], ids=["summed", "scattered"])
+def test_attention_exchange(mode: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the sums scattered and without. A piece between two attentions has no attention."""
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")  # a program that is loaded is not dumped
+    folder = checkpoints.cached(checkpoints.Shape(family="llama"))
+    prompts = oracle.prompts()
+    expected = [oracle.greedy(folder, prompt, TOKENS) for prompt in prompts]
+    options = {"dump": str(tmp_path), "attention_exchange": 1, "sequence_parallel": rows}
+    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **graphs(mode)}
+    with engine(folder, additional_config={"compile": options}, **settings) as llm:
+        assert generate(llm, prompts, TOKENS) == expected
+        shortened = [tokens[:count] for tokens, count in zip(expected, ENDING_ONE_BY_ONE, strict=True)]
+        assert generate(llm, prompts, ENDING_ONE_BY_ONE) == shortened
+        reports = llm.collective_rpc("report")
+        with pytest.raises(Exception, match="attention_exchange"):
+            llm.collective_rpc("reload_weights")
+    for data in reports:
+        check_steps(mode, data)
+    exchanged = 0 if mode == "PIECEWISE" else LAYERS
+    for item in bundle.all_of(tmp_path):
+        calls = [call for graph in item.graphs for call in graph.program(graph.stage("final")).calls]
+        found = [call.target for call in calls]
+        assert found.count(EXCHANGE) == exchanged
+        if mode != "PIECEWISE":
+            sums = 2 * LAYERS + 1  # the first is the embedding's
+            assert found.count(SCATTER) == (sums - LAYERS if rows else 0)
+            assert found.count("vllm.all_reduce.default") == (0 if rows else sums - LAYERS)
+            assert found.count(GATHER) == (sums if rows else LAYERS)
+        assert COLUMNS not in found, "weights are gathered once"
+
+
+@pytest.mark.full
+def test_prompts_alone_are_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three programs share the weights; that of prompts alone reads some of them whole."""
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    folder = checkpoints.cached(checkpoints.Shape())
+    prompts = oracle.prompts()
+    expected = [oracle.greedy(folder, prompt, TOKENS) for prompt in prompts]
+    options = {"dump": str(tmp_path), "attention_exchange": 16, "sequence_parallel": 8}
+    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **graphs("FULL_DECODE_ONLY")}
+    with engine(folder, additional_config={"compile": options}, **settings) as llm:
+        assert generate(llm, prompts, TOKENS) == expected
+    for item in bundle.all_of(tmp_path):
+        found = [
+            [call.target for call in graph.program(graph.stage("final")).calls].count(EXCHANGE) for graph in item.graphs
+        ]
+        assert sorted(found) == [0, 0, LAYERS]
