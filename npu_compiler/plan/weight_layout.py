@@ -35,6 +35,9 @@ SECOND_OPERAND = {
     "npu.npu_quant_matmul.default": 1,
 }
 """Products, and the position of the weight among their arguments. Their kernels take it in either layout."""
+GROUPED = {"npu.npu_grouped_matmul.default": 1}
+"""The same for products of experts, whose weights [experts, rows, columns] are lists of one. Packed ones have to fill
+their fractals (ops-transformer, gmm/grouped_matmul/op_host)."""
 PLAIN_ONLY = {"npu_fused.matmul_all_reduce.default": 1}
 """The same for products whose kernel takes plain rows only (ND, in CANN's page on aclnnMatmulAllReduce)."""
 TURNED = frozenset({"aten.t.default", "aten.transpose.int", "aten.permute.default"})
@@ -44,10 +47,11 @@ LARGE = 256
 
 @dataclass(frozen=True)
 class Weight:
-    """A candidate: the position among the program's inputs, its name."""
+    """A candidate: the position among the program's inputs, its name, and whether it is a matrix for each expert."""
 
     position: int
     name: str
+    grouped: bool = False
 
 
 @dataclass
@@ -92,7 +96,7 @@ def planned(graph: fx.Graph, policy: str) -> Layout | None:
         if reason:
             layout.left[node.name] = reason
         else:
-            found.append(Weight(position, node.name))
+            found.append(Weight(position, node.name, _is_grouped(node)))
     layout.candidates = tuple(found)
     return layout
 
@@ -116,7 +120,7 @@ def convert(layout: Layout, args: Sequence[Any]) -> None:
     """Converts the parameters among a program's arguments, in place; notes what was converted and what was not."""
     for weight in layout.candidates:
         given = args[weight.position]
-        reason = _why_not(given, layout.policy)
+        reason = _why_not(given, layout.policy, weight.grouped)
         if reason:
             layout.left[weight.name] = reason
             continue
@@ -127,13 +131,13 @@ def convert(layout: Layout, args: Sequence[Any]) -> None:
         layout.converted[weight.name] = (before, given.untyped_storage().nbytes())
 
 
-def _why_not(given: Any, policy: str) -> str:
-    """Why an argument stays as it is; empty if it is to be converted."""
+def _why_not(given: Any, policy: str, grouped: bool) -> str:
+    """Why an argument stays as it is; empty if it is to be converted. `grouped`: it has a matrix for each expert."""
     if not isinstance(given, torch.nn.Parameter):
         return "no parameter"
     if given.device.type != "npu":
         return "not on the device"
-    if given.dim() != 2:
+    if given.dim() != (3 if grouped else 2):
         return f"{given.dim()} dimensions"
     if int(torch.ops.npu.get_npu_format(given)) == FRACTAL_NZ:
         return "in FRACTAL_NZ already"
@@ -141,20 +145,26 @@ def _why_not(given: Any, policy: str) -> str:
         return "a part of a larger tensor"
     if given.dtype != torch.int8 and (given.dtype not in HALF or policy == "quantized"):
         return f"{given.dtype}, which the policy {policy!r} leaves" if given.dtype in HALF else f"{given.dtype}"
-    if policy == "auto" and (min(given.shape) < LARGE or _padding(given)):
+    if grouped and _padding(given):
+        return "does not fill its fractals, which npu_grouped_matmul asks for"
+    if policy == "auto" and (min(given.shape[-2:]) < LARGE or _padding(given)):
         return f"smaller than {LARGE}, or padded: not worth it by the policy 'auto'"
     return ""
 
 
 def _padding(given: Tensor) -> int:
-    """Elements that the format adds to fill its fractals."""
-    rows, columns = given.shape
+    """Elements that the format adds to fill its fractals, to each matrix."""
+    rows, columns = given.shape[-2:]
     wide = FRACTAL_BYTES // given.element_size()
-    return -(-rows // FRACTAL_ROWS) * FRACTAL_ROWS * (-(-columns // wide) * wide) - given.numel()
+    return -(-rows // FRACTAL_ROWS) * FRACTAL_ROWS * (-(-columns // wide) * wide) - rows * columns
 
 
 def _feeds_a_product(node: fx.Node) -> bool:
-    return any(_is_second_operand(*read, SECOND_OPERAND | PLAIN_ONLY) for read in _readers(node))
+    return any(_is_second_operand(*read, SECOND_OPERAND | PLAIN_ONLY | GROUPED) for read in _readers(node))
+
+
+def _is_grouped(node: fx.Node) -> bool:
+    return any(str(user.target) in GROUPED for _, user in _readers(node))
 
 
 def _other_reader(node: fx.Node) -> str:
@@ -174,10 +184,18 @@ def _readers(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     return found
 
 
-def _is_second_operand(reader: fx.Node, user: fx.Node, products: Mapping[str, int] = SECOND_OPERAND) -> bool:
+def _is_second_operand(reader: fx.Node, user: fx.Node, products: Mapping[str, int] = SECOND_OPERAND | GROUPED) -> bool:
     place = products.get(str(user.target))
-    arguments = [index for index, item in enumerate(user.args) if item is reader]
-    return arguments == [place] and reader not in user.kwargs.values()
+    arguments = [index for index, item in enumerate(user.args) if item is reader or _is_one_of(reader, item)]
+    if arguments != [place] or reader in user.kwargs.values():
+        return False
+    if str(user.target) not in GROUPED:
+        return True
+    return user.args[place] == [reader] and not user.kwargs.get("antiquant_scale")
+
+
+def _is_one_of(reader: fx.Node, item: Any) -> bool:
+    return isinstance(item, (list, tuple)) and any(part is reader for part in item)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@
 #include <ATen/core/ATen_fwd.h>
 
 #include <optional>
+#include <vector>
 
 #include "runtime/aclnn/operator.h"
 #include "runtime/kernels/discrete.h"
@@ -81,6 +82,16 @@ Work softmax(const Tensor& self, int64_t dim, const Tensor& out);
 /// self [.., M, K] @ mat2 [.., K, N]; batch dimensions equal, of self and out mergeable. mat2 may be in
 /// FRACTAL_NZ.
 Work matmul(const Tensor& self, const Tensor& mat2, const Tensor& out);
+/// Groups of rows, each times its own matrix [K, N] in FRACTAL_NZ; what reads plain rows is left to ATen.
+struct PackedGroups {
+  const TensorList& x;
+  const TensorList& weight;
+  const Tensor* list;                     ///< ends of the groups (list_type 0) or their sizes (1)
+  std::vector<const TensorList*> others;  ///< bias and scales: taken where all are absent
+  int64_t group_type, list_type, act_type;
+  const TensorList& out;
+};
+Work grouped_matmul_nz(const Call& call, const PackedGroups& arguments);
 struct TransposeMatmul {
   const Tensor* x1;
   const Tensor* x2;

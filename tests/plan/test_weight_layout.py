@@ -90,6 +90,45 @@ def test_int8_weights() -> None:
     assert list(layout.left.values()) == ["torch.bfloat16, which the policy 'quantized' leaves"]
 
 
+class Experts(nn.Module):
+    """Products of a mixture of experts, with weights as vLLM has them: [experts, out, in]."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, inner, width).bfloat16())
+        self.down = nn.Parameter(torch.randn(3, width, inner).bfloat16())
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        for weight in (self.up, self.down):
+            (x,) = torch.ops.npu.npu_grouped_matmul(
+                [x], [weight.transpose(1, 2)], group_list=counts, split_item=3, group_type=0, group_list_type=1
+            )
+        return x
+
+
+def test_the_weights_of_experts() -> None:
+    """Nothing is padded, so they take as much memory as before."""
+    model, x = Experts(32, 48).npu(), torch.randn(6, 32).bfloat16().npu()
+    weights, counts = [item.detach().cpu().double() for item in (model.up, model.down)], torch.tensor([2, 0, 4]).npu()
+    found, layout = run(model, x, counts)
+    assert [layout_of(item) for item in (model.up, model.down)] == [FRACTAL_NZ] * 2
+    assert sorted(layout.converted.values()) == [(3 * 32 * 48 * 2, 3 * 32 * 48 * 2)] * 2
+    assert torch.equal(model.up.cpu().double(), weights[0]), "read as a tensor it is what it was"
+    first, second = ([weight[index].t() for index in (0, 0, 2, 2, 2, 2)] for weight in weights)
+    inner = torch.stack([row @ w for row, w in zip(x.cpu().double(), first, strict=True)]).bfloat16().double()
+    expected = torch.stack([row @ w for row, w in zip(inner, second, strict=True)])
+    for result in found:
+        error = (result.double() - expected).abs().max() / expected.abs().max()
+        assert error < 2**-7
+
+
+def test_experts_that_do_not_fill_fractals_stay() -> None:
+    model = Experts(32, 40).npu()
+    _, layout = run(model, torch.randn(6, 32).bfloat16().npu(), torch.tensor([2, 0, 4]).npu())
+    assert not layout.converted
+    assert list(layout.left.values()) == ["does not fill its fractals, which npu_grouped_matmul asks for"] * 2
+
+
 def test_auto_takes_large_weights_that_are_not_padded() -> None:
     class Three(nn.Module):
         def __init__(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch_npu
@@ -132,6 +135,60 @@ def test_grouped_matmul(transposed: bool, list_type: int, dtype: torch.dtype) ->
     expected = torch.cat([part.double() @ w.double() for part, w in zip(x.split(counts), weight, strict=True)])
     assert actual.dtype == dtype
     reference.assert_close(actual, expected, dtype)
+
+
+@pytest.fixture
+def packed() -> Iterator[None]:
+    torch.npu.config.allow_internal_format = True
+    yield
+    torch.npu.config.allow_internal_format = False  # its default
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("list_type", [0, 1])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_matmul_of_packed_weights(transposed: bool, list_type: int, dtype: torch.dtype, packed: None) -> None:
+    """Groups that one pass of the kernel takes, that several take, and so large a one that ATen takes it; rows behind
+    the last one are not written."""
+    counts = [3, 0, 20, 45, 1]
+    x, weight = torch.randn(72, 64).to(dtype), torch.randn(5, 64, 48).to(dtype)
+    groups = torch.tensor(counts) if list_type == 1 else torch.tensor(counts).cumsum(0)
+    plain = weight.transpose(1, 2).contiguous() if transposed else weight
+    moved = torch_npu.npu_format_cast(plain.npu(), 29)
+    assert torch_npu.get_npu_format(moved) == 29
+    graph, given, list_given = torch.npu.NPUGraph(), x.npu(), groups.npu()
+    for captured in (False, True):
+        with torch.npu.graph(graph) if captured else contextlib.nullcontext():
+            (actual,) = torch_npu.npu_grouped_matmul(
+                [given], [moved.transpose(1, 2) if transposed else moved], group_list=list_given, split_item=3,
+                group_type=0, group_list_type=list_type,
+            )  # fmt: skip
+        if captured:
+            graph.replay()
+        parts = x.split([*counts, 3])[:-1]
+        expected = torch.cat([part.double() @ w.double() for part, w in zip(parts, weight, strict=True)])
+        reference.assert_close(actual[: sum(counts)], expected, dtype)
+
+
+def test_grouped_matmul_of_packed_weights_with_a_bias(packed: None) -> None:
+    x, weight, bias = torch.randn(5, 32).half(), torch.randn(2, 32, 16).half(), torch.randn(2, 16).half()
+    (actual,) = torch_npu.npu_grouped_matmul(
+        [x.npu()], [torch_npu.npu_format_cast(weight.npu(), 29)], bias=[bias.npu()],
+        group_list=torch.tensor([2, 5]).npu(), split_item=3, group_type=0, group_list_type=0,
+    )  # fmt: skip
+    parts = enumerate((slice(0, 2), slice(2, 5)))
+    expected = torch.cat([x[part].double() @ weight[i].double() + bias[i] for i, part in parts])
+    reference.assert_close(actual, expected, torch.float16)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 40, 16), torch.float16), ((2, 32, 24), torch.float16)])
+def test_packed_weights_fill_their_fractals(shape: tuple[int, ...], dtype: torch.dtype, packed: None) -> None:
+    weight = torch_npu.npu_format_cast(torch.randn(*shape).to(dtype).npu(), 29)
+    x = torch.randn(3, shape[1]).to(dtype).npu()
+    with pytest.raises(RuntimeError, match="in FRACTAL_NZ has to have matrices of whole fractals, 16 x 16"):
+        torch_npu.npu_grouped_matmul(
+            [x], [weight], group_list=torch.tensor([1, 3]).npu(), split_item=3, group_type=0, group_list_type=0
+        )
 
 
 def test_grouped_matmul_of_int8_with_scales() -> None:
