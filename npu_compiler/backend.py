@@ -8,15 +8,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
-from pathlib import Path
-from types import CodeType
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,36 +21,38 @@ from torch import fx
 from torch._dynamo.utils import detect_fake_mode, lazy_format_graph_code
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-import npu_compiler
-from npu_compiler import cache, dumps, fusion_kernels
+from npu_compiler import cache, dumps
 from npu_compiler.aclgraph import npugraph_ex
 from npu_compiler.aclgraph.buckets import buckets as buckets  # serving chooses its capture sizes by it
 from npu_compiler.aclgraph.labels import Labels
-from npu_compiler.aclgraph.ledger import Ledger
 from npu_compiler.aclgraph.program_call import ProgramCall
 from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.aclgraph.streams import Streams
 from npu_compiler.cache import CacheNote, Program
-from npu_compiler.config import DECIDE_NOTHING, Options, refuse_mode
+from npu_compiler.compiled import CompiledGraph as CompiledGraph
+from npu_compiler.config import Options, refuse_mode
 from npu_compiler.dumps import bundle_of as bundle_of  # serving adds its own captures and report to it
-from npu_compiler.errors import OptionError, StoredProgramError
+from npu_compiler.errors import StoredProgramError
 from npu_compiler.fusion_kernels import drop_counts
 from npu_compiler.fusion_kernels.chosen import providers
 from npu_compiler.fusion_kernels.drop_counts import DropCounts as DropCounts
 from npu_compiler.fusion_kernels.drop_counts import Dropped as Dropped
-from npu_compiler.graph import digest, once
+from npu_compiler.graph import once
+from npu_compiler.graph.effects import tensors
+from npu_compiler.graph.rolled import Rolled, held, whole
+from npu_compiler.graph.running import Repetition
 from npu_compiler.graph.serialized import NotStorable
 from npu_compiler.graph.source import beginning, input_name, where
+from npu_compiler.key import compiler_parts, key_without_graph
+from npu_compiler.key import fingerprint as fingerprint  # serving and benchmarks ask whether two compilers are one
 from npu_compiler.lowering.floats import specialize_module_floats
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
-from npu_compiler.passes.record import PassRecord, report_lines
-from npu_compiler.plan import agreement, memory, weight_layout
-from npu_compiler.plan.memory import MemoryPlan
-from npu_compiler.plan.order import Arrangement, arrange
-from npu_compiler.stages import LOWERING, ORDER, PASSES, PLAN, STORE, Stages
-from npu_compiler.units import in_bytes
-from npu_compiler.watching import Notes, told, warn_of_absent
+from npu_compiler.passes.record import PassRecord
+from npu_compiler.plan import agreement, weight_layout
+from npu_compiler.plan.order import Arrangement, arrange, arrange_rolled
+from npu_compiler.stages import LOWERING, ORDER, PASSES, PLAN, STORE
+from npu_compiler.watching import Notes
 
 if TYPE_CHECKING:
     from npu_compiler.inspect.surroundings import Noted
@@ -64,99 +63,6 @@ STORED = "stored"
 FROM_CACHE = "from the cache"
 WITHOUT_CAPTURE = Options(capture=False)
 logger = logging.getLogger(__name__)
-
-
-class CompiledGraph:
-    """What a dynamo graph became. Calling it does what the graph did.
-
-    Attributes:
-        name: a label for reports and dumps.
-        options: the options it was compiled with.
-        records: what each pass did, in order.
-        graph: the program after the passes; None where gradients are needed: it is neither rewritten nor captured.
-        arrangement: the order of calls that was chosen; None where the option `reorder` is off or the program was
-            found in a cache, in order.
-        ledger: captures and replays; None where nothing is captured (compile_fx).
-        streams: what the streams that were planned inside of captures made by others are estimated to save, by sizes.
-        weights: which of them are laid out in FRACTAL_NZ; None where the option `weight_nz` is off.
-        constants: the values that are computed once, which the program has as its last inputs; None without any.
-        stored: what the cache did for it, as text; empty without a cache.
-        key: what decides about the result, part by part: the key of the cache. Empty without a cache.
-        missed: what differed from the nearest program that was stored before, where this one had to be stored.
-        stages: what compiling, first calls and captures cost.
-        dumped: where its part of a bundle is, and how large; empty without a dump.
-        batch: how many rows of each call are no padding, and its step, where somebody writes that (watched.Notes).
-        notes: the memory of what the option `watch` names; None without it.
-        drops: counts what the option `token_drop` drops; None where nothing can be dropped.
-    """
-
-    def __init__(self, name: str, options: Options) -> None:
-        self.name = name
-        self.options = options
-        self.records: list[PassRecord] = []
-        self.graph: fx.GraphModule | None = None
-        self.arrangement: Arrangement | None = None
-        self.ledger: Ledger | None = None
-        self.streams: Mapping[str, str] = {}
-        self.constants: once.Split | None = None
-        self.weights: weight_layout.Layout | None = None
-        self.stored = ""
-        self.key: dict[str, str] = {}
-        self.missed: list[str] = []
-        self.stages = Stages()
-        self.dumped = ""
-        self.batch: torch.Tensor | None = None
-        self.notes: Notes | None = None
-        self.drops: DropCounts | None = None
-        self._call: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        assert self._call is not None, "only a finished CompiledGraph leaves this module"
-        return self._call(*args)
-
-    def watch(self) -> None:
-        """Prints and saves what is watched behind each call, and warns of what is not there."""
-        assert self._call is not None, "only a finished CompiledGraph leaves this module"
-        warn_of_absent(self.name, [self.records])
-        self._call = told(self._call, self.notes, self.options, self.name)
-
-    @property
-    def __code__(self) -> CodeType:
-        """What debuggers of torch.compile, such as depyf, look for in a compiled function."""
-        return type(self).__call__.__code__
-
-    def __str__(self) -> str:
-        operators = providers(self.graph.graph) if self.graph else []
-        parts: list[object] = [
-            *report_lines(self.records),
-            *operators,
-            *self._planned(),
-            *([self.stages] if self.stages.costs else []),
-            *(self.drops.read() if self.drops else []),
-            *([self.ledger] if self.ledger else []),
-        ]
-        if self.graph is None:
-            parts.append("gradients are needed: no passes, no captures")
-        elif self.options.capture_with != "ascend":
-            parts.append(f"captured by {self.options.capture_with}, which keeps no ledger")
-        if self.stored:
-            parts.append(f"program {self.stored}")
-        if self.dumped:
-            parts.append(f"dumped to {self.dumped}")
-        return "\n".join([self.name, *(f"  {line}" for part in parts for line in str(part).splitlines())])
-
-    @functools.cached_property
-    def memory(self) -> MemoryPlan | None:
-        """What the program's own storages take, for every size; made when it is first asked for."""
-        return memory.plan(self.graph.graph) if self.graph else None
-
-    def _planned(self) -> list[str]:
-        order = [f"order: {self.arrangement}"] if self.arrangement else []
-        if self.constants:
-            order.append(f"constants: {len(self.constants.values)} computed once, {in_bytes(self.constants.size)}")
-        weights = [str(self.weights)] if self.weights else []
-        peak = [f"memory: {self.memory.summary}"] if self.memory else []
-        return [*order, *weights, *peak, *(f"captured {sizes}: {saved}" for sizes, saved in self.streams.items())]
 
 
 class AscendBackend:
@@ -184,7 +90,9 @@ class AscendBackend:
 
         def serve(functional: Functional) -> Callable[..., Any]:
             if chosen.capture_with == "npugraph_ex":
-                return npugraph_ex.serve(functional.graph, functional.inputs, functional.stable, chosen.npugraph_ex)
+                return npugraph_ex.serve(
+                    whole(functional.graph), functional.inputs, functional.stable, chosen.npugraph_ex
+                )
             values = compiled.constants.values if compiled.constants else ()
             every_name = [*names, *(node.name for node in values)]
             replayer = Replayer(
@@ -194,7 +102,7 @@ class AscendBackend:
             return replayer
 
         found, keep = _stored(compiled, gm, example_inputs) if chosen.cache else (None, None)
-        _compile(compiled, gm, example_inputs, serve, found=found, keep=keep)
+        _compile(compiled, gm, example_inputs, serve, found=found, keep=keep, captures=True)
         compiled.watch()
         self._compiled.add(compiled)
         return compiled
@@ -295,7 +203,7 @@ def _uncaptured(compiled: CompiledGraph) -> Callable[[Functional], Callable[...,
     """Serves calls by the program itself, which somebody else may capture."""
 
     def serve(functional: Functional) -> Callable[..., Any]:
-        program = functional.graph
+        program = whole(functional.graph)
         call = ProgramCall(program, Labels(compiled.name), Streams.chosen(program, compiled.options))
         compiled.streams = call.planned
         return call
@@ -312,10 +220,12 @@ def _compile(
     found: Program | None = None,
     keep: Callable[[Program], None] | None = None,
     surroundings: Noted | None = None,
+    captures: bool = False,
 ) -> CompiledGraph:
     """The common road: lowering, passes, then whatever serves the calls.
 
     Args:
+        captures: `serve` captures, and takes a rolled program.
         found: a stored program of the same graph, which takes the place of lowering and passes.
         keep: called with the program behind the passes, where it can be stored.
     """
@@ -328,24 +238,23 @@ def _compile(
 
     @stages.stage(PLAN)
     def finish(functional: Functional) -> Callable[..., Any]:
-        compiled.graph = functional.graph
+        compiled.program = functional.graph
         _show_code("ascend lowered", functional.graph)
         if compiled.options.freeze:
             once.freeze(functional.graph.graph, functional.stable)
         if dump is not None or compiled.options.attention_exchange:
             once.note_lasting(functional.graph.graph, functional.stable)
         with stages.stage(PASSES):
-            compiled.records = pipeline.run(functional.graph, compiled.options, after_rules=after_passes, watch=watch)
+            compiled.records, program = _rewritten(functional.graph, compiled.options, after_passes, watch)
         if compiled.options.reorder:
             with stages.stage(ORDER):
-                compiled.arrangement = arrange(functional.graph.graph)
-                functional.graph.recompile()
+                compiled.arrangement, program = _in_order(program)
         if keep is not None:
             with stages.stage(STORE):
                 guards = cache.guards_since(environment, known_guards)
-                program = Program(functional.graph, functional.stable, compiled.records, guards)
-                compiled.stored = _kept(program, functional.convention, keep)
-        return _serve_once(compiled, functional, serve, watch, dump)
+                stored = Program(program, functional.stable, compiled.records, guards)
+                compiled.stored = _kept(stored, functional.convention, keep)
+        return _serve_once(compiled, replace(functional, graph=program), serve, watch, dump, captures)
 
     place = beginning(gm.graph)
     unflatten = _return_flat_tuple(gm)
@@ -354,10 +263,10 @@ def _compile(
         if dump is not None:
             dump.surround(surroundings)
         if found is not None:
-            compiled.graph, compiled.records, compiled.stored = found.graph, found.records, FROM_CACHE
+            compiled.records, compiled.stored = found.records, FROM_CACHE
             functional = Functional(found.graph, list(example_inputs), found.stable)
             with stages.stage(PLAN):
-                call = _serve_once(compiled, functional, serve, watch, dump)
+                call = _serve_once(compiled, functional, serve, watch, dump, captures)
         else:
             with stages.stage(LOWERING):
                 call = lower(gm, example_inputs, finish)
@@ -366,6 +275,38 @@ def _compile(
     logger.debug("%s", compiled)
     compiled._call = call if unflatten is None else lambda *args: unflatten(call(*args))
     return compiled
+
+
+def _rewritten(
+    module: fx.GraphModule, options: Options, after_passes: GraphHook | None, watch: pipeline.Watch | None
+) -> tuple[list[PassRecord], fx.GraphModule | Rolled]:
+    """What the passes make of a program, which they change, and what they did."""
+    if options.watch:
+        return pipeline.run(module, options, after_rules=after_passes, watch=watch), module
+    records, rolled = pipeline.run_rolled(module, options, after_passes, watch)
+    return records, rolled or module
+
+
+def _in_order(program: fx.GraphModule | Rolled) -> tuple[Arrangement, fx.GraphModule | Rolled]:
+    """The program with its calls in the order that needs the least memory."""
+    found = arrange_rolled(program) if isinstance(program, Rolled) else None
+    if found is not None:
+        return found
+    program = whole(program)
+    arrangement = arrange(program.graph)
+    program.recompile()
+    return arrangement, program
+
+
+def _runs_rolled(program: fx.GraphModule | Rolled, options: Options, dump: GraphWriter | None) -> bool:
+    """Whether a program is captured with its layers rolled up. All that tells them apart needs it written out."""
+    one_by_one = dump is not None or options.watch or options.token_drop or options.weight_nz != "off"
+    if one_by_one or not options.capture or options.capture_with != "ascend" or options.multistream != "off":
+        return False
+    if not isinstance(program, Rolled) or Repetition.of(program) is None or agreement.planned(program.graph):
+        return False
+    numbers = any(not any(True for _ in tensors(node)) for node in program.graph.output_node().all_input_nodes)
+    return not numbers and not any(node.meta.get(once.ONCE) for node in (*program.periods, *program.rest))
 
 
 def _kept(program: Program, convention: str, keep: Callable[[Program], None]) -> str:
@@ -390,21 +331,26 @@ def _serve_once(
     serve: Callable[[Functional], Callable[..., Any]],
     watch: pipeline.Watch | None,
     dump: GraphWriter | None,
+    captures: bool,
 ) -> Callable[..., Any]:
     """`serve`, with what is computed once taken out of the program and handed to it as inputs."""
-    plans = agreement.planned(functional.graph.graph)
-    compiled.weights = weight_layout.planned(functional.graph.graph, compiled.options.weight_nz)
-    part = compiled.constants = once.split(functional.graph)
-    _show_code("ascend final", functional.graph)
+    rolls = captures and _runs_rolled(functional.graph, compiled.options, dump)
+    compiled.program = functional.graph if rolls else whole(functional.graph)
+    functional = replace(functional, graph=compiled.program)
+    program = held(compiled.program)
+    plans = agreement.planned(program.graph)
+    compiled.weights = weight_layout.planned(program.graph, compiled.options.weight_nz)
+    part = compiled.constants = once.split(program)
+    _show_code("ascend final", program)
     if watch is not None:
-        watch("final", functional.graph, None)
+        watch("final", whole(compiled.program), None)
     if compiled.options.watch:
         keep = compiled.options.watch_keep
-        compiled.notes = Notes(functional.graph.graph, compiled.name, keep, compiled.batch)
-        functional.graph.recompile()
-    if compiled.options.token_drop and drop_counts.dispatches(functional.graph.graph):
-        compiled.drops = DropCounts(functional.graph.graph, compiled.batch)
-        functional.graph.recompile()
+        compiled.notes = Notes(program.graph, compiled.name, keep, compiled.batch)
+        program.recompile()
+    if compiled.options.token_drop and drop_counts.dispatches(program.graph):
+        compiled.drops = DropCounts(program.graph, compiled.batch)
+        program.recompile()
     call = serve(functional) if part is None else _with_values(part, functional, serve)
     call = weight_layout.applied(agreement.agreed(call, plans), compiled.weights)
     if dump is None:
@@ -412,9 +358,9 @@ def _serve_once(
     dump.plan(
         compiled.arrangement,
         compiled.memory,
-        providers(functional.graph.graph),
+        providers(program.graph),
         compiled.constants,
-        CacheNote(compiled.stored, compiled.key or _key_without_graph(compiled.options), tuple(compiled.missed)),
+        CacheNote(compiled.stored, compiled.key or key_without_graph(compiled.options), tuple(compiled.missed)),
     )
     compiled.dumped = dump.summary
     if compiled.ledger is not None:
@@ -469,38 +415,6 @@ def _stored(
         compiled.missed = store.store(name, parts, program)
 
     return None, keep
-
-
-def compiler_parts(options: Options) -> dict[str, str]:
-    """Everything that decides what the compiler makes of a graph, part by part, as text."""
-    folders = [Path(str(module.__file__)).parent for module in (npu_compiler, pipeline, fusion_kernels)]
-    elsewhere = DECIDE_NOTHING | {"rules", "passes", "disabled_passes", "disabled_rules"}
-    decisive = {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.name not in elsewhere}
-    return {
-        **{f"option {name}": repr(value) for name, value in decisive.items()},
-        "passes": pipeline.fingerprint(options),
-        "versions": digest.versions(),
-        "sources": digest.of_sources(folders),
-    }
-
-
-def _key_without_graph(options: Options) -> dict[str, str]:
-    """`compiler_parts`, or why there are none."""
-    try:
-        return compiler_parts(options)
-    except OptionError as error:
-        return {"none": error.what}
-
-
-def fingerprint(options: Mapping[str, Any] | Options | None = None) -> str:
-    """A hash of everything that decides what compile_fx makes of a graph: options, passes and their order, the content
-    of the user's own rules and passes, the compiler's own sources, and the versions of Python, torch and torch_npu.
-    Equal on every machine with the same set-up.
-
-    Raises:
-        OptionError: an option is wrong, or a user's rule or pass can't be hashed.
-    """
-    return digest.of_text(*sorted(compiler_parts(Options.of(options)).items()))
 
 
 def _return_flat_tuple(gm: fx.GraphModule) -> Callable[[Any], Any] | None:

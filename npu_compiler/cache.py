@@ -28,6 +28,7 @@ from npu_compiler.fusion_kernels import register
 from npu_compiler.graph import serialized
 from npu_compiler.graph.digest import of_text
 from npu_compiler.graph.effects import storage
+from npu_compiler.graph.rolled import Rolled
 from npu_compiler.graph.source import where
 from npu_compiler.passes.record import PassRecord
 
@@ -41,7 +42,7 @@ HASHED = {
     "sources": "the compiler's sources changed",
 }
 """Parts of a key that are hashes, and what it means that one differs."""
-MAGIC = b"npu_compiler program 2\n"
+MAGIC = b"npu_compiler program 3\n"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Program:
         guards: what lowering and passes assumed about sizes, which holds for every caller.
     """
 
-    graph: fx.GraphModule
+    graph: fx.GraphModule | Rolled
     stable: tuple[int, ...]
     records: list[PassRecord]
     guards: tuple[sympy.Basic, ...]

@@ -171,7 +171,7 @@ class Options:
     reorder: bool = True
     """Put the calls into the order that needs the least memory, where another one than the program's own does."""
     layers_once: bool = True
-    """Run the passes on a few of a model's equal layers and repeat what they made of one (graph/periods.py)."""
+    """Run the passes on a few of a model's equal layers and repeat what they made of one (graph/layers.py)."""
     check: bool = False
     """Check the program after every pass (graph/spec.py); a pass that breaks it is named in a SpecError."""
     watch: tuple[str, ...] = ()

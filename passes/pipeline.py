@@ -16,9 +16,10 @@ from torch.fx._lazy_graph_module import _make_graph_module
 
 from npu_compiler.config import Options, TokenDrop, check_names
 from npu_compiler.errors import NpuCompilerError, OptionError, PassError
-from npu_compiler.graph import periods
+from npu_compiler.graph import layers
 from npu_compiler.graph.content import of_content
 from npu_compiler.graph.digest import of_text
+from npu_compiler.graph.rolled import Rolled, roll
 from npu_compiler.graph.source import TIMES, beginning, origins_kept
 from npu_compiler.graph.spec import SpecCheck, lint, refresh_aliases
 from npu_compiler.passes import (
@@ -208,7 +209,8 @@ def run(
     watch: Watch | None = None,
     until: Until | None = None,
 ) -> list[PassRecord]:
-    """Runs the selected passes on `module` in place and returns what each did.
+    """Runs the selected passes on `module` in place and returns what each did. `run_rolled` leaves equal layers rolled
+    up.
 
     Args:
         after_rules: called with the graph when all rules have run and it is still functional (before reinplace). With a
@@ -223,8 +225,21 @@ def run(
         return _run_all(module, options, after_rules, watch, until)
     first, last = watch_places.pass_of(options.watch), watch_all.pass_of(options.watch)
     records = [_run_alone(first, module, options, watch)] if first is not None else []
-    records += _run_layers(module, options, after_rules, watch)
+    found, rolled = _run_layers(module, options, after_rules, watch)
+    records += found
+    if rolled is not None:
+        module.graph = rolled.whole.graph
     return [*records, _run_alone(last, module, options, watch)] if last is not None else records
+
+
+def run_rolled(
+    module: fx.GraphModule, options: Options, after_rules: Hook | None = None, watch: Watch | None = None
+) -> tuple[list[PassRecord], Rolled | None]:
+    """`run`, for who wants the program with its equal layers rolled up, where it has such: then `module` is not what
+    comes out of the passes. `options` watch nothing."""
+    if watch is not None:
+        watch(LOWERED, module, None)
+    return _run_layers(module, options, after_rules, watch)
 
 
 def _run_alone(entry: Pass, module: fx.GraphModule, options: Options, watch: Watch | None) -> PassRecord:
@@ -237,13 +252,12 @@ def _run_alone(entry: Pass, module: fx.GraphModule, options: Options, watch: Wat
 
 def _run_layers(
     module: fx.GraphModule, options: Options, after_rules: Hook | None, watch: Watch | None
-) -> list[PassRecord]:
-    """Runs the passes, on a few of a program's equal layers where it has such."""
+) -> tuple[list[PassRecord], Rolled | None]:
+    """Runs the passes, on a few of a program's equal layers where it has such: these are rolled up then."""
     record = PassRecord(LAYERS_ONCE, nodes_before=count_calls(module.graph), nodes_after=count_calls(module.graph))
-    records = _run_once(module, options, after_rules, watch, record) if _is_local(options, after_rules) else None
-    if records is None:
-        records = _run_all(module, options, after_rules, watch)
-    return [record, *records] if record.fired or record.refused else records
+    found = _run_once(module, options, after_rules, watch, record) if _is_local(options, after_rules) else None
+    records, rolled = (_run_all(module, options, after_rules, watch), None) if found is None else found
+    return ([record, *records] if record.fired or record.refused else records), rolled
 
 
 def _run_all(
@@ -280,35 +294,34 @@ def _is_local(options: Options, after_rules: Hook | None) -> bool:
 
 def _run_once(
     module: fx.GraphModule, options: Options, after_rules: Hook | None, watch: Watch | None, record: PassRecord
-) -> list[PassRecord] | None:
-    """Runs the passes on a few of a program's equal layers and repeats what they made of one. None where there are no
-    such layers, or where the rewritten ones are not equal, which the record says; `module` is then as it was."""
+) -> tuple[list[PassRecord], Rolled] | None:
+    """Runs the passes on a few of a program's equal layers. None where there are no such layers, or where the rewritten
+    ones are not equal, which the record says; `module` is as it was."""
     start = time.perf_counter()
-    layers = periods.find(module.graph)
-    if isinstance(layers, str):
-        if layers:
-            record.refuse(LAYERS_ONCE, module.graph.output_node(), layers)
+    found = layers.find(module.graph)
+    if isinstance(found, str):
+        if found:
+            record.refuse(LAYERS_ONCE, module.graph.output_node(), found)
         return None
     check = SpecCheck(module) if options.check else None
-    short = _make_graph_module(module, periods.shortened(layers))  # of the kind that `lower` asks for
+    short = _make_graph_module(module, layers.shortened(found))  # of the kind that `lower` asks for
     if watch is not None:
         watch(SHORTENED, short, None)
     between = time.perf_counter()
     records = _run_all(short, options, after_rules, watch)
     again = time.perf_counter()
-    first = layers.calls[layers.run.start]
-    why_not = periods.expand(layers, short.graph)
-    if why_not:
-        record.refuse(LAYERS_ONCE, first, why_not)
+    first = found.calls[found.run.start]
+    rolled = roll(short, found)
+    if isinstance(rolled, str):
+        record.refuse(LAYERS_ONCE, first, rolled)
     else:
-        module.graph = short.graph
-        record.fire(f"{LAYERS_ONCE}: {layers.run.count} equal layers, {periods.KEPT} compiled", first, [])
+        record.fire(f"{LAYERS_ONCE}: {found.run.count} equal layers, {layers.KEPT} compiled", first, [])
         if check is not None:
-            check.after(LAYERS_ONCE, module)
+            check.after(LAYERS_ONCE, rolled.whole)
     record.seconds = time.perf_counter() - again + between - start
     if watch is not None:
-        watch(LAYERS_ONCE, module, record)
-    return None if why_not else records
+        watch(LAYERS_ONCE, module if isinstance(rolled, str) else rolled.whole, record)
+    return None if isinstance(rolled, str) else (records, rolled)
 
 
 def run_pass(

@@ -59,6 +59,13 @@ IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops._c10d_functional.all_reduce.default: torch.ops._c10d_functional.all_reduce_.default,
 }
 """Operators that change their first argument's copy, and those of the same arguments that change it itself."""
+UPDATES: dict[Callable[..., Any], Callable[..., Any]] = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+}
+"""The same for arithmetic, which gains by it only where the program would copy its result back: a cache's count of its
+tokens, `count += n`."""
 VIEW_OF: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.select_scatter.default: aten.select.int,
     aten.slice_scatter.default: aten.slice.Tensor,
@@ -79,13 +86,18 @@ def run(module: fx.GraphModule, record: PassRecord) -> None:
             break
         if is_functionalized(node):
             writes.wrapped(node)
-        elif node.target in IN_PLACE:
+        elif node.target in IN_PLACE or (node.target in UPDATES and _is_copied_back(node)):
             writes.operator(node)
         elif node.target in VIEW_OF and _outer(node) is None:
             writes.scatter(node)
     refresh_aliases(graph)
     _drop_final_writes(graph)
     _drop_needless(graph, kept, record)
+
+
+def _is_copied_back(node: fx.Node) -> bool:
+    """Whether a result is what its first argument, an input of the program, holds in the end."""
+    return any(is_final_write(user) and list(user.args[:2]) == [node.args[0], node] for user in node.users)
 
 
 class _Writes:
@@ -103,7 +115,7 @@ class _Writes:
             return
         self._record.fire(name, node, [node])
         node.args = (old, *(self._separate(node, item, [value(old)]) for item in node.args[1:]))
-        node.target = IN_PLACE[node.target]  # type: ignore[index]
+        node.target = (IN_PLACE | UPDATES)[node.target]  # type: ignore[index]
         memory = _storages([node])
         node.meta["val"] = old.meta["val"]
         self._holders.become(memory, old)

@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,14 +82,37 @@ def nodes(graph: int) -> list[dict[str, Any]]:
     where they can't be told."""
     if not graph or _label_function() is None:
         return []
-    library = _library()
-    spans = np.zeros(library.hostRuntimeGraphNodes(graph, None, 0), SPAN)
-    library.hostRuntimeGraphNodes(graph, spans.ctypes.data, len(spans))
     texts = _Texts()
     return [
         {"name": texts[span["name"]], "stream": int(span["graph_stream"]), **texts.arguments(span["label"])}
-        for span in spans
+        for span in _nodes(graph)
     ]
+
+
+def label_nodes(graph: int, first: int, texts: Sequence[bytes]) -> None:
+    """Says what tasks of a captured graph belong to, from task number `first` on, as `label` would have.
+
+    Raises:
+        ValueError: the graph has not as many.
+    """
+    given = (ctypes.c_char_p * len(texts))(*texts)
+    if _library().hostRuntimeLabelNodes(graph, first, len(texts), given) != len(texts):
+        raise ValueError(f"graph {graph} has no {len(texts)} tasks behind number {first}")
+
+
+def labels(graph: int) -> list[bytes]:
+    """The label of each task of a captured graph, in their order; empty where they can't be told."""
+    if not graph or _label_function() is None:
+        return []
+    spans, texts = _nodes(graph), _Texts()
+    return [texts[number].encode() for number in spans["label"].tolist()]
+
+
+def _nodes(graph: int) -> Any:
+    library = _library()
+    spans = np.zeros(library.hostRuntimeGraphNodes(graph, None, 0), SPAN)
+    library.hostRuntimeGraphNodes(graph, spans.ctypes.data, len(spans))
+    return spans
 
 
 class _State:
@@ -164,6 +187,13 @@ def _library() -> ctypes.CDLL:
     library.hostRuntimeTraceText.restype = ctypes.c_size_t
     library.hostRuntimeLabel.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     library.hostRuntimeLabel.restype = ctypes.c_uint32
+    library.hostRuntimeLabelNodes.argtypes = [
+        ctypes.c_uint32,
+        ctypes.c_size_t,
+        ctypes.c_size_t,
+        ctypes.POINTER(ctypes.c_char_p),
+    ]
+    library.hostRuntimeLabelNodes.restype = ctypes.c_size_t
     library.hostRuntimeGraphNodes.argtypes = [ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t]
     library.hostRuntimeGraphNodes.restype = ctypes.c_size_t
     return library

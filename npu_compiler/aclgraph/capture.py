@@ -16,6 +16,7 @@ from npu_compiler.aclgraph.labels import Labels
 from npu_compiler.aclgraph.streams import StreamRunner
 from npu_compiler.errors import CaptureError
 from npu_compiler.graph.effects import host_dependence
+from npu_compiler.graph.rolled import Rolled
 from npu_compiler.graph.source import beginning, operator_name, where
 from npu_compiler.plan.schedule import StreamPlan
 
@@ -57,7 +58,7 @@ def refuse_uncapturable(graph: fx.Graph) -> None:
 
 
 def capture(
-    program: fx.GraphModule,
+    program: fx.GraphModule | Rolled,
     arguments: Sequence[Any],
     *,
     name: str,
@@ -116,6 +117,7 @@ def _capture(
             graph.capture_end()
         except RuntimeError as error:
             raise _failed(name, error, runner) from error
+    runner.label_repetitions()
     milliseconds = (time.perf_counter() - start) * 1e3
     return Captured(graph, list(outputs), milliseconds, (npu.memory_reserved() - reserved) / MIB, runner.graph_id)
 

@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 
+from npu_compiler.graph.rolled import Rolled, whole
 from npu_compiler.plan import memory
 from npu_compiler.plan.memory import MemoryPlan
 
@@ -18,18 +19,18 @@ class Forecast:
     """The memory of a program's captures.
 
     Args:
-        graph: the program.
+        program: the program.
         key: positions of the inputs that are sizes of the key, as in InputPlan.sizes.
     """
 
-    def __init__(self, graph: fx.Graph, key: Sequence[int]) -> None:
-        self._graph = graph
-        inputs = graph.find_nodes(op="placeholder")
+    def __init__(self, program: fx.GraphModule | Rolled, key: Sequence[int]) -> None:
+        self._program = program
+        inputs = program.graph.find_nodes(op="placeholder")
         self._symbols = [_symbol(inputs[position].meta.get("val")) for position in key]
 
     @functools.cached_property
     def _plan(self) -> MemoryPlan:
-        return memory.plan(self._graph)
+        return memory.plan(whole(self._program).graph)
 
     def pool_bytes(self, key: Sequence[Any]) -> int:
         """What the pool needs for a graph of these sizes: results and outputs, without inputs. 0 where the plan can't

@@ -17,6 +17,7 @@ from torch import fx
 from npu_compiler.aclgraph.sizes import deciding
 from npu_compiler.errors import DeviceError
 from npu_compiler.graph.effects import storage, tensors, written_storages
+from npu_compiler.graph.rolled import Rolled
 from npu_compiler.graph.source import first_use
 
 DEVICE = "npu"
@@ -43,19 +44,20 @@ class InputPlan:
     host: tuple[int, ...]
 
     @classmethod
-    def of(cls, graph: fx.Graph, stable: Sequence[int], names: Sequence[str]) -> InputPlan:
+    def of(cls, program: fx.GraphModule | Rolled, stable: Sequence[int], names: Sequence[str]) -> InputPlan:
         """Reads the plan off a program.
 
         Raises:
             DeviceError: a tensor in host memory is mixed with tensors on the device, or two devices are mixed.
         """
+        graph = program.graph
         placeholders = graph.find_nodes(op="placeholder")
         names = tuple(names) if len(names) == len(placeholders) else tuple(node.name for node in placeholders)
         values = [node.meta.get("val") for node in placeholders]
         on_device = {
             i for i, value in enumerate(values) if isinstance(value, torch.Tensor) and value.device.type == DEVICE
         }
-        written = written_inputs(graph) & on_device
+        written = written_inputs(program) & on_device
         fixed = (set(stable) & on_device) - written
         host = [
             i
@@ -73,13 +75,16 @@ class InputPlan:
         )
 
 
-def written_inputs(graph: fx.Graph) -> set[int]:
+def written_inputs(program: fx.GraphModule | Rolled) -> set[int]:
     """Positions of the inputs whose memory the program writes."""
-    owner: dict[int, int] = {}
-    for position, node in enumerate(graph.find_nodes(op="placeholder")):
-        for tensor in tensors(node):
-            owner[storage(tensor)] = position
-    return {owner[found] for node in graph.nodes for found in written_storages(node) if found in owner}
+    inputs = program.graph.find_nodes(op="placeholder")
+    owner = {storage(tensor): node for node in inputs for tensor in tensors(node)}
+    found = ((node, owner[key]) for node in program.graph.nodes for key in written_storages(node) if key in owner)
+    if isinstance(program, Rolled):
+        written = {there for node, of in found for there in program.inputs_of(node, of)}
+    else:
+        written = {of for _, of in found}
+    return {position for position, node in enumerate(inputs) if node in written}
 
 
 def _refuse_mixed(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from typing import Any
 
 import torch
 from torch import fx
 
+from npu_compiler.graph.rolled import Rolled, Stamped
 from npu_compiler.graph.running import CallByCall
 from npu_compiler.graph.source import operator_name, place
 from npu_compiler.runtime import trace
@@ -23,31 +25,47 @@ class Labels:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._texts: dict[fx.Node, bytes] = {}
+        self._texts: dict[str, bytes] = {}
 
-    def set(self, node: fx.Node, stream: Any) -> int:
-        """The tasks of `stream`, and of its capture, belong to `node` from now on. Returns the captured graph's id
+    def set(self, call: fx.Node | Stamped, stream: Any) -> int:
+        """The tasks of `stream`, and of its capture, belong to `call` from now on. Returns the captured graph's id
         (runtime.trace.label)."""
-        if node not in self._texts:
-            self._texts[node] = self._text(node)
-        return trace.label(stream, self._texts[node])
+        if call.name not in self._texts:
+            self._texts[call.name] = self._text(call)
+        return trace.label(stream, self._texts[call.name])
+
+    def repeat(self, graph_id: int, rolled: Rolled) -> None:
+        """Labels the tasks of a captured graph that repeat those of a rolled program's last period, call by call. Where
+        a repetition has other tasks, they all keep the label of its first call."""
+        said = [text.decode() for text in trace.labels(graph_id)]
+        tasks: dict[str, list[int]] = {}
+        for index, text in enumerate(said):
+            tasks.setdefault(text, []).append(index)
+        calls = [call for call in rolled.template for _ in tasks.get(self._texts[call.name].decode(), ())]
+        for times in rolled.repetitions:
+            first = rolled.stamped(rolled.template[0], times)
+            found = tasks.get(self._texts[first.name].decode(), [])
+            if len(found) == len(calls) and found[-1] - found[0] == len(found) - 1:
+                texts = [self._text(rolled.stamped(call, times)) for call in calls]
+                trace.label_nodes(graph_id, found[0], texts)
 
     def end(self, stream: Any) -> None:
         """The tasks of `stream`, and of its capture, belong to no call any more."""
         trace.label(stream, b"")
 
-    def _text(self, node: fx.Node) -> bytes:
-        found = place(node)
-        origin = node.meta.get("npu_origin") or {}
-        said = {
-            "graph": self.name,
-            "node": node.name,
-            "call": operator_name(node.target),
-            "module": found.module,
-            "source": found.code,
-            "pass": origin.get("pass", ""),
-        }
-        return json.dumps({name: text for name, text in said.items() if text}).encode()
+    def _text(self, call: fx.Node | Stamped) -> bytes:
+        found = place(call)
+        origin = call.meta.get("npu_origin") or {}
+        module = f'"module": {json.dumps(found.module)}, ' if found.module else ""
+        parts = (self.name, operator_name(call.target), found.code, origin.get("pass", ""))
+        return f'{{"node": "{call.name}", {module}{_of_equal_calls(*parts)}}}'.encode()
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_equal_calls(graph: str, call: str, source: str, made_by: str) -> str:
+    """What a label says of a call that equal layers have in common: it need not be written anew for each."""
+    said = {"graph": graph, "call": call, "source": source, "pass": made_by}
+    return json.dumps({name: text for name, text in said.items() if text})[1:-1]
 
 
 class Labeller(CallByCall):
@@ -60,11 +78,13 @@ class Labeller(CallByCall):
         stream: the one that is captured; None: the current one.
     """
 
-    def __init__(self, program: fx.GraphModule, labels: Labels, stream: Any = None) -> None:
+    def __init__(self, program: fx.GraphModule | Rolled, labels: Labels, stream: Any = None) -> None:
         super().__init__(program)
         self.graph_id = 0
         self._labels = labels
         self._stream = torch.npu.current_stream() if stream is None else stream
+        # Of a layer that is repeated only the start is labelled; `repeat` says the rest behind the capture.
+        self._starts = () if self._rolled is None else (self._rolled.template[0], *self._rolled.rest)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as failed:
@@ -79,8 +99,13 @@ class Labeller(CallByCall):
         with contextlib.suppress(RuntimeError):
             self._labels.end(self._stream)
 
+    def label_repetitions(self) -> None:
+        """Labels what `run` recorded of a rolled program's repeated layers, when the capture has ended."""
+        if self._rolled is not None and self.graph_id:
+            self._labels.repeat(self.graph_id, self._rolled)
+
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_function":
+        if n.op == "call_function" and (not self._times or n in self._starts):
             # This hands over what the call before left to torch_npu's queue: if that fails, `current` is still it.
-            self.graph_id = self._labels.set(n, self._stream) or self.graph_id
+            self.graph_id = self._labels.set(self.standing_for(n), self._stream) or self.graph_id
         return super().run_node(n)

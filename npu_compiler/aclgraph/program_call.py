@@ -11,6 +11,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from npu_compiler.aclgraph.labels import Labels
 from npu_compiler.aclgraph.streams import StreamRunner, Streams, summary
+from npu_compiler.graph.rolled import Rolled, whole
 from npu_compiler.graph.running import CallByCall, run
 from npu_compiler.runtime import trace
 
@@ -34,13 +35,17 @@ class ProgramCall:
     """
 
     def __init__(
-        self, program: fx.GraphModule, labels: Labels, streams: Streams | None = None, called_once: bool = False
+        self,
+        program: fx.GraphModule | Rolled,
+        labels: Labels,
+        streams: Streams | None = None,
+        called_once: bool = False,
     ) -> None:
         self.planned: dict[str, str] = {}
         self._program, self._labels, self._streams = program, labels, streams
         self._waits = called_once
         if not called_once:
-            _LazyGraphModule.force_recompile(program)
+            _LazyGraphModule.force_recompile(whole(program))
 
     def __call__(self, *args: Any) -> Any:
         capturing = torch.npu.is_current_stream_capturing()
@@ -49,7 +54,7 @@ class ProgramCall:
         if self._waits:
             self._waits = False
             return CallByCall(self._program).results(args)
-        return run(self._program, args)
+        return run(whole(self._program), args)
 
     def _runner(self, args: tuple[Any, ...], capturing: bool) -> StreamRunner:
         main = torch.npu.current_stream()

@@ -32,6 +32,7 @@ from npu_compiler.aclgraph.streams import Streams, summary
 from npu_compiler.config import Options
 from npu_compiler.errors import CaptureBudgetWarning
 from npu_compiler.graph.effects import draws_on_host, tensors
+from npu_compiler.graph.rolled import Rolled
 from npu_compiler.graph.source import beginning, first_use, where
 from npu_compiler.plan.schedule import StreamPlan
 from npu_compiler.reasons import Why
@@ -82,7 +83,7 @@ class Replayer:
 
     def __init__(
         self,
-        program: fx.GraphModule,
+        program: fx.GraphModule | Rolled,
         stable: Sequence[int],
         options: Options,
         name: str,
@@ -99,19 +100,19 @@ class Replayer:
         self._call = ProgramCall(program, self._labels, called_once=True)
         self._options = options
         self._name = name
-        self._plan = InputPlan.of(program.graph, stable, names)
+        self._plan = InputPlan.of(program, stable, names)
         self._why_not = _why_not(program.graph, self._plan, options)
         if not self._why_not:
             refuse_uncapturable(program.graph)
             self._device = _device(program.graph)
         self._numbers = NumberOutputs(program.graph, set(self._plan.sizes))
         self._returned_inputs = _returned_inputs(program.graph)
-        self._calls = sum(node.op == "call_function" for node in program.graph.nodes)
+        self._calls = _calls(program)
         self._allowed = frozenset(options.capture_sizes)
         self._graphs: OrderedDict[Key, Replayable] = OrderedDict()
         self._moves: Counter[int] = Counter()
         self._buffers = Buffers()
-        self._budget = Budget(options, Forecast(program.graph, self._plan.sizes), self._calls)
+        self._budget = Budget(options, Forecast(program, self._plan.sizes), self._calls)
         self._refused: dict[Key, Why] = {}  # shapes that don't fit into the budget, and what is said of each
         self._evicted: set[Key] = set()
         self._captured: Key | None = None  # the shape captured last
@@ -333,6 +334,13 @@ def _why_not(graph: fx.Graph, plan: InputPlan, options: Options) -> Why | None:
     if draw is not None:
         return reasons.HOST_RANDOM.said(f"{draw.target} ({where(draw)})")
     return None
+
+
+def _calls(program: fx.GraphModule | Rolled) -> int:
+    """How many calls a program makes."""
+    if isinstance(program, Rolled):
+        return program.calls
+    return sum(node.op == "call_function" for node in program.graph.nodes)
 
 
 def _device(graph: fx.Graph) -> int:

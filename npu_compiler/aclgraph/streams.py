@@ -12,6 +12,7 @@ from torch import fx
 
 from npu_compiler.aclgraph.labels import Labeller, Labels
 from npu_compiler.config import Options
+from npu_compiler.graph.rolled import Rolled
 from npu_compiler.plan.dependencies import Dependencies
 from npu_compiler.plan.estimate import sizes_of
 from npu_compiler.plan.happens_before import verify
@@ -79,7 +80,7 @@ class StreamRunner(Labeller):
     """
 
     def __init__(
-        self, program: fx.GraphModule, labels: Labels, plan: StreamPlan | None, streams: Sequence[Any]
+        self, program: fx.GraphModule | Rolled, labels: Labels, plan: StreamPlan | None, streams: Sequence[Any]
     ) -> None:
         super().__init__(program, labels, streams[MAIN])
         self._plan, self._streams = plan, streams

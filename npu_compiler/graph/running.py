@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from npu_compiler.graph.rolled import Rolled, Stamped, held
 from npu_compiler.graph.source import operator_name, where
 
 ALONE = (
@@ -29,17 +32,77 @@ def run(program: fx.GraphModule, args: Sequence[Any]) -> Any:
     return _run(program, *args)
 
 
-class CallByCall(fx.Interpreter):
-    """Runs a program call by call.
+_NESTED = frozenset((tuple, list, dict, slice, immutable_list, immutable_dict))
+"""Kinds of arguments that may hold results of other calls."""
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """How the last period of a rolled program runs once more for each layer left out.
 
     Attributes:
-        current: the node being run.
+        head, rest: the calls before the last period, and behind it.
+        carried: what the period reads of the one before it: that result there, and the same of its own.
+        inputs: the inputs of a layer that the period reads, and `inputs_of_rest`, the rest.
+        gone: values that nobody reads behind a call of the period; `gone_at_last` in its last repetition.
     """
 
-    def __init__(self, program: fx.GraphModule) -> None:
-        super().__init__(program)
+    head: tuple[fx.Node, ...]
+    rest: tuple[fx.Node, ...]
+    carried: tuple[tuple[fx.Node, fx.Node], ...]
+    inputs: tuple[fx.Node, ...]
+    inputs_of_rest: tuple[fx.Node, ...]
+    gone: Mapping[fx.Node, Sequence[fx.Node]]
+    gone_at_last: Mapping[fx.Node, Sequence[fx.Node]]
+
+    @classmethod
+    def of(cls, rolled: Rolled) -> Repetition | None:
+        """None for a program that has to be written out to be run: calls behind its layers are repeated too, names tell
+        its layers apart, it returns an input of a layer, or a period reads more than the one before it."""
+        nodes = list(rolled.graph.nodes)
+        first = nodes.index(rolled.template[0])
+        head, rest = tuple(nodes[:first]), tuple(nodes[first + rolled.length :])
+        own = set(rolled.template)
+        before = dict(zip(rolled.periods[-2 * rolled.length : -rolled.length], rolled.template, strict=True))
+        early = set(rolled.periods[: -2 * rolled.length])
+        last_reader = {source: node for node in rolled.template for source in node.all_input_nodes}
+        in_rest = {source for node in rest for source in node.all_input_nodes}
+        layer_of = rolled.bindings.layer_of
+        named = any(isinstance(binding, str) for binding in layer_of)
+        returned = any(source in layer_of for source in rolled.graph.output_node().all_input_nodes)
+        if rolled.tail or named or returned or in_rest & before.keys() or early & (last_reader.keys() | in_rest):
+            return None
+        carried = tuple((there, here) for there, here in before.items() if there in last_reader)
+        kept = {here for _, here in carried}
+        gone: dict[fx.Node, list[fx.Node]] = {}
+        gone_at_last: dict[fx.Node, list[fx.Node]] = {}
+        for source, node in last_reader.items():
+            if source in before or (source in own and source not in kept):
+                gone.setdefault(node, []).append(source)
+            if source in before or (source.op == "call_function" and source not in in_rest):
+                gone_at_last.setdefault(node, []).append(source)
+        inputs = tuple(source for source in last_reader if source in layer_of)
+        return cls(head, rest, carried, inputs, tuple(in_rest & layer_of.keys()), gone, gone_at_last)  # type: ignore[arg-type]
+
+
+class CallByCall(fx.Interpreter):
+    """Runs a program call by call."""
+
+    def __init__(self, program: fx.GraphModule | Rolled) -> None:
+        super().__init__(held(program))
         self.extra_traceback = False
-        self.current: fx.Node | None = None
+        self._rolled = program if isinstance(program, Rolled) else None
+        self._node: fx.Node | None = None
+        self._times = 0  # how many layers on of its own a call is repeated
+
+    @property
+    def current(self) -> fx.Node | Stamped | None:
+        """The call that runs."""
+        return None if self._node is None else self.standing_for(self._node)
+
+    def standing_for(self, n: fx.Node) -> fx.Node | Stamped:
+        """The call of the whole program that a node is just now."""
+        return n if self._rolled is None else self._rolled.stamped(n, self._times)
 
     def results(self, args: Sequence[Any]) -> Any:
         """As `run` of this module, without code of the program: worth it for one call."""
@@ -49,13 +112,50 @@ class CallByCall(fx.Interpreter):
             note(error, self.current)
             raise
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What the program returns; `kwargs` as the interpreter takes them."""
+        return super().run(*args, **kwargs) if self._rolled is None else self._run_rolled(self._rolled, args)
+
+    def _run_rolled(self, rolled: Rolled, args: Sequence[Any]) -> Any:
+        repetition = Repetition.of(rolled)
+        assert repetition is not None, "a program that can't be run rolled is written out"
+        inputs = dict(zip(rolled.graph.find_nodes(op="placeholder"), args, strict=True))
+        self.env: dict[fx.Node, Any] = {}
+        self.args_iter, self._times = iter(args), 0
+        self._run_calls(repetition.head, self.user_to_last_uses)
+        gone = repetition.gone
+        for times in (0, *rolled.repetitions):
+            self._times = times
+            if times:
+                for there, here in repetition.carried:
+                    self.env[there] = self.env.pop(here)
+                for leaf in repetition.inputs:
+                    self.env[leaf] = inputs[rolled.bindings.shifted(leaf, times)]
+            if times == rolled.bindings.left_out:
+                gone = repetition.gone_at_last
+            self._run_calls(rolled.template, gone)
+        for leaf in repetition.inputs_of_rest:
+            self.env[leaf] = inputs[rolled.bindings.shifted(leaf, self._times)]
+        self._run_calls(repetition.rest, self.user_to_last_uses)
+        return self.env[rolled.graph.output_node()]
+
+    def _run_calls(self, calls: Sequence[fx.Node], gone: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
+        """Runs calls one after the other; behind each lets go of the values `gone`."""
+        for node in calls:
+            self.env[node] = self.run_node(node)
+            for value in gone.get(node, ()):
+                self.env.pop(value, None)
+
     def run_node(self, n: fx.Node) -> Any:
-        self.current = n
+        self._node = n
         return self.call(n)
 
     def call(self, n: fx.Node) -> Any:
-        """Runs a node: as the interpreter's own `run_node`, which also notes the node for calls that are traced, in
-        half of its time."""
+        """Runs a node: as the interpreter's own `run_node`, which also notes the node for calls that are traced and
+        looks into every argument, in a third of its time."""
+        if n.op == "call_function" and not n.kwargs and _NESTED.isdisjoint(map(type, n.args)):
+            env = self.env
+            return n.target(*[env[item] if type(item) is fx.Node else item for item in n.args])  # type: ignore[operator]
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return getattr(self, n.op)(n.target, args, kwargs)
 
@@ -68,7 +168,7 @@ def _run(program: fx.GraphModule, *args: Any) -> Any:
         raise
 
 
-def note(error: BaseException, node: fx.Node | None) -> None:
+def note(error: BaseException, node: fx.Node | Stamped | None) -> None:
     """Notes on an error which call it came from; nothing where that is not known."""
     if node is not None:
         error.add_note(f"  in: {operator_name(node.target)} ({node.name})\n  where: {where(node)}\n  fix: {ALONE}")

@@ -17,11 +17,15 @@ import torch
 from torch import fx
 from torch._library.opaque_object import is_opaque_value_type
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map
 
 from npu_compiler.graph.effects import has_fixed_layout, has_unknown_size, storage, tensors, value
+from npu_compiler.graph.layers import Bindings
 from npu_compiler.graph.once import ONCE
+from npu_compiler.graph.periods import Run
+from npu_compiler.graph.rolled import Origins, Rolled
 from npu_compiler.graph.source import where
 from npu_compiler.graph.values import like
 
@@ -62,7 +66,18 @@ class _Inferred(NamedTuple):
     storages: tuple[int, ...]
 
 
-def dumps(program: fx.GraphModule) -> bytes:
+class _Rolled(NamedTuple):
+    """A rolled program without its calls, which are numbers: see Rolled."""
+
+    bindings: tuple[int, Mapping[Any, Any], Mapping[Any, int]]
+    origins: tuple[tuple[int, int, int], tuple[str, ...], Sequence[str]]
+    length: int
+    periods: Sequence[int]
+    tail: Sequence[int]
+    rest: Sequence[int]
+
+
+def dumps(program: fx.GraphModule | Rolled) -> bytes:
     """The program as bytes.
 
     Raises:
@@ -74,10 +89,11 @@ def dumps(program: fx.GraphModule) -> bytes:
             calls.append(writer.call(node))
         except NotStorable as reason:
             raise NotStorable(f"{reason} ({where(node)})") from None
-    return pickle.dumps((writer.inputs, calls), protocol=5)
+    rolled = writer.rolled(program) if isinstance(program, Rolled) else None
+    return pickle.dumps((writer.inputs, calls, rolled), protocol=5)
 
 
-def loads(data: bytes, inputs: Sequence[Any]) -> fx.GraphModule:
+def loads(data: bytes, inputs: Sequence[Any]) -> fx.GraphModule | Rolled:
     """The program that `dumps` wrote.
 
     Args:
@@ -86,12 +102,13 @@ def loads(data: bytes, inputs: Sequence[Any]) -> fx.GraphModule:
     Raises:
         AttributeError: an operator of the program is not there.
     """
-    written, calls = pickle.loads(data)
+    written, calls, rolled = pickle.loads(data)
     reader = _Reader(written, inputs)
     with unset_fake_temporarily():
         for call in calls:
             reader.add(*call)
-    return fx.GraphModule(torch.nn.Module(), reader.graph)
+    program = _make_graph_module(torch.nn.Module(), reader.graph)
+    return program if rolled is None else reader.rolled(program, rolled)
 
 
 class _Storages:
@@ -140,6 +157,21 @@ class _Writer:
         args, kwargs = self._argument(node.args), self._argument(node.kwargs)
         self._positions[node] = _Node(len(self._positions))
         return node.op, node.name, target, args, kwargs, meta, value_of
+
+    def rolled(self, program: Rolled) -> _Rolled:
+        """What a rolled program is besides the calls that it holds."""
+        positions = self._positions
+        after = {self._argument(one): self._argument(two) for one, two in program.bindings.after.items()}
+        layer_of = {self._argument(one): layer for one, layer in program.bindings.layer_of.items()}
+        traces = [self._once(places.get("stack_trace", "")) for places in program.origins.places]
+        run = program.origins.run
+        parts = ([positions[node].position for node in part] for part in (program.periods, program.tail, program.rest))
+        return _Rolled(
+            (program.bindings.layers, after, layer_of),
+            ((run.start, run.length, run.count), program.origins.names, traces),
+            program.length,
+            *parts,
+        )
 
     def _once(self, item: Any) -> Any:
         return self._equal.setdefault(item, item) if isinstance(item, (str, tuple)) else item
@@ -223,6 +255,20 @@ class _Reader:
         elif op != "output":
             node.meta["val"] = self._value(node, value_of)
         self._nodes.append(node)
+
+    def rolled(self, program: fx.GraphModule, written: _Rolled) -> Rolled:
+        """The rolled program that `_Writer.rolled` wrote."""
+        layers, after, layer_of = written.bindings
+        bindings = Bindings(
+            layers,
+            {self._argument(one): self._argument(two) for one, two in after.items()},
+            {self._argument(one): layer for one, layer in layer_of.items()},
+        )
+        run, names, traces = written.origins
+        origins = Origins(Run(*run), names, tuple({"stack_trace": trace} if trace else {} for trace in traces))
+        parts = (tuple(self._nodes[at] for at in part) for part in (written.periods, written.tail, written.rest))
+        periods, tail, rest = parts
+        return Rolled(program, bindings, origins, periods, written.length, tail, rest)
 
     def _argument(self, item: Any) -> Any:
         kind = type(item)

@@ -8,13 +8,24 @@ import operator
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import fx
 
+
+class Placed(Protocol):
+    """What has a place in the user's model: an fx node, or what stands for one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def meta(self) -> dict[str, Any]: ...
+
+
 TIMES = "npu_times"
-"""Metadata of a call that stands for as many equal ones, one a layer (graph/periods.py); no entry is one."""
+"""Metadata of a call that stands for as many equal ones, one a layer (graph/layers.py); no entry is one."""
 _ROOT = re.compile(r"[LG]\['\w+'\](?:\[[^\]]+\])*\.?")
 """What Dynamo puts before the path: the variable that holds the model, whatever its name, and its key there."""
 _CHILD = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
@@ -48,7 +59,7 @@ class Place:
         return " at ".join(part for part in (self.module, self.code) if part)
 
 
-def place(node: fx.Node) -> Place:
+def place(node: Placed) -> Place:
     """The place that made `node`: its innermost module, and the innermost line of code."""
     return Place(_module_path(node), *_innermost(node.meta.get("stack_trace") or ""))
 
@@ -61,7 +72,7 @@ def _innermost(trace: str) -> tuple[str, int, str, str]:
     return file, int(line), function, text.strip()
 
 
-def where(node: fx.Node) -> str:
+def where(node: Placed) -> str:
     """Module path and source line of `node` in one string, or the node's name where neither is known."""
     return str(place(node)) or f"node {node.name}"
 
@@ -112,7 +123,7 @@ def module_paths(node: fx.Node) -> list[str]:
     return [_plain(entry[0]) for entry in stack.values() if isinstance(entry, tuple) and entry and entry[0]]
 
 
-def _module_path(node: fx.Node) -> str:
+def _module_path(node: Placed) -> str:
     entries = reversed((node.meta.get("nn_module_stack") or {}).values())
     return next((_plain(entry[0]) for entry in entries if isinstance(entry, tuple) and entry and entry[0]), "")
 

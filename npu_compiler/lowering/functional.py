@@ -28,6 +28,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from npu_compiler.errors import TrainingWarning
+from npu_compiler.graph.rolled import Rolled
 from npu_compiler.graph.running import caller
 from npu_compiler.graph.source import beginning
 
@@ -43,14 +44,14 @@ class Functional:
     """A lowered graph.
 
     Attributes:
-        graph: the functional program; placeholders are tensors and sizes (SymInt).
+        graph: the functional program; placeholders are tensors and sizes (SymInt). Rolled up only behind the passes.
         inputs: the fake inputs, in placeholder order.
         stable: indices of inputs whose address does not change between calls: parameters, buffers, tensors marked with
             torch._dynamo.mark_static_address, and values computed once.
         convention: what AOTAutograd does around the graph at each call, as text; empty where it only calls it.
     """
 
-    graph: fx.GraphModule
+    graph: fx.GraphModule | Rolled
     inputs: list[Any]
     stable: tuple[int, ...]
     convention: str = ""

@@ -14,12 +14,13 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from npu_compiler.graph.effects import is_pure, written_storages
+from npu_compiler.graph.rolled import Rolled
 from npu_compiler.graph.traffic import is_view, launches
 from npu_compiler.plan import amounts
 from npu_compiler.plan.accesses import HIDDEN, Accesses, accesses
@@ -67,23 +68,87 @@ def arrange(graph: fx.Graph, device: str = DEVICE) -> Arrangement:
         device: the device type whose memory counts.
     """
     start = time.perf_counter()
-    nodes = list(graph.nodes)
-    of = amounts_of(graph)
-    storages = Storages(nodes, device)
-    needs = _needs(nodes)
-    orders = {
-        PROGRAM: nodes,
-        "last use first": _last_use_first(nodes, needs, of, storages),
-        "depth first": _depth_first(nodes, needs),
-        "breadth first": _breadth_first(nodes, needs),
-    }
-    sums = {name: _live(order, of, storages) for name, order in orders.items()}
-    peaks = {name: max(map(of.typical, sums[name]), default=0) for name in orders}
-    safe = [name for name in orders if name == PROGRAM or amounts.never_more(sums[name], sums[PROGRAM])]
-    winner = min(safe, key=peaks.__getitem__)  # the first of equals
+    memory = _Memory(graph, device)
+    winner, peaks = memory.choose()
     if winner != PROGRAM:
-        _put(graph, orders[winner])
-    return Arrangement(winner, peaks, of.typical_sizes, time.perf_counter() - start)
+        _put(graph, memory.orders[winner])
+    return Arrangement(winner, peaks, memory.amounts.typical_sizes, time.perf_counter() - start)
+
+
+def arrange_rolled(rolled: Rolled, device: str = DEVICE) -> tuple[Arrangement, Rolled] | None:
+    """`arrange` for a rolled program, whose calls that are held are put into the order that is best for all.
+
+    That is told from the calls that are held where no layer leaves memory behind, in either order: then all repetitions
+    need what the last period but one needs, and the peak of these calls is the program's.
+
+    Returns:
+        What was done, and the program behind it; None where it can't be told: nothing was done.
+    """
+    start = time.perf_counter()
+    memory = _Memory(rolled.graph, device, rolled)
+    winner, peaks = memory.choose()
+    if not memory.is_steady(memory.orders[PROGRAM], rolled):
+        return None
+    done = Arrangement(winner, peaks, memory.amounts.typical_sizes, time.perf_counter() - start)
+    if winner == PROGRAM:
+        return done, rolled
+    _put(rolled.graph, memory.orders[winner])
+    again = rolled.proven_again()
+    if isinstance(again, str) or not memory.is_steady(memory.orders[winner], again):
+        _put(rolled.graph, memory.orders[PROGRAM])
+        return None
+    return done, again
+
+
+class _Memory:
+    """What orders of a program need.
+
+    Attributes:
+        orders: those that are tried. `amounts`: of its memory.
+    """
+
+    def __init__(self, graph: fx.Graph, device: str, rolled: Rolled | None = None) -> None:
+        nodes = list(graph.nodes)
+        self.amounts = amounts_of(graph)
+        self._storages = Storages(nodes, device)
+        needs = _needs(nodes)
+        part_of = _parts(rolled) if rolled is not None else {}
+        last_use_first = _last_use_first(nodes, needs, self.amounts, self._storages, part_of)
+        self.orders = {PROGRAM: nodes, "last use first": last_use_first}
+        if rolled is None:  # these two carry calls from layer to layer
+            self.orders["depth first"] = _depth_first(nodes, needs)
+            self.orders["breadth first"] = _breadth_first(nodes, needs)
+
+    def choose(self) -> tuple[str, dict[str, int]]:
+        """The best order that is proven to need no more than the program's own, and the bytes that each needs."""
+        sums = {name: _live(order, self.amounts, self._storages) for name, order in self.orders.items()}
+        peaks = {name: max(map(self.amounts.typical, sums[name]), default=0) for name in self.orders}
+        safe = [name for name in self.orders if name == PROGRAM or amounts.never_more(sums[name], sums[PROGRAM])]
+        return min(safe, key=peaks.__getitem__), peaks  # the first of equals
+
+    def is_steady(self, order: Sequence[fx.Node], rolled: Rolled) -> bool:
+        """Whether as much is alive behind the last period but one as behind the period before it. (Behind the last one
+        that is gone which all layers read.)"""
+        last = order.index(rolled.periods[-1 - rolled.length])
+        before = order.index(rolled.periods[-1 - 2 * rolled.length])
+        found = self._storages.lifetimes(order)
+        alive = [
+            [self.amounts.room(lifetime.bytes) for lifetime in found if lifetime.first <= place < lifetime.last]
+            for place in (before, last)
+        ]
+        return sorted(alive[0]) == sorted(alive[1])
+
+
+def _parts(rolled: Rolled) -> dict[fx.Node, int]:
+    """Which part of a rolled program each call is in: 0 in front of the periods, then each period, then the rest."""
+    found = {node: index // rolled.length + 1 for index, node in enumerate(rolled.periods)}
+    behind = len(rolled.periods) // rolled.length + 1
+    seen = False
+    for node in rolled.graph.nodes:
+        seen = seen or node is rolled.periods[-1]
+        if seen and node not in found:
+            found[node] = behind
+    return found
 
 
 def _put(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
@@ -181,9 +246,17 @@ def _depth_first(nodes: Sequence[fx.Node], needs: dict[fx.Node, list[fx.Node]]) 
 
 
 def _last_use_first(
-    nodes: Sequence[fx.Node], needs: dict[fx.Node, list[fx.Node]], of: Amounts, storages: Storages
+    nodes: Sequence[fx.Node],
+    needs: dict[fx.Node, list[fx.Node]],
+    of: Amounts,
+    storages: Storages,
+    part_of: Mapping[fx.Node, int],
 ) -> list[fx.Node]:
-    """A list schedule: of the calls that can run, the one that adds the least memory; the earliest of equals."""
+    """A list schedule: of the calls that can run, the one that adds the least memory; the earliest of equals.
+
+    Args:
+        part_of: numbers of the program's parts, in order, of which no call leaves its own; 0 where there is none.
+    """
     position = {node: index for index, node in enumerate(nodes)}
     weight = {key: of.typical(of.room(size)) for made in storages.made.values() for key, size in made}
     takes = {node: sum(weight[key] for key, _ in made) for node, made in storages.made.items()}
@@ -192,15 +265,15 @@ def _last_use_first(
     followers = _followers(needs)
     missing = {node: len(before) for node, before in needs.items()}
 
-    def cost(node: fx.Node) -> tuple[int, int]:
+    def cost(node: fx.Node) -> tuple[int, int, int]:
         frees = sum(weight[key] for key in touches[node] if len(left[key]) == 1)
-        return takes.get(node, 0) - frees, position[node]
+        return part_of.get(node, 0), takes.get(node, 0) - frees, position[node]
 
     ready = [cost(node) for node in nodes if not missing[node]]
     heapq.heapify(ready)
     done: dict[fx.Node, None] = {}
     while ready:
-        _, index = heapq.heappop(ready)
+        *_, index = heapq.heappop(ready)
         node = nodes[index]
         if node in done:  # it was put in again when it had become cheaper
             continue

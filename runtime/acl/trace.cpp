@@ -208,6 +208,19 @@ HOST_RUNTIME_API uint32_t hostRuntimeLabel(aclrtStream handle, const char* label
   return stream->capture->graph->id;
 }
 
+/// What `count` nodes of a captured graph belong to, from node `first` on: in the place of what the capture's
+/// labels said. Returns how many were labelled: none where the graph has fewer.
+HOST_RUNTIME_API size_t hostRuntimeLabelNodes(uint32_t graph_id, size_t first, size_t count,
+                                              const char* const* labels) {
+  const auto graph = find_graph_by_id(graph_id);
+  if (!graph || !graph->finished.load() || labels == nullptr) return 0;
+  if (first > graph->nodes.size() || count > graph->nodes.size() - first) return 0;
+  for (size_t i = 0; i < count; ++i) {
+    graph->nodes[first + i].label = trace::text_id(labels[i]);
+  }
+  return count;
+}
+
 /// The nodes of a captured graph as spans without times; returns how many it has. `modelRI` as torch_npu has
 /// it.
 HOST_RUNTIME_API size_t hostRuntimeGraphNodes(uint32_t graph_id, trace::Span* out, size_t capacity) {

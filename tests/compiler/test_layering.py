@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "backend": {
         *(
             "cache",
+            "compiled",
             "dumps",
+            "key",
             "watching",
             "lowering",
             "passes",
@@ -34,6 +36,8 @@ MAY_IMPORT = {
             "inspect",
         )
     },
+    "compiled": {"watching", "passes", "plan", "aclgraph", "graph", "fusion_kernels"},
+    "key": {"passes", "graph", "fusion_kernels"},
     "watching": {"passes", "aclgraph", "fusion_kernels"},
     "dumps": {"inspect", "passes"},
     "commands": {"inspect", "cache", "doctor"},

@@ -189,6 +189,36 @@ def test_index_copy_whose_old_value_is_read_stays() -> None:
     assert torch.equal(program.graph(cache, position, key)[0], write(cache, position, key))
 
 
+def test_count_that_is_updated() -> None:
+    def step(x: Tensor, count: Tensor) -> Tensor:
+        places = torch.arange(3) + count
+        count += 3
+        return x[places]
+
+    program = Compiled(step, torch.rand(8), torch.tensor(2))
+    assert program.calls.count("aten.add_.Tensor") == 1
+    assert "aten.copy_.default" not in program.calls
+
+
+def test_count_whose_old_value_is_read_later_is_copied_back() -> None:
+    def step(x: Tensor, count: Tensor) -> Tensor:
+        before = count.clone()
+        count += 3
+        return x[torch.arange(3) + before + count]
+
+    program = Compiled(step, torch.rand(16), torch.tensor(2))
+    assert program.calls[-1] == "aten.copy_.default"
+    assert "the old value is read later" in program.reasons
+
+
+def test_sum_of_two_inputs_is_no_update() -> None:
+    def step(x: Tensor, y: Tensor) -> None:
+        x.copy_(y + x)
+
+    program = Compiled(step, torch.rand(8), torch.rand(8))
+    assert program.calls == ["aten.add.Tensor", "aten.copy_.default"]
+
+
 def test_index_put_into_a_cache(operators: torch.library.Library) -> None:
     def write(cache: torch.Tensor, position: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         cache[position] = key
