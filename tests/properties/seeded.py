@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis.strategies import SearchStrategy
 
-from tests.properties.decode import Drawn
-
+Numbers = TypeVar("Numbers")
+"""What a program is made of."""
 SEED = int(os.environ.get("NPU_COMPILER_SEED", "0"))
 PHASES = (Phase.generate, Phase.shrink)
 """Without `explain`: it traces every line of torch, and a failure takes minutes; the shrunk program is a value."""
 
 
 def try_all(
-    check: Callable[[Drawn], None],
-    programs: SearchStrategy[Drawn],
+    check: Callable[[Numbers], None],
+    programs: SearchStrategy[Numbers],
     count: int,
     number: int,
     suppress: Sequence[HealthCheck] = (),
@@ -40,7 +41,7 @@ def try_all(
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, *suppress],
     )
     @given(programs)
-    def run(numbers: Drawn) -> None:
+    def run(numbers: Numbers) -> None:
         note(f"NPU_COMPILER_SEED={SEED}")
         check(numbers)
 
