@@ -335,12 +335,15 @@ def _serve_once(
 ) -> Callable[..., Any]:
     """`serve`, with what is computed once taken out of the program and handed to it as inputs."""
     rolls = captures and _runs_rolled(functional.graph, compiled.options, dump)
-    compiled.program = functional.graph if rolls else whole(functional.graph)
-    functional = replace(functional, graph=compiled.program)
-    program = held(compiled.program)
+    chosen = functional.graph if rolls else whole(functional.graph)
+    program = held(chosen)
     plans = agreement.planned(program.graph)
     compiled.weights = weight_layout.planned(program.graph, compiled.options.weight_nz)
     part = compiled.constants = once.split(program)
+    compiled.program = (
+        replace(chosen) if isinstance(chosen, Rolled) else chosen
+    )  # what was written out had the constants
+    functional = replace(functional, graph=compiled.program)
     _show_code("ascend final", program)
     if watch is not None:
         watch("final", whole(compiled.program), None)
