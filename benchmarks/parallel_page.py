@@ -61,10 +61,11 @@ def conditions(found: Record) -> str:
     """When a part was measured, and how undisturbed."""
     about, records = found["about"], found["records"]
     noisy = any(record["noisy"] for record in records)
+    how = "".join((", --quick" * about["quick"], ", disturbed rounds counted" * noisy))
     return (
-        f"Measured {about['time']} in {about['seconds']:.0f} s, compiler {about['compiler'][:12]}; at least "
-        f"{min(record['rounds'] for record in records)} rounds{', disturbed ones counted' * noisy}; other programs "
-        f"took {about['others']:.0%} of the machine{': times are rough' * kept.loaded(dict(found))}."
+        f"Measured {about['time']} in {about['seconds']:.0f} s{how}, compiler {about['compiler'][:12]}; at least "
+        f"{min(record['rounds'] for record in records)} rounds; other programs took {about['others']:.0%} of the "
+        f"machine{': times are rough' * kept.loaded(dict(found))}."
     )
 
 

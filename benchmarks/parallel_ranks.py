@@ -72,7 +72,7 @@ def main() -> None:
 
     folder, rank, ranks, part = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     quick = sys.argv[5] == "True"
-    settings = Settings.quick() if quick else Settings(round_seconds=0.12)
+    settings = Settings.quick() if quick else Settings(round_seconds=0.12, attempts=18)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Blocks of two gated MLPs of the same norm, as a shared expert and a routed one are: on two streams and on one."""
+"""Blocks of two branches of the same norm, as a shared expert and a routed one are: on two streams and on one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from benchmarks.harness import Contestant, Factory, Goal, Row
 from benchmarks.row_decode_step import contestant
 from npu_compiler.backend import AscendBackend
 
-LAYERS, HIDDEN, INNER, ROWS = 4, 128, 128, 64
-"""Products small enough that, by the estimate, one leaves half of the matrix unit to another."""
+LAYERS, DEPTH, HIDDEN, INNER, ROWS = 4, 4, 128, 128, 128
+"""Products small enough that, by the estimate, one leaves half of the matrix unit to another; a branch has DEPTH times
+two of them, so that it lasts longer than it takes to wake a thread."""
 WAYS: dict[str, dict[str, Any]] = {"two streams": {"multistream": "auto", "stream_limit": 2}, "one stream": {}}
 """Compile options of the contestants on the device."""
 
@@ -34,14 +35,14 @@ class Gated(nn.Module):
 
 
 class Blocks(nn.Module):
-    """A residual stream [rows, hidden] to which each block adds two MLPs of its norm."""
+    """A residual stream [rows, hidden] to which each block adds two branches of its norm, DEPTH MLPs each."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.norms = nn.ModuleList(nn.RMSNorm(HIDDEN, eps=1e-6) for _ in range(LAYERS))
-        self.shared = nn.ModuleList(Gated() for _ in range(LAYERS))
-        self.routed = nn.ModuleList(Gated() for _ in range(LAYERS))
+        self.shared = nn.ModuleList(nn.Sequential(*(Gated() for _ in range(DEPTH))) for _ in range(LAYERS))
+        self.routed = nn.ModuleList(nn.Sequential(*(Gated() for _ in range(DEPTH))) for _ in range(LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:
         for norm, shared, routed in zip(self.norms, self.shared, self.routed, strict=True):
@@ -92,7 +93,7 @@ def rows() -> list[Row]:
     return [
         Row(
             name="two_streams",
-            title=f"{LAYERS} blocks of two MLPs, hidden {HIDDEN}, inner {INNER}, {ROWS} rows, float32",
+            title=f"{LAYERS} blocks of 2 x {DEPTH} MLPs, {ROWS} rows, hidden {HIDDEN}, inner {INNER}, float32",
             unit="us",
             contestants={
                 **{name: on_npu(name) for name in WAYS},

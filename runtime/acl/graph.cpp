@@ -65,17 +65,19 @@ std::shared_ptr<GraphStream> Graph::add_stream(int32_t origin_id) {
 }
 
 Node& Graph::add_node(size_t stream, TaskPtr task, aclmdlRITaskType type) {
-  nodes.push_back(Node{std::move(task), stream, nodes.size(), type, -1, nullptr, "", true, 0});
+  nodes.push_back(Node{std::move(task), stream, nodes.size(), type, -1, nullptr, "", true, false, 0});
   streams[stream]->nodes.push_back(nodes.back().index);
   return nodes.back();
 }
 
 void Graph::finish() {
   order_ = std::make_unique<std::atomic<Task*>[]>(nodes.size());
-  for (const Node& node : nodes) {
+  for (Node& node : nodes) {
     order_[node.index].store(node.task.get(), std::memory_order_relaxed);
-    if (dynamic_cast<WaitingTask*>(node.task.get()) != nullptr) blocking_.push_back(node.index);
+    node.blocks = dynamic_cast<WaitingTask*>(node.task.get()) != nullptr;
+    if (node.blocks) blocking_.push_back(node.index);
   }
+  if (SideBySide::pays(*this)) side_by_side_ = std::make_unique<SideBySide>(*this);
   finished.store(true);
 }
 
@@ -120,6 +122,11 @@ void Graph::run_range(size_t from, size_t to) {
   }
 }
 
+bool Graph::ready(size_t index) const {
+  const auto* waiting = dynamic_cast<WaitingTask*>(order_[index].load(std::memory_order_acquire));
+  return waiting == nullptr || waiting->ready();
+}
+
 void Graph::run_in_order() {
   size_t done = 0;
   for (const size_t blocker : blocking_) {
@@ -127,8 +134,7 @@ void Graph::run_in_order() {
     done = blocker;
     // With one stream, whatever is waited for comes from outside. With several it may be a later node of this
     // graph.
-    const auto* waiting = dynamic_cast<WaitingTask*>(order_[blocker].load(std::memory_order_acquire));
-    if (streams.size() > 1 && waiting != nullptr && !waiting->ready()) return run_cooperatively(done);
+    if (streams.size() > 1 && !ready(blocker)) return run_cooperatively(done);
   }
   run_range(done, nodes.size());
 }
@@ -148,8 +154,7 @@ void Graph::run_cooperatively(size_t from) {
         const Node& node = nodes[own[next[s]]];
         if (done[node.index]) continue;
         if (node.awaits >= 0 && !done[static_cast<size_t>(node.awaits)]) break;
-        const auto* waiting = dynamic_cast<WaitingTask*>(order_[node.index].load(std::memory_order_acquire));
-        if (waiting != nullptr && !waiting->ready()) break;
+        if (node.blocks && !ready(node.index)) break;
         run_range(node.index, node.index + 1);
         done[node.index] = true;
         progress = true;
@@ -173,7 +178,9 @@ void Graph::run() {
     retired_.clear();
     has_retired_.store(false, std::memory_order_release);
   }
-  if (blocking_.empty()) {
+  if (side_by_side_) {
+    side_by_side_->run(running_stream()->helpers());
+  } else if (blocking_.empty()) {
     run_range(0, nodes.size());
   } else {
     run_in_order();

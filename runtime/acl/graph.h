@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "runtime/acl/event.h"
+#include "runtime/acl/side_by_side.h"
 #include "runtime/acl/stream.h"
 
 namespace host_runtime {
@@ -39,7 +40,8 @@ struct Node {
   std::shared_ptr<TaskGroup> group;
   std::string operator_info;
   bool enabled = true;
-  uint32_t label = 0;  ///< what it belongs to, by the capture's labels (trace.h)
+  bool blocks = false;  ///< may wait for something outside of the graph
+  uint32_t label = 0;   ///< what it belongs to, by the capture's labels (trace.h)
 };
 
 /// A stream of the graph's own: captured streams go on living without the graph.
@@ -62,7 +64,7 @@ class Graph : public std::enable_shared_from_this<Graph> {
   Node& add_node(size_t stream, TaskPtr task, aclmdlRITaskType type);
   void finish();
 
-  /// Runs every node once, in the order of capture. One run at a time.
+  /// Runs every node once: in the order of capture, or several streams side by side. One run at a time.
   void run();
   /// Replaces the tasks of a group; runs in progress take what they find.
   void replace(const TaskGroup& group, const std::vector<TaskPtr>& tasks);
@@ -87,6 +89,9 @@ class Graph : public std::enable_shared_from_this<Graph> {
   std::vector<std::pair<aclrtCallback, void*>> destroy_callbacks;
 
  private:
+  friend class SideBySide;
+  /// Whether a node that blocks would go on at once.
+  bool ready(size_t index) const;
   void run_in_order();
   void run_cooperatively(size_t from);
   void run_range(size_t from, size_t to);
@@ -96,6 +101,7 @@ class Graph : public std::enable_shared_from_this<Graph> {
   std::mutex run_mutex_;
   std::unique_ptr<std::atomic<Task*>[]> order_;  ///< by node; null for a disabled node
   std::vector<size_t> blocking_;                 ///< nodes that may block, ascending
+  std::unique_ptr<SideBySide> side_by_side_;     ///< null where the nodes run in the order of capture
   std::vector<TaskPtr> retired_;  ///< replaced tasks that a run may still be using; guarded by mutex_
   std::atomic<bool> has_retired_{false};
 };

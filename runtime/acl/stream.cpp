@@ -84,7 +84,7 @@ void Stream::start_worker() {
 }
 
 void Stream::work() {
-  stream_of_thread = this;
+  run_for(this);
   std::vector<Entry> batch;
   for (;;) {
     work_arrived_.wait([this] { return completed_.load() < submitted_.load() || stop_.load(); });
@@ -197,6 +197,8 @@ std::vector<std::shared_ptr<Stream>> streams_of(const Device& device) {
 }
 
 Stream* running_stream() { return stream_of_thread; }
+
+void run_for(Stream* stream) { stream_of_thread = stream; }
 
 void forget_stream(const Stream* stream) {
   explicit_streams().remove(stream);

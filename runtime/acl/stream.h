@@ -10,6 +10,7 @@
 
 #include "runtime/acl/device.h"
 #include "runtime/acl/shadow.h"
+#include "runtime/acl/side_by_side.h"
 #include "runtime/acl/task.h"
 #include "runtime/acl/trace.h"
 #include "runtime/acl/wait.h"
@@ -56,6 +57,8 @@ class Stream {
   void abort(aclError code, const std::string& why);
 
   std::string description() const;
+  /// Threads for the graphs that this stream replays.
+  Helpers& helpers() { return helpers_; }
 
   Device& device;
   const Kind kind;
@@ -101,6 +104,7 @@ class Stream {
   std::optional<StreamFailure> failure_;  // guarded by failure_mutex_
   WaitPoint work_arrived_;
   WaitPoint work_done_;
+  Helpers helpers_{*this};
 };
 
 /// The stream of a handle (null handle: the current context's default stream); null with the error set
@@ -114,5 +118,7 @@ void forget_stream(const Stream* stream);
 
 /// The stream whose task the calling thread is running; null outside tasks.
 Stream* running_stream();
+/// Makes the calling thread one that runs tasks of `stream`.
+void run_for(Stream* stream);
 
 }  // namespace host_runtime

@@ -86,7 +86,7 @@ uint64_t thread_id() {
   return id;
 }
 
-thread_local uint64_t running_launch = 0;
+thread_local uint64_t launch_of_thread = 0;
 
 }  // namespace
 
@@ -125,7 +125,7 @@ void Call::finish() const {
 
 Running::Running(const Stream& stream, const Task& task, const Launch& launch)
     : start_(on() ? now() : 0), stream_(stream), task_(task), launch_(launch) {
-  running_launch = launch.id;
+  run_for(launch.id);
 }
 
 void Running::finish() const {
@@ -133,8 +133,12 @@ void Running::finish() const {
            stream_.device.id, stream_.id, 0, 0, 0, 0});
 }
 
+uint64_t running_launch() { return launch_of_thread; }
+
+void run_for(uint64_t launch) { launch_of_thread = launch; }
+
 void node(const Graph& graph, const Node& node, const Task& task, int64_t start) {
-  add(Span{start, now(), 0, running_launch, Span::kNode, text_id(task.name()), node.label, graph.device.id,
+  add(Span{start, now(), 0, launch_of_thread, Span::kNode, text_id(task.name()), node.label, graph.device.id,
            running_stream()->id, graph.id, static_cast<uint32_t>(node.index),
            static_cast<uint32_t>(node.stream), 0});
 }

@@ -93,6 +93,10 @@ class Running {
   const Launch& launch_;
 };
 
+/// The launch of the task that the calling thread runs, and what a thread that helps it says it runs.
+uint64_t running_launch();
+void run_for(uint64_t launch);
+
 /// Records a node of a graph that the calling thread's stream replays.
 void node(const Graph& graph, const Node& node, const Task& task, int64_t start);
 

@@ -106,7 +106,7 @@ def test_a_part_that_fails_is_reported_and_the_others_go_on(
 
 
 def test_page() -> None:
-    about = {"time": "2026-01-01T00:00:00Z", "seconds": 3.0, "compiler": "a" * 64, "others": 0.5}
+    about = {"time": "2026-01-01T00:00:00Z", "seconds": 3.0, "compiler": "a" * 64, "others": 0.5, "quick": False}
     text = parallel_page.page({"experts": {"about": about, "records": [LAYER]}})
     assert text.count("Not measured yet.") == len(parallel_page.ABOUT) - 1
     assert "compiler aaaaaaaaaaaa; at least 9 rounds; other programs took 50% of the machine: times are rough." in text
@@ -124,4 +124,4 @@ def test_every_part_runs(tmp_path: Path) -> None:
     dropped = {(one["imbalance"], one["peer"]): one["dropped"] for one in found["drop"]}
     assert dropped[1.5, "capacity 1"] == pytest.approx(0.25) and dropped[1.5, "capacity 1.5"] == 0.0
     two = next(one for one in found["streams"] if one["peer"] == "two streams")
-    assert len(two["timeline"]["busy"]) == 2
+    assert len(two["timeline"]["busy"]) == 2 and two["timeline"]["together"] > 0

@@ -170,7 +170,7 @@ def test_uncaptured_calls_name_their_node_too_and_nothing_is_recorded_outside(tm
 
 
 def test_streams_of_a_graph_have_lines_of_their_own(tmp_path: Path) -> None:
-    weights = [torch.rand(256, 256).npu() for _ in range(4)]
+    weights = [torch.rand(256, 256).npu() for _ in range(8)]
 
     def branches(x: Tensor) -> Tensor:
         left, right = x, x
