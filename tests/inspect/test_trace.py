@@ -260,7 +260,7 @@ def test_figures() -> None:
 
 
 def test_command(recorded: tuple[Path, Path, dict[str, int]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["trace", str(recorded[0]), "--top", "3"]) == 0
+    assert cli.main(["trace", str(recorded[0]), "--top", "50"]) == 0
     text = capsys.readouterr().out
     assert "critical path: " in text and "silu(left) * right" in text and " 1 x step 0" in text
     assert cli.main(["trace", str(recorded[0]), "--json"]) == 0
