@@ -103,7 +103,7 @@ def run(programs: list[fx.GraphModule], case: Case) -> list[Tensor]:
 
 CASES = [
     (2, 12, "skewed"),
-    (2, 1, "random"),
+    pytest.param(2, 1, "random", marks=pytest.mark.full),
     pytest.param(4, 7, "one rank", marks=pytest.mark.full),
     pytest.param(4, 8, "balanced", marks=pytest.mark.full),
 ]
