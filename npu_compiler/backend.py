@@ -30,7 +30,7 @@ from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.aclgraph.streams import Streams
 from npu_compiler.cache import CacheNote, Program
 from npu_compiler.compiled import CompiledGraph as CompiledGraph
-from npu_compiler.config import Options, refuse_mode
+from npu_compiler.config import WHOLE_WEIGHTS, Options, refuse_mode
 from npu_compiler.dumps import bundle_of as bundle_of  # serving adds its own captures and report to it
 from npu_compiler.errors import StoredProgramError
 from npu_compiler.fusion_kernels import drop_counts
@@ -242,7 +242,7 @@ def _compile(
         _show_code("ascend lowered", functional.graph)
         if compiled.options.freeze:
             once.freeze(functional.graph.graph, functional.stable)
-        if dump is not None or compiled.options.attention_exchange:
+        if dump is not None or any(getattr(compiled.options, name) for name in WHOLE_WEIGHTS):
             once.note_lasting(functional.graph.graph, functional.stable)
         with stages.stage(PASSES):
             compiled.records, program = _rewritten(functional.graph, compiled.options, after_passes, watch)

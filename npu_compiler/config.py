@@ -26,7 +26,7 @@ WATCHES = ("stats", "values", "nan", "inf")
 WATCH = "NPU_COMPILER_WATCH"
 """Environment variable with entries of the option `watch`, separated by commas; the option comes first."""
 DROP_BY = ("score", "arrival")
-BY_ROWS = ("sequence_parallel", "attention_exchange")
+BY_ROWS = ("sequence_parallel", "attention_exchange", "shared_expert_rows")
 """Options that are the fewest rows at which a rank's own rows are worked on (docs/parallel.md)."""
 CAPTURE_ERROR_MODES = ("global", "thread_local", "relaxed")
 
@@ -145,6 +145,10 @@ class Options:
     """Fewest rows at which attention's output goes to the ranks by rows and is multiplied there with the whole output
     projection, which each rank then keeps beside its part: nothing is summed over the ranks. 1: always. 0: never. Give
     all ranks the same number."""
+    shared_expert_rows: int = 0
+    """Fewest rows at which a shared expert, where sequence_parallel gathers its rows, is computed on a rank's own rows
+    with whole weights, which each rank then keeps beside its part. 1: always. 0: never. Give all ranks the same
+    number."""
     expert_communication: str = "auto"
     """How tokens get to the ranks of their experts, with expert parallelism: "allgather", "alltoall", "mc2" or
     "fused_mc2"; "auto": what a table says for the chip and the sizes (docs/moe.md). Give all ranks the same."""
@@ -330,7 +334,9 @@ OF_CAPTURES = (
     "clone_outputs",
 )
 """Options that describe the captured graphs of this backend."""
-OF_WEIGHTS = ("freeze", "attention_exchange")
+WHOLE_WEIGHTS = ("attention_exchange", "shared_expert_rows")
+"""Options with which a rank has weights whole, of which it was given a part."""
+OF_WEIGHTS = ("freeze", *WHOLE_WEIGHTS)
 """Options with which a program keeps what it computed from the weights."""
 OF_STREAMS = ("multistream", "stream_limit")
 """Options that describe what a capture finds, whoever makes it."""

@@ -43,7 +43,7 @@ from npu_compiler.graph.traffic import is_view
 from npu_compiler.passes.rank_sums import sum_of
 from npu_compiler.passes.record import PassRecord, Saving
 from npu_compiler.passes.sequence_parallel import works_by_row
-from npu_compiler.passes.whole_weight import Product, product_of, unwritten, whole_of_inputs
+from npu_compiler.passes.whole_weight import Product, asks_for_rows, product_of, unwritten, whole_of_inputs
 from npu_compiler.units import in_bytes
 
 NAME = "attention_exchange"
@@ -101,15 +101,10 @@ def _projection(node: fx.Node) -> Projection | str:
     if isinstance(product, str):
         return product
     readers = [user for user in product.node.users if user not in nodes]
-    other = next((user for user in readers if not _asks_for_rows(user)), None)
+    other = next((user for user in readers if not asks_for_rows(user)), None)
     if other is not None:
         return f"the product is also used by {other.name}"
     return Projection(product, node, nodes, group, ranks, scattered)
-
-
-def _asks_for_rows(node: fx.Node) -> bool:
-    """Whether a call asks how many rows there are, as sequence_parallel does."""
-    return node.target is torch.ops.aten.sym_size.int and node.args[1] == 0
 
 
 def _is_made_of_attention(partial: fx.Node) -> bool:
@@ -187,7 +182,7 @@ def _rewrite(graph: fx.Graph, found: Projection, record: PassRecord) -> None:
             gathered = (part, group, ranks, count)
             part = call(graph, fused.all_gather_rows.default, gathered, replaces=[found.result], made_by=NAME)
     for user in list(product.node.users):
-        if _asks_for_rows(user):
+        if asks_for_rows(user):
             user.replace_input_with(product.node, product.rows)
     found.result.replace_all_uses_with(part)
     for node in reversed(old):

@@ -45,6 +45,7 @@ from npu_compiler.passes import (
     reinplace,
     scale_by_one,
     sequence_parallel,
+    shared_expert_rows,
     swiglu,
     swiglu_quant,
     token_drop,
@@ -76,7 +77,7 @@ LAYERS_ONCE = "layers_once"
 LOWERED, SHORTENED, AFTER_RULES = "lowered", "shortened", "after_rules"
 """Stages besides those that the passes leave: before all, without most of the equal layers, behind the last rule."""
 USER_RULES = "user_rules"
-BY_ROWS = {module.NAME: module.run for module in (sequence_parallel, attention_exchange)}
+BY_ROWS = {module.NAME: module.run for module in (sequence_parallel, attention_exchange, shared_expert_rows)}
 """Passes that the number of rows in the option of their name switches on."""
 PASSES: tuple[Pass, ...] = (
     Pass(noop.NAME, "first: patterns need not look through clones and views that do nothing", noop.run),
@@ -118,6 +119,12 @@ PASSES: tuple[Pass, ...] = (
         attention_exchange.NAME,
         "behind sequence_parallel, whose scattered sums it takes too; only with the option of its name",
         attention_exchange.run,
+    ),
+    Pass(
+        shared_expert_rows.NAME,
+        "behind sequence_parallel, whose rows it works on; before token_drop and expert_communication, to which it "
+        "leaves the routed experts alone; only with the option of its name",
+        shared_expert_rows.run,
     ),
     Pass(
         token_drop.NAME,

@@ -97,6 +97,43 @@ def whole_of_inputs(graph: fx.Graph, product: Product, group: str, ranks: int, m
     return call(graph, torch.ops.aten.t.default, (whole,), replaces=[product.turned], made_by=made_by)
 
 
+def whole_of_outputs(graph: fx.Graph, product: Product, group: str, ranks: int, blocks: int, made_by: str) -> fx.Node:
+    """Adds, at the insertion point, the whole of a weight whose ranks have parts of its outputs: what a product of rows
+    reads, [in, ranks * out].
+
+    Args:
+        blocks: of how many equal parts a rank's outputs are: gate and up are two. The whole has the first parts of all
+            ranks in front of their second ones.
+    """
+    fused, aten = torch.ops.npu_fused, torch.ops.aten
+
+    def add(target: Callable[..., object], *arguments: object, **named: object) -> fx.Node:
+        return call(graph, target, arguments, kwargs=named, replaces=[product.node], made_by=made_by)
+
+    tensor = value(product.weight)
+    assert isinstance(tensor, torch.Tensor)
+    rows, columns = tensor.shape
+    if product.turned is not None:
+        whole = add(fused.all_gather_rows.default, product.weight, group, ranks, rows * ranks)
+        apart, swapped = [ranks, blocks, rows // blocks, columns], (0, 1)
+    else:
+        whole = add(fused.all_gather_columns.default, product.weight, group, ranks)
+        apart, swapped = [rows, ranks, blocks, columns // blocks], (1, 2)
+    if blocks > 1:
+        whole = add(aten.transpose.int, add(aten.view.default, whole, apart), *swapped)
+        whole = add(aten.clone.default, whole, memory_format=torch.contiguous_format)
+    whole.meta[ONCE] = True
+    if blocks > 1:
+        shape = [rows * ranks, columns] if product.turned is not None else [rows, columns * ranks]
+        whole = add(aten.view.default, whole, shape)
+    return whole if product.turned is None else add(aten.t.default, whole)
+
+
+def asks_for_rows(node: fx.Node) -> bool:
+    """Whether a call asks how many rows there are, as sequence_parallel does."""
+    return node.target is torch.ops.aten.sym_size.int and node.args[1] == 0
+
+
 def _is_transposition(turned: fx.Node, weight: fx.Node) -> bool:
     one, other = value(turned), value(weight)
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or other.dim() != 2:

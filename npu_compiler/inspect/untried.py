@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+from npu_compiler.config import BY_ROWS
 from npu_compiler.errors import BundleError
 from npu_compiler.inspect.bundle import StoredGraph
 from npu_compiler.inspect.contents import FINAL, RuleInfo, Stage
@@ -15,7 +16,7 @@ from npu_compiler.inspect.program import Call
 SEVERAL = 3
 """How many names a sentence lists."""
 OPTIONS = {
-    **{name: name for name in ("matmul_all_reduce", "sequence_parallel", "attention_exchange")},
+    **{name: name for name in ("matmul_all_reduce", *BY_ROWS)},
     "user_rules": "rules",
 }
 """The passes that run only with an option, and that option."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from npu_compiler.backend import fingerprint
-from npu_compiler.config import DECIDE_NOTHING, WEIGHT_NZ, Options
+from npu_compiler.config import BY_ROWS, DECIDE_NOTHING, WEIGHT_NZ, Options
 from npu_compiler.errors import OptionError, StaleOutputError
 from npu_compiler.passes import pipeline
 from tests.compiler.test_capture import Compiled, assert_same, check, rows
@@ -354,7 +354,7 @@ def test_every_option_is_part_of_the_cache_key() -> None:
     for name, value in decide_nothing.items():
         assert fingerprint({name: value}) == plain, name
     all_on = {"matmul_all_reduce": 1}  # a pass that does not run cannot be switched off
-    apart = {"sequence_parallel": 1, "attention_exchange": 1, "token_drop": {"capacity_factor": 1.0}}  # exclude others
+    apart = {**dict.fromkeys(BY_ROWS, 1), "token_drop": {"capacity_factor": 1.0}}  # which exclude others
     passes = [name for name in dict.fromkeys(pipeline.names()) if name not in ("user_rules", *apart)]
     rules = [rule.name for entry in pipeline.selected(Options(**all_on)) for rule in entry.rules]
     keys = [fingerprint({**all_on, "disabled_passes": [name]}) for name in passes]

@@ -25,6 +25,7 @@ from npu_compiler.passes import (
     qk_norm_rope,
     reinplace,
     sequence_parallel,
+    shared_expert_rows,
     token_drop,
 )
 from npu_compiler.passes.record import Pass, PassRecord
@@ -361,7 +362,15 @@ def test_fires_on_its_example_and_keeps_every_bit(module: ModuleType, dtype: tor
 
 
 REASONS_ELSEWHERE = {
-    module.NAME for module in (dead_code, sequence_parallel, attention_exchange, token_drop, expert_communication)
+    module.NAME
+    for module in (
+        dead_code,
+        sequence_parallel,
+        attention_exchange,
+        shared_expert_rows,
+        token_drop,
+        expert_communication,
+    )
 }
 ARITHMETIC_ELSEWHERE = REASONS_ELSEWHERE | {qk_norm_rope.NAME}
 """Passes that their own files run on an example, and whose refusals those files look at; dead_code refuses nothing."""

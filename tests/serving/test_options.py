@@ -32,7 +32,7 @@ def test_refused(given: object, message: str) -> None:
         ServingOptions.parse(given)
 
 
-@pytest.mark.parametrize("name", ["sequence_parallel", "attention_exchange"])
+@pytest.mark.parametrize("name", ["sequence_parallel", "attention_exchange", "shared_expert_rows"])
 def test_rows_in_parts_where_a_range_has_as_many_tokens(name: str) -> None:
     from vllm.config.utils import Range
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from npu_compiler.inspect import bundle
 from tests.models import checkpoints
 from tests.serving import oracle
 from tests.serving.engine import engine, generate, graphs
+from tests.serving.test_moe import saved
 from tests.serving.test_tokens import ENDING_ONE_BY_ONE, TOKENS, check_steps
 
 LAYERS = checkpoints.Shape().layers
@@ -50,6 +52,29 @@ def test_attention_exchange(mode: str, rows: int, tmp_path: Path, monkeypatch: p
             assert found.count("vllm.all_reduce.default") == (0 if rows else sums - LAYERS)
             assert found.count(GATHER) == (sums if rows else LAYERS)
         assert COLUMNS not in found, "weights are gathered once"
+
+
+@pytest.mark.full
+def test_shared_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside routed experts whose tokens are exchanged: with whole weights, no sum is left in their layers."""
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    folder, prompts = saved("deepseek_v2", tmp_path / "model"), oracle.prompts()[:4]
+    expected = [oracle.greedy(folder, prompt, 16) for prompt in prompts]
+    options = {"dump": str(tmp_path), "shared_expert_rows": 1, "sequence_parallel": 1}
+    options |= {"expert_communication": "alltoall"}
+    settings: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    settings |= {"enable_expert_parallel": True, **graphs("FULL_DECODE_ONLY")}
+    with engine(folder, additional_config={"compile": options}, **settings) as llm:
+        assert generate(llm, prompts, 16) == expected
+        reports = llm.collective_rpc("report")
+    assert all(data["decode_steps"]["eager"] == 0 for data in reports)
+    for item in bundle.all_of(tmp_path):
+        calls = [call for graph in item.graphs for call in graph.program(graph.stage("final")).calls]
+        found = [call.target for call in calls]
+        sparse = LAYERS - 1
+        assert found.count("npu_fused.all_to_all_combine.default") == sparse
+        assert found.count("npu_fused.unshard_rows.default") == 0
+        assert found.count(SCATTER) == 2 * LAYERS + 1 - sparse, "of embedding, attentions and dense layers"
 
 
 @pytest.mark.full
