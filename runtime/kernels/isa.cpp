@@ -11,7 +11,7 @@ InstructionSet supported() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512cd"))
-    return InstructionSet::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? InstructionSet::kAvx512Dots : InstructionSet::kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
     return InstructionSet::kAvx2;
 #endif
@@ -24,7 +24,8 @@ InstructionSet decide() {
   if (wish == nullptr) return best;
   const std::string_view name(wish);
   if (name == "baseline") return InstructionSet::kBaseline;
-  if (name == "avx2" && best != InstructionSet::kBaseline) return InstructionSet::kAvx2;
+  if (name == "avx2") return std::min(best, InstructionSet::kAvx2);
+  if (name == "avx512") return std::min(best, InstructionSet::kAvx512);
   return best;
 }
 

@@ -17,7 +17,8 @@
 
 namespace host_runtime::kernels {
 
-enum class InstructionSet : uint8_t { kBaseline, kAvx2, kAvx512 };
+/// From least to most; kAvx512Dots is AVX-512 with dot products of bfloat16.
+enum class InstructionSet : uint8_t { kBaseline, kAvx2, kAvx512, kAvx512Dots };
 
 /// The best set that the processor has, or what NPU_COMPILER_HOST_ISA=baseline|avx2|avx512 lowers it to
 /// (tests run every copy that way). Decided once.

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "runtime/kernels/isa.h"
 #include "runtime/kernels/scalar.h"
@@ -9,6 +10,7 @@
 
 namespace host_runtime::kernels {
 
+#define KERNEL_HAS_DOTS
 #define KERNEL_SOURCE "runtime/kernels/row_product.inc"
 #include "runtime/kernels/per_isa.h"
 
@@ -19,7 +21,7 @@ constexpr int64_t kColumnBlock = 128;
 
 template <typename T, bool kTransposed>
 void shared_gemv(const Gemv& p) {
-  const auto run = kTransposed ? PER_ISA(gemv_transposed<T>) : PER_ISA(gemv_plain<T>);
+  const auto run = kTransposed ? PER_ISA_OR_DOTS(gemv_transposed<T>) : PER_ISA(gemv_plain<T>);
   share_columns(p.inner, p.columns, kColumnBlock, [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 

@@ -374,7 +374,7 @@ def test_reductions_with_special_values(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+@pytest.mark.parametrize("rows", [1, 2, 7, 32, 40])
 @pytest.mark.parametrize(("inner", "columns"), [(1, 1), (7, 5), (32, 96), (130, 67), (256, 300)])
 def test_products(dtype: torch.dtype, rows: int, inner: int, columns: int) -> None:
     def matrix(*shape: int) -> Tensor:
