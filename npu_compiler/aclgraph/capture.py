@@ -86,7 +86,7 @@ def capture(
         torch.OutOfMemoryError: the device has no memory left.
     """
     with EXCLUSIVE:
-        runner = StreamRunner(program, labels or Labels(name), plan, streams)
+        runner = StreamRunner(program, labels or Labels(name), plan, streams, repeats=True)
         return _capture(runner, arguments, name, pool, streams[0], error_mode, room)
 
 

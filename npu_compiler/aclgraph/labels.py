@@ -76,15 +76,18 @@ class Labeller(CallByCall):
 
     Args:
         stream: the one that is captured; None: the current one.
+        repeats: of a layer that is repeated, label the first call only: `label_repetitions` labels the others. Each
+            label waits until torch_npu has handed over what came before.
     """
 
-    def __init__(self, program: fx.GraphModule | Rolled, labels: Labels, stream: Any = None) -> None:
+    def __init__(
+        self, program: fx.GraphModule | Rolled, labels: Labels, stream: Any = None, repeats: bool = False
+    ) -> None:
         super().__init__(program)
         self.graph_id = 0
         self._labels = labels
         self._stream = torch.npu.current_stream() if stream is None else stream
-        # Of a layer that is repeated only the start is labelled; `repeat` says the rest behind the capture.
-        self._starts = () if self._rolled is None else (self._rolled.template[0], *self._rolled.rest)
+        self._starts = (self._rolled.template[0], *self._rolled.rest) if repeats and self._rolled is not None else None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as failed:
@@ -105,7 +108,7 @@ class Labeller(CallByCall):
             self._labels.repeat(self.graph_id, self._rolled)
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_function" and (not self._times or n in self._starts):
+        if n.op == "call_function" and (not self._times or self._starts is None or n in self._starts):
             # This hands over what the call before left to torch_npu's queue: if that fails, `current` is still it.
             self.graph_id = self._labels.set(self.standing_for(n), self._stream) or self.graph_id
         return super().run_node(n)

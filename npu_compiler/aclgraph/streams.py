@@ -27,11 +27,11 @@ class Streams:
     """
 
     @classmethod
-    def chosen(cls, program: fx.GraphModule, options: Options) -> Streams:
+    def chosen(cls, program: fx.GraphModule | Rolled, options: Options) -> Streams:
         """As the options say."""
         return cls(program, options.stream_limit if options.multistream == "auto" else 1)
 
-    def __init__(self, program: fx.GraphModule, limit: int) -> None:
+    def __init__(self, program: fx.GraphModule | Rolled, limit: int) -> None:
         self._graph, self._limit = program.graph, limit
         self._streams: list[Any] = []
 
@@ -77,12 +77,18 @@ class StreamRunner(Labeller):
     Args:
         plan: None runs everything on the current stream.
         streams: the plan's streams; the first is the one that is captured.
+        repeats: as of a Labeller.
     """
 
     def __init__(
-        self, program: fx.GraphModule | Rolled, labels: Labels, plan: StreamPlan | None, streams: Sequence[Any]
+        self,
+        program: fx.GraphModule | Rolled,
+        labels: Labels,
+        plan: StreamPlan | None,
+        streams: Sequence[Any],
+        repeats: bool = False,
     ) -> None:
-        super().__init__(program, labels, streams[MAIN])
+        super().__init__(program, labels, streams[MAIN], repeats)
         self._plan, self._streams = plan, streams
         if plan is not None:
             self._steps = {step.node: step for step in plan.steps}

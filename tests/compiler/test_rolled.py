@@ -159,6 +159,19 @@ def test_tasks_are_labelled_by_the_calls_of_every_layer() -> None:
     assert {f"layers.{index}" for index in range(LAYERS)} <= {module for *_, module in said[0]}
 
 
+def test_recorded_first_call_names_the_calls_of_every_layer() -> None:
+    recorder = trace.recorder()
+    recorder.start()
+    try:
+        graph, *_ = compiled()
+    finally:
+        events = recorder.stop()
+    assert graph.graph is not None
+    tasks = [event["args"] for event in events if event.get("cat") == "task" and "node" in event["args"]]
+    calls = {node.name for node in graph.graph.graph.nodes if node.op == "call_function"}
+    assert {task["node"] for task in tasks} == calls
+
+
 def test_values_are_let_go_of_as_in_the_whole_program() -> None:
     rolled = compiled()[0].program
     assert isinstance(rolled, Rolled)
