@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from npu_compiler.inspect.contents import Fire
 from npu_compiler.inspect.judge import Compared, Difference
@@ -49,6 +49,10 @@ class Part(Data):
         return f"{self.name} ({self.operator}{made_by}) at {self.place}"
 
 
+RACE: Final = "race"
+"""The kind of a difference that is memory touched in no order."""
+
+
 class Outcome(Data):
     """What came of a point.
 
@@ -81,9 +85,11 @@ class Outcome(Data):
         return self.state == "right"
 
     def same(self, other: Outcome) -> bool:
-        """Whether the other shows this failure too: the first of its differences in kind, or the same error."""
-        kinds = {entry.kind for entry in other.differences}
-        alike = not self.differences or self.differences[0].kind in kinds
+        """Whether the other shows this failure too: memory that is touched in no order, else the first of its
+        differences in kind, or the same error. What such memory makes wrong beside it is chance."""
+        kinds = [entry.kind for entry in self.differences]
+        decisive = RACE if RACE in kinds else next(iter(kinds), None)
+        alike = decisive is None or decisive in {entry.kind for entry in other.differences}
         return self.state == other.state and self.kind == other.kind and alike
 
     def __str__(self) -> str:

@@ -30,7 +30,7 @@ from npu_compiler.inspect.bundle import StoredGraph
 from npu_compiler.inspect.contents import Fire
 from npu_compiler.inspect.from_graph import program_of
 from npu_compiler.inspect.judge import Difference, Expected, Seen, compared, judge, shared_memory
-from npu_compiler.inspect.outcome import Outcome, Part, Point
+from npu_compiler.inspect.outcome import RACE, Outcome, Part, Point
 from npu_compiler.inspect.program import Program
 from npu_compiler.inspect.surroundings import Nothing, Restored, calls_of, restored
 from npu_compiler.inspect.to_graph import graph_of
@@ -141,7 +141,7 @@ class Subject:
             found.append(Difference(call=0, what="order of collectives", text=disorder, kind="collectives"))
         races = _races() - races
         if races:
-            found.append(Difference(call=0, what=MEMORY, text=f"is touched in no order, {races} times", kind="race"))
+            found.append(Difference(call=0, what=MEMORY, text=f"is touched in no order, {races} times", kind=RACE))
         return Outcome(
             state="wrong" if found else "right",
             differences=tuple(_first_of_each(found)),

@@ -77,6 +77,10 @@ NO_CALL = {
         ],
         "caught where it is called",
     ),
+    **dict.fromkeys(
+        [f"passes/shared_expert_rows.py:{name}" for name in ("_shared", "_read_by", "_check_by_row")],
+        "caught where it is called",
+    ),
     "passes/users.py:_imported": "an option",
     "passes/users.py:_resolved": "an option",
     "passes/users.py:passes_of": "an option",
