@@ -46,6 +46,7 @@ NO_LAYER = {
     "platform.py:check_if_supports_dtype": "an option",
     "runner.py:_warmup_and_capture": "a size",
     "triton_overrides.py:compute_slot_mapping": "an option",
+    "worker.py:_refuse_other_weights": "options",
     "worker.py:_without_profiler": "an option",
     "worker.py:determine_available_memory": "an option",
     "worker.py:init_device": "an option",
