@@ -40,7 +40,6 @@ from npu_compiler.fusion_kernels.drop_counts import Dropped as Dropped
 from npu_compiler.graph import once
 from npu_compiler.graph.effects import tensors
 from npu_compiler.graph.rolled import Rolled, held, whole
-from npu_compiler.graph.running import Repetition
 from npu_compiler.graph.serialized import NotStorable
 from npu_compiler.graph.source import beginning, input_name, where
 from npu_compiler.key import compiler_parts, key_without_graph
@@ -303,7 +302,7 @@ def _runs_rolled(program: fx.GraphModule | Rolled, options: Options, dump: Graph
     one_by_one = dump is not None or options.watch or options.token_drop or options.weight_nz != "off"
     if one_by_one or not options.capture or options.capture_with != "ascend" or options.multistream != "off":
         return False
-    if not isinstance(program, Rolled) or Repetition.of(program) is None or agreement.planned(program.graph):
+    if not isinstance(program, Rolled) or program.repetition is None or agreement.planned(program.graph):
         return False
     numbers = any(not any(True for _ in tensors(node)) for node in program.graph.output_node().all_input_nodes)
     return not numbers and not any(node.meta.get(once.ONCE) for node in (*program.periods, *program.rest))

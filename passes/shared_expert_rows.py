@@ -40,7 +40,7 @@ from torch import fx
 from npu_compiler.facts.sizes import Fact, at_least, equal, known
 from npu_compiler.graph.build import call
 from npu_compiler.graph.effects import argument, value
-from npu_compiler.graph.once import LASTING
+from npu_compiler.graph.once import is_lasting
 from npu_compiler.passes.record import PassRecord
 from npu_compiler.passes.sequence_parallel import works_by_row
 from npu_compiler.passes.token_drop import FINISHED
@@ -252,7 +252,7 @@ def _check_by_row(node: fx.Node, gather: fx.Node) -> None:
 def _is_weight(node: fx.Node) -> bool:
     """Whether a value is a parameter, or a transposed one, that has no rows of its own."""
     source = node.args[0] if str(node.target) in TURNED else node
-    if not isinstance(source, fx.Node) or source.op != "placeholder" or not source.meta.get(LASTING):
+    if not is_lasting(source):
         return False
     readers_multiply = all(isinstance(product_of(user), Product) for user in node.users)
     return readers_multiply or str(node.target) in TURNED or _tensor(node).dim() < 2

@@ -17,7 +17,7 @@ from torch import fx
 from npu_compiler.facts.sizes import Fact, known
 from npu_compiler.graph.build import call
 from npu_compiler.graph.effects import has_fixed_layout, storage, value, written_storages
-from npu_compiler.graph.once import LASTING, ONCE
+from npu_compiler.graph.once import ONCE, is_lasting
 
 PRODUCTS = frozenset({"aten.mm.default", "aten.matmul.default"})
 TURNED = frozenset({"aten.t.default", "aten.transpose.int", "aten.permute.default"})
@@ -58,7 +58,7 @@ def product_of(node: object) -> Product | str:
         return f"{_dimensions(rows)} and {_dimensions(second)} dimensions are multiplied"
     turned = second if str(second.target) in TURNED else None
     weight = second.args[0] if turned is not None else second
-    if not isinstance(weight, fx.Node) or weight.op != "placeholder" or not weight.meta.get(LASTING):
+    if not isinstance(weight, fx.Node) or not is_lasting(weight):
         return f"{second.name} is no parameter of the model"
     if turned is not None and not _is_transposition(turned, weight):
         return f"{second.name} is another view of the weight than its transposition"

@@ -100,12 +100,12 @@ def label_nodes(graph: int, first: int, texts: Sequence[bytes]) -> None:
         raise ValueError(f"graph {graph} has no {len(texts)} tasks behind number {first}")
 
 
-def labels(graph: int) -> list[bytes]:
+def labels(graph: int) -> list[str]:
     """The label of each task of a captured graph, in their order; empty where they can't be told."""
     if not graph or _label_function() is None:
         return []
     spans, texts = _nodes(graph), _Texts()
-    return [texts[number].encode() for number in spans["label"].tolist()]
+    return [texts[number] for number in spans["label"].tolist()]
 
 
 def _nodes(graph: int) -> Any:

@@ -37,9 +37,8 @@ class Labels:
     def repeat(self, graph_id: int, rolled: Rolled) -> None:
         """Labels the tasks of a captured graph that repeat those of a rolled program's last period, call by call. Where
         a repetition has other tasks, they all keep the label of its first call."""
-        said = [text.decode() for text in trace.labels(graph_id)]
         tasks: dict[str, list[int]] = {}
-        for index, text in enumerate(said):
+        for index, text in enumerate(trace.labels(graph_id)):
             tasks.setdefault(text, []).append(index)
         calls = [call for call in rolled.template for _ in tasks.get(self._texts[call.name].decode(), ())]
         for times in rolled.repetitions:

@@ -27,6 +27,11 @@ FROZEN = "npu_frozen"
 """Metadata of an input that counts as a constant."""
 
 
+def is_lasting(node: object) -> bool:
+    """Whether a value is an input that lies at the same address at every call."""
+    return isinstance(node, fx.Node) and node.op == "placeholder" and bool(node.meta.get(LASTING))
+
+
 def note_lasting(graph: fx.Graph, stable: Sequence[int]) -> None:
     """Marks the inputs at the positions `stable` (lowering.functional.Functional)."""
     placeholders = graph.find_nodes(op="placeholder")

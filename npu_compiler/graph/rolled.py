@@ -27,11 +27,9 @@ from torch.fx.node import map_aggregate
 from npu_compiler.graph.effects import has_unknown_size
 from npu_compiler.graph.layers import KEPT, Bindings, Layers
 from npu_compiler.graph.periods import PROVEN, Binding, Call, Run, calls_of, longest, outputs_of
-from npu_compiler.graph.source import TIMES
+from npu_compiler.graph.source import PLACES, TIMES
 from npu_compiler.graph.spec import refresh_alias
 from npu_compiler.graph.values import Repeated
-
-PLACES = ("stack_trace", "nn_module_stack")
 
 
 @dataclass(frozen=True)
@@ -173,9 +171,63 @@ class Rolled:
         _Writer(self, graph, *parts).write()
         return _make_graph_module(self.program, graph)
 
+    @functools.cached_property
+    def repetition(self) -> Repetition | None:
+        """How it runs as it is; None where it has to be written out to be run."""
+        return Repetition.of(self)
+
     def proven_again(self) -> Rolled | str:
         """The same behind a change of the order of its calls, or why that is no longer proven."""
         return _proven(self.program, self.bindings, self.origins)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """How the last period of a rolled program runs once more for each layer left out.
+
+    Attributes:
+        head, rest: the calls before the last period, and behind it.
+        carried: what the period reads of the one before it: that result there, and the same of its own.
+        inputs: the inputs of a layer that the period reads, and `inputs_of_rest`, the rest.
+        gone: values that nobody reads behind a call of the period; `gone_at_last` in its last repetition.
+    """
+
+    head: tuple[fx.Node, ...]
+    rest: tuple[fx.Node, ...]
+    carried: tuple[tuple[fx.Node, fx.Node], ...]
+    inputs: tuple[fx.Node, ...]
+    inputs_of_rest: tuple[fx.Node, ...]
+    gone: Mapping[fx.Node, Sequence[fx.Node]]
+    gone_at_last: Mapping[fx.Node, Sequence[fx.Node]]
+
+    @classmethod
+    def of(cls, rolled: Rolled) -> Repetition | None:
+        """None for a program that has to be written out to be run: calls behind its layers are repeated too, names tell
+        its layers apart, it returns an input of a layer, or a period reads more than the one before it."""
+        nodes = list(rolled.graph.nodes)
+        first = nodes.index(rolled.template[0])
+        head, rest = tuple(nodes[:first]), tuple(nodes[first + rolled.length :])
+        own = set(rolled.template)
+        before = dict(zip(rolled.periods[-2 * rolled.length : -rolled.length], rolled.template, strict=True))
+        early = set(rolled.periods[: -2 * rolled.length])
+        last_reader = {source: node for node in rolled.template for source in node.all_input_nodes}
+        in_rest = {source for node in rest for source in node.all_input_nodes}
+        layer_of = rolled.bindings.layer_of
+        named = any(isinstance(binding, str) for binding in layer_of)
+        returned = any(source in layer_of for source in rolled.graph.output_node().all_input_nodes)
+        if rolled.tail or named or returned or in_rest & before.keys() or early & (last_reader.keys() | in_rest):
+            return None
+        carried = tuple((there, here) for there, here in before.items() if there in last_reader)
+        kept = {here for _, here in carried}
+        gone: dict[fx.Node, list[fx.Node]] = {}
+        gone_at_last: dict[fx.Node, list[fx.Node]] = {}
+        for source, node in last_reader.items():
+            if source in before or (source in own and source not in kept):
+                gone.setdefault(node, []).append(source)
+            if source in before or (source.op == "call_function" and source not in in_rest):
+                gone_at_last.setdefault(node, []).append(source)
+        inputs = tuple(source for source in last_reader if source in layer_of)
+        return cls(head, rest, carried, inputs, tuple(in_rest & layer_of.keys()), gone, gone_at_last)  # type: ignore[arg-type]
 
 
 def roll(program: fx.GraphModule, layers: Layers) -> Rolled | str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -34,55 +33,6 @@ def run(program: fx.GraphModule, args: Sequence[Any]) -> Any:
 
 _NESTED = frozenset((tuple, list, dict, slice, immutable_list, immutable_dict))
 """Kinds of arguments that may hold results of other calls."""
-
-
-@dataclass(frozen=True)
-class Repetition:
-    """How the last period of a rolled program runs once more for each layer left out.
-
-    Attributes:
-        head, rest: the calls before the last period, and behind it.
-        carried: what the period reads of the one before it: that result there, and the same of its own.
-        inputs: the inputs of a layer that the period reads, and `inputs_of_rest`, the rest.
-        gone: values that nobody reads behind a call of the period; `gone_at_last` in its last repetition.
-    """
-
-    head: tuple[fx.Node, ...]
-    rest: tuple[fx.Node, ...]
-    carried: tuple[tuple[fx.Node, fx.Node], ...]
-    inputs: tuple[fx.Node, ...]
-    inputs_of_rest: tuple[fx.Node, ...]
-    gone: Mapping[fx.Node, Sequence[fx.Node]]
-    gone_at_last: Mapping[fx.Node, Sequence[fx.Node]]
-
-    @classmethod
-    def of(cls, rolled: Rolled) -> Repetition | None:
-        """None for a program that has to be written out to be run: calls behind its layers are repeated too, names tell
-        its layers apart, it returns an input of a layer, or a period reads more than the one before it."""
-        nodes = list(rolled.graph.nodes)
-        first = nodes.index(rolled.template[0])
-        head, rest = tuple(nodes[:first]), tuple(nodes[first + rolled.length :])
-        own = set(rolled.template)
-        before = dict(zip(rolled.periods[-2 * rolled.length : -rolled.length], rolled.template, strict=True))
-        early = set(rolled.periods[: -2 * rolled.length])
-        last_reader = {source: node for node in rolled.template for source in node.all_input_nodes}
-        in_rest = {source for node in rest for source in node.all_input_nodes}
-        layer_of = rolled.bindings.layer_of
-        named = any(isinstance(binding, str) for binding in layer_of)
-        returned = any(source in layer_of for source in rolled.graph.output_node().all_input_nodes)
-        if rolled.tail or named or returned or in_rest & before.keys() or early & (last_reader.keys() | in_rest):
-            return None
-        carried = tuple((there, here) for there, here in before.items() if there in last_reader)
-        kept = {here for _, here in carried}
-        gone: dict[fx.Node, list[fx.Node]] = {}
-        gone_at_last: dict[fx.Node, list[fx.Node]] = {}
-        for source, node in last_reader.items():
-            if source in before or (source in own and source not in kept):
-                gone.setdefault(node, []).append(source)
-            if source in before or (source.op == "call_function" and source not in in_rest):
-                gone_at_last.setdefault(node, []).append(source)
-        inputs = tuple(source for source in last_reader if source in layer_of)
-        return cls(head, rest, carried, inputs, tuple(in_rest & layer_of.keys()), gone, gone_at_last)  # type: ignore[arg-type]
 
 
 class CallByCall(fx.Interpreter):
@@ -117,7 +67,7 @@ class CallByCall(fx.Interpreter):
         return super().run(*args, **kwargs) if self._rolled is None else self._run_rolled(self._rolled, args)
 
     def _run_rolled(self, rolled: Rolled, args: Sequence[Any]) -> Any:
-        repetition = Repetition.of(rolled)
+        repetition = rolled.repetition
         assert repetition is not None, "a program that can't be run rolled is written out"
         inputs = dict(zip(rolled.graph.find_nodes(op="placeholder"), args, strict=True))
         self.env: dict[fx.Node, Any] = {}
@@ -152,7 +102,7 @@ class CallByCall(fx.Interpreter):
 
     def call(self, n: fx.Node) -> Any:
         """Runs a node: as the interpreter's own `run_node`, which also notes the node for calls that are traced and
-        looks into every argument, in a third of its time."""
+        looks into every argument."""
         if n.op == "call_function" and not n.kwargs and _NESTED.isdisjoint(map(type, n.args)):
             env = self.env
             return n.target(*[env[item] if type(item) is fx.Node else item for item in n.args])  # type: ignore[operator]

@@ -24,6 +24,8 @@ class Placed(Protocol):
     def meta(self) -> dict[str, Any]: ...
 
 
+PLACES = ("stack_trace", "nn_module_stack")
+"""Metadata of a call that say where in the user's model it comes from."""
 TIMES = "npu_times"
 """Metadata of a call that stands for as many equal ones, one a layer (graph/layers.py); no entry is one."""
 _ROOT = re.compile(r"[LG]\['\w+'\](?:\[[^\]]+\])*\.?")
@@ -147,7 +149,7 @@ def origin_of(nodes: Iterable[fx.Node], made_by: str) -> dict[str, object]:
     meta: dict[str, object] = {"npu_origin": {"pass": made_by, "nodes": names}}
     if nodes and TIMES in nodes[-1].meta:
         meta[TIMES] = nodes[-1].meta[TIMES]
-    for key in ("stack_trace", "nn_module_stack"):
+    for key in PLACES:
         for node in reversed(nodes):
             if node.meta.get(key):
                 meta[key] = node.meta[key]

@@ -7,7 +7,7 @@ tests/serving/test_placements.py through vLLM.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,13 +41,6 @@ PARAMETERS = ("out", "turned_out", "weight", "column", "row")
 @pytest.fixture(autouse=True, scope="module")
 def operators() -> None:
     fusion_kernels.register()
-
-
-@pytest.fixture
-def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
-    count = getattr(request, "param", 2)
-    with world.group_of(count), torch.no_grad():
-        yield count
 
 
 def summed(partial: Tensor, reduction: str = "sum") -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,13 +36,6 @@ fused = torch.ops.npu_fused
 @pytest.fixture(autouse=True, scope="module")
 def operators() -> None:
     fusion_kernels.register()
-
-
-@pytest.fixture
-def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
-    count = getattr(request, "param", 2)
-    with world.group_of(count), torch.no_grad():
-        yield count
 
 
 def inputs(rank: int, ranks: int) -> dict[str, Tensor]:
