@@ -12,7 +12,6 @@ import operator
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -101,35 +100,47 @@ def longest(
 ) -> Run | None:
     """The most calls in equal periods; the shortest period of equals."""
     best: Run | None = None
-    for length, most in _lengths(calls):
+    forms = _numbered(calls)
+    for length, most in _lengths(forms):
         if best is None or most >= best.length * best.count:
-            found = _runs(calls, position, length, after)
+            found = _runs(calls, forms, position, length, after)
             runs = (run for run in (best, *found) if run is not None)
             best = max(runs, key=lambda run: (run.length * run.count, -run.length), default=None)
     return best
 
 
-def _lengths(calls: Sequence[Call]) -> list[tuple[int, int]]:
+def _numbered(calls: Sequence[Call]) -> list[int]:
+    """A number for the form of each call: numbers are quick to compare."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(call.form, len(numbers)) for call in calls]
+
+
+def _lengths(forms: Sequence[int]) -> list[tuple[int, int]]:
     """Lengths that a period may have: the commonest distances between neighbours of one form that occurs as often as
     there could be layers. With each the most calls that its periods can have together; the longest first."""
-    seen: dict[Hashable, list[int]] = {}
-    for index, call in enumerate(calls):
-        seen.setdefault(call.form, []).append(index)
+    seen: dict[int, int] = {}
     distances: Counter[int] = Counter()
-    for indices in seen.values():
-        distances.update(two - one for one, two in pairwise(indices))
-    numbers = {form: number for number, form in enumerate(seen)}
-    forms = [numbers[call.form] for call in calls]
+    for index, form in enumerate(forms):
+        if form in seen:
+            distances[index - seen[form]] += 1
+        seen[form] = index
     lengths = [length for length, times in distances.most_common(8) if times >= PROVEN - 1]
     most = {length: length + sum(map(operator.eq, forms, forms[length:])) for length in lengths}
     return sorted(most.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _runs(
-    calls: Sequence[Call], position: Mapping[fx.Node, int], length: int, after: Mapping[Binding, Binding] | None
+    calls: Sequence[Call],
+    forms: Sequence[int],
+    position: Mapping[fx.Node, int],
+    length: int,
+    after: Mapping[Binding, Binding] | None,
 ) -> Iterator[Run]:
     """The runs of periods of one length that are as long as can be."""
-    steps = [_Step.between(one, two, length, position, after) for one, two in zip(calls, calls[length:], strict=False)]
+    steps = [
+        _Step.between(one, two, length, position, after) if form == next_form else None
+        for one, two, form, next_form in zip(calls, calls[length:], forms, forms[length:], strict=False)
+    ]
     index = 0
     while index < len(steps):
         end = index
@@ -164,9 +175,8 @@ class _Step:
         position: Mapping[fx.Node, int],
         after: Mapping[Binding, Binding] | None,
     ) -> _Step | None:
-        """None if the calls are no counterparts. Without `after`, any two inputs of one layout may be counterparts."""
-        if one.form != two.form:
-            return None
+        """Of two calls of one form; None if they are no counterparts. Without `after`, any two inputs of one layout may
+        be counterparts."""
         fixed, entering = -1, None
         for left, right in zip(one.leaves, two.leaves, strict=True):
             at = position.get(right, -1)  # type: ignore[call-overload]
@@ -179,7 +189,11 @@ class _Step:
                     entering = at if entering is None else min(entering, at)
             elif not _may_follow(left, right, after):
                 return None
-        return cls(fixed, entering)
+        return _FREE if fixed < 0 and entering is None else cls(fixed, entering)
+
+
+_FREE = _Step()
+"""The step between calls that read nothing but counterparts: nearly all of them, so it is made once."""
 
 
 def _may_follow(left: Binding, right: Binding, after: Mapping[Binding, Binding] | None) -> bool:

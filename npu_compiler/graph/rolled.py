@@ -150,14 +150,12 @@ class Rolled:
         spaces = fx.Graph()
         for node in self.graph.nodes:
             spaces._graph_namespace.create_name(node.name, None)
+        kinds = {node: spaces._target_to_str(node.target) for node in (*self.template, *self.tail)}
         order = chain(
             ((node, times) for times in self.repetitions for node in self.template),
             ((node, times) for times in self.repetitions for node in self.tail),
         )
-        return {
-            (node, times): spaces._graph_namespace.create_name(spaces._target_to_str(node.target), None)
-            for node, times in order
-        }
+        return {(node, times): spaces._graph_namespace.create_name(kinds[node], None) for node, times in order}
 
     @functools.cached_property
     def whole(self) -> fx.GraphModule:

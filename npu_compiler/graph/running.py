@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from npu_compiler.graph.rolled import Rolled, Stamped, held
 from npu_compiler.graph.source import operator_name, where
@@ -31,10 +30,6 @@ def run(program: fx.GraphModule, args: Sequence[Any]) -> Any:
     return _run(program, *args)
 
 
-_NESTED = frozenset((tuple, list, dict, slice, immutable_list, immutable_dict))
-"""Kinds of arguments that may hold results of other calls."""
-
-
 class CallByCall(fx.Interpreter):
     """Runs a program call by call."""
 
@@ -44,6 +39,7 @@ class CallByCall(fx.Interpreter):
         self._rolled = program if isinstance(program, Rolled) else None
         self._node: fx.Node | None = None
         self._times = 0  # how many layers on of its own a call is repeated
+        self._plain: dict[fx.Node, bool] = {}  # calls whose arguments hold no results inside of lists
 
     @property
     def current(self) -> fx.Node | Stamped | None:
@@ -102,12 +98,22 @@ class CallByCall(fx.Interpreter):
 
     def call(self, n: fx.Node) -> Any:
         """Runs a node: as the interpreter's own `run_node`, which also notes the node for calls that are traced and
-        looks into every argument."""
-        if n.op == "call_function" and not n.kwargs and _NESTED.isdisjoint(map(type, n.args)):
+        looks into every argument each time."""
+        plain = self._plain.get(n)
+        if plain is None:
+            plain = self._plain[n] = _is_plain(n)
+        if plain:
             env = self.env
-            return n.target(*[env[item] if type(item) is fx.Node else item for item in n.args])  # type: ignore[operator]
+            return n.target(*[env[item] if type(item) is fx.Node else item for item in n.args], **n.kwargs)  # type: ignore[operator]
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return getattr(self, n.op)(n.target, args, kwargs)
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether the results that a call reads are arguments of it, not parts of lists or keyword arguments."""
+    read: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), read.append)
+    return node.op == "call_function" and len(read) == sum(isinstance(item, fx.Node) for item in node.args)
 
 
 def _run(program: fx.GraphModule, *args: Any) -> Any:

@@ -90,7 +90,8 @@ def refresh_aliases(graph: fx.Graph) -> None:
     """Brings the recorded values of views and in-place calls up to date. After `a` was replaced by `b`, a view of `a`
     reads `b`; after `index_put` became `index_put_`, its result is its argument: the fake values have to say so."""
     for node in graph.nodes:
-        refresh_alias(node)
+        if node.op == "call_function":
+            refresh_alias(node)
 
 
 def refresh_alias(node: fx.Node) -> None:
