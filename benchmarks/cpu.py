@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import logging
 import resource
 import threading
 import time
-from collections.abc import Iterator
 
 import psutil
 
@@ -37,53 +35,41 @@ def _of_child(child: psutil.Process) -> float:
     return 0.0
 
 
-class Clock(logging.Handler):
-    """CPU seconds of stretches of time that vLLM's log tells of only when they have ended.
+class Clock:
+    """CPU seconds of this process over time, for stretches of time that are known only when they have ended.
 
-    Used as a context: `seconds` are those of the stretches that `ended` within it.
-
-    Args:
-        name: the logger, whose messages about the end of a stretch contain `ending`.
+    Used as a context: it notes the CPU seconds all the while.
     """
 
-    def __init__(self, name: str, ending: str) -> None:
-        super().__init__(logging.INFO)
-        self._logger, self._ending = logging.getLogger(name), ending
+    def __init__(self) -> None:
         self._times: list[float] = []
         self._cpu: list[float] = []
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self.seconds = 0.0
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[Clock]:
-        """Notes the CPU seconds of this process all the while."""
-        sampler = threading.Thread(target=self._sample, daemon=True)
-        level, propagate = self._logger.level, self._logger.propagate
-        self._logger.setLevel(logging.INFO)
-        self._logger.propagate = False
-        self._logger.addHandler(self)
-        sampler.start()
-        try:
-            yield self
-        finally:
-            self._stop.set()
-            sampler.join()
-            self._logger.removeHandler(self)
-            self._logger.setLevel(level)
-            self._logger.propagate = propagate
+    def __enter__(self) -> Clock:
+        self._sampler.start()
+        return self
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Counts the stretch that a message is about, whose last argument is its length in seconds."""
-        if self._ending in str(record.msg) and isinstance(record.args, tuple):
-            self.seconds += time.process_time() - self._at(time.perf_counter() - float(str(record.args[-1])))
+    def __exit__(self, *failure: object) -> None:
+        self._stop.set()
+        self._sampler.join()
+        self._note()
+
+    def between(self, start: float, end: float) -> float:
+        """CPU seconds from one moment to another (time.perf_counter()), both of them within the context."""
+        return self._at(end) - self._at(start)
 
     def _sample(self) -> None:
-        while not self._stop.is_set():
-            with self._lock:
-                self._times.append(time.perf_counter())
-                self._cpu.append(time.process_time())
-            self._stop.wait(TICK_S)
+        self._note()
+        while not self._stop.wait(TICK_S):
+            self._note()
+
+    def _note(self) -> None:
+        with self._lock:
+            self._times.append(time.perf_counter())
+            self._cpu.append(time.process_time())
 
     def _at(self, moment: float) -> float:
         """The CPU seconds at a moment that has been."""
