@@ -135,7 +135,9 @@ COLLECTIVES: dict[str, Callable[[Each], list[Any]]] = {
 
 def together(ranks: int, function: Callable[[int], Any], devices: Sequence[str] = ("cpu",)) -> list[Any]:
     """What `function` returns for each rank, called for all of them at once: ranks are threads of this process, whose
-    default group sends from one to the other. Random numbers are shared, so draw them before."""
+    default group sends from one to the other. Random numbers are shared, so draw them before. Every thread has the
+    caller's streams: an engine of vLLM that ran before leaves the main thread on one of its own."""
+    streams = [torch.accelerator.current_stream()] if "npu" in devices else []
     results: list[Any] = [None] * ranks
     failures: list[BaseException] = []
     store = dist.HashStore()
@@ -144,6 +146,8 @@ def together(ranks: int, function: Callable[[int], Any], devices: Sequence[str] 
         backend = ",".join(f"{device}:threaded" for device in devices)
         dist.init_process_group(backend, rank=rank, world_size=ranks, store=store)
         try:
+            for stream in streams:
+                torch.accelerator.set_stream(stream)
             with torch.no_grad():
                 results[rank] = function(rank)
         except BaseException as error:  # noqa: BLE001  whatever it is, the others wait for this rank
