@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RUN    := OMP_NUM_THREADS=1 $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build browser test test-full demo serve bench bench-check bench-compiler bench-parallel pairs sweep lint format sanitize wheel clean
+.PHONY: help setup build browser test test-full demo serve bench bench-check bench-compiler bench-parallel pairs sweep lint format test-sanitize wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -39,7 +39,7 @@ serve: setup  ## the same, left running
 
 bench: setup  ## all peers in one interleaved run; rows and a plot go to benchmarks/results/
 	@$(BIN)/python tools/setup_environment.py --venv $(VENV) --bench
-	$(RUN) -m benchmarks
+	$(RUN) -m benchmarks; rows=$$?; $(RUN) -m benchmarks instructions && exit $$rows
 
 bench-check: setup  ## fails where a row of the last `make bench` is below its floor (benchmarks/floors.toml)
 	$(RUN) -m benchmarks check
@@ -67,7 +67,7 @@ format: setup  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format .
 	git ls-files 'runtime/*.cpp' 'runtime/*.h' | xargs $(BIN)/clang-format -i
 
-sanitize: setup  ## the C interface's tests under the thread and the address sanitizer
+test-sanitize: setup  ## the C interface's tests under the thread and the address sanitizer
 	for kind in thread address; do \
 	  cmake -S . -B build/$$kind -G Ninja -DHOST_RUNTIME_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	    -DTORCH_DIR=$$($(BIN)/python tools/setup_environment.py --where torch) \

@@ -6,7 +6,6 @@ import argparse
 import difflib
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from benchmarks import (
     check,
     compiler,
     dumping,
+    harness,
+    instructions,
     kernels,
     parallel,
     plot,
@@ -38,17 +39,6 @@ def all_rows() -> dict[str, Row]:
     return {row.name: row for family in families for row in family.rows()}
 
 
-def machine() -> dict[str, str]:
-    """The kind of machine, for the JSON: processor model, cores, kernel, Python."""
-    model = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        names = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
-        if names:
-            model = f"{names[0]} ({len(names)} logical cores)"
-    return {"processor": model, "system": platform.platform(), "python": platform.python_version()}
-
-
 def measure_here(name: str, quick: bool) -> dict[str, Any]:
     """One row in this process, as the JSON object that is stored."""
 
@@ -56,7 +46,7 @@ def measure_here(name: str, quick: bool) -> dict[str, Any]:
     found = run(row, Settings.quick() if quick else Settings())
     loaded = ("torch", "torch_npu", "onnxruntime", "openvino")
     versions = {module: sys.modules[module].__version__ for module in loaded if module in sys.modules}
-    about = {"title": row.title, "quick": quick, "machine": machine(), "versions": versions}
+    about = {"title": row.title, "quick": quick, "machine": harness.machine(), "versions": versions}
     return {"about": {**about, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, "records": found}
 
 
@@ -145,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parallel.main(arguments[1:])
     if arguments[:1] == ["dump"]:
         return dumping.main(arguments[1:])
+    if arguments[:1] == ["instructions"]:
+        return instructions.main(arguments[1:])
     if arguments[:1] == ["check"]:
         return check.main(arguments[1:])
     parser = argparse.ArgumentParser(
@@ -152,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         epilog="Other commands, as the first argument: `kernels` (the captured tasks of one decoder layer), `compiler` "
         "(nodes, kernels, seconds and MiB of compilation), `check` (stored rows against their floors), `dump` (what a "
-        "bundle costs), `parallel` (several ranks, token drop, weights in FRACTAL_NZ, streams); each has its --help.",
+        "bundle costs), `instructions` (of a replay, counted by valgrind), `parallel` (several ranks, token drop, "
+        "weights in FRACTAL_NZ, streams); each has its --help.",
     )
     parser.add_argument("--rows", help=f"comma-separated rows; default all: {', '.join(all_rows())}")
     parser.add_argument(

@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import instructions
+
 FLOORS = Path(__file__).parent / "floors.toml"
 RESULTS = Path(__file__).parent / "results"
 Floors = Mapping[str, Mapping[str, float]]
@@ -40,7 +42,8 @@ def figure(key: str, found: Mapping[str, dict[str, Any]]) -> float | None:
 def broken(row: str, limits: Mapping[str, float], stored: Mapping[str, Any] | None) -> list[str]:
     """A sentence for each floor of `row` that its stored records don't hold."""
     if stored is None:
-        return [f"{row}: not measured; run `make bench` or `python -m benchmarks --rows {row}`"]
+        command = "instructions" if row in instructions.ROWS else f"--rows {row}"
+        return [f"{row}: not measured; run `make bench` or `python -m benchmarks {command}`"]
     found = {record["peer"]: record for record in stored["records"]}
     sentences = []
     for key, limit in limits.items():

@@ -9,9 +9,11 @@ it took more than `PROBE_TOLERANCE` times its best is rejected and repeated, up 
 from __future__ import annotations
 
 import dataclasses
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,12 +34,14 @@ class Contestant:
         batch: does the work `n` times and returns when it is done, device included.
         output: the result to check against the reference, as a CPU tensor; None for work without a result.
         kept: what has to live as long as the contestant (a captured graph knows addresses, it keeps no tensor alive).
+        prepare: called before each batch, and not counted.
     """
 
     name: str
     batch: Callable[[int], None]
     output: Callable[[], torch.Tensor] | None = None
     kept: Sequence[object] = ()
+    prepare: Callable[[], None] | None = None
 
 
 Factory = Callable[[], Contestant]
@@ -157,6 +161,8 @@ class Measured:
 
 
 def timed(contestant: Contestant, loops: int) -> float:
+    if contestant.prepare is not None:
+        contestant.prepare()
     began = time.perf_counter()
     contestant.batch(loops)
     return time.perf_counter() - began
@@ -164,7 +170,7 @@ def timed(contestant: Contestant, loops: int) -> float:
 
 def calibrate(contestant: Contestant, round_seconds: float, agree: Agree = alone) -> int:
     """The number of loops that fills a round, after a warm-up."""
-    contestant.batch(3)
+    timed(contestant, 3)
     loops = 1
     while True:
         seconds = agree(timed(contestant, loops))
@@ -312,3 +318,14 @@ def run(row: Row, settings: Settings, agree: Agree = alone) -> list[dict[str, An
     # Once more: a replay that drifts or reads memory given back since shows only now.
     errors = check_outputs(contestants, row.reference, row.tolerance)
     return records(row, measured, errors, missing, floor)
+
+
+def machine() -> dict[str, str]:
+    """The kind of machine, for the JSON: processor model, cores, kernel, Python."""
+    model = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        if names:
+            model = f"{names[0]} ({len(names)} logical cores)"
+    return {"processor": model, "system": platform.platform(), "python": platform.python_version()}

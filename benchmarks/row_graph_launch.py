@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
-from benchmarks import devices
+from benchmarks import devices, native
 from benchmarks.harness import Contestant, Factory, Goal, Row
 
 NODES = 1000
@@ -77,6 +80,18 @@ def eager(name: str, nodes: int, on_device: bool) -> Factory:
     return factory
 
 
+def in_cpp() -> Contestant:
+    """The same additions by a loop in C++ over ATen's operator, at::add_out in inference mode (add_out.cpp)."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = native.compiled(
+            "add_out.cpp", Path(folder) / "add_out.so", "-shared", "-fPIC", "-ltorch_cpu", "-lc10"
+        )
+        loop = ctypes.CDLL(str(library)).add_out_loop
+    loop.argtypes, loop.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), None
+    tensor = torch.zeros(ELEMENTS)
+    return repeated("at::add_out", lambda: loop(tensor.data_ptr(), ELEMENTS, NODES), tensor)
+
+
 def rows() -> list[Row]:
     return [
         Row(
@@ -87,9 +102,10 @@ def rows() -> list[Row]:
                 "graph replay": replayed("graph replay", NODES),
                 "npu eager": eager("npu eager", NODES, True),
                 "cpu eager": eager("cpu eager", NODES, False),
+                "at::add_out": in_cpp,
             },
             reference="cpu eager",
-            goals=(Goal(peer="graph replay", limit=200.0),),
+            goals=(Goal(peer="graph replay", limit=20.0), Goal(peer="at::add_out", faster_than=10.0)),
             divisor=NODES,
             floor=FLOOR_NODE_NS,
         ),

@@ -58,7 +58,8 @@ def test_missed_goal_is_said() -> None:
 
 def test_divisor_gives_the_time_of_one_unit() -> None:
     row = two(spinning("fast", 1e-3), spinning("slow", 1e-3), divisor=100)
-    assert harness.run(row, SHORT)[0]["median"] == pytest.approx(10, rel=0.3)
+    # A millisecond is spun, or more on a busy machine; undivided it were 1000 us.
+    assert 10 <= harness.run(row, SHORT)[0]["min"] < 1000
 
 
 def test_contestants_take_turns_and_the_order_turns() -> None:
