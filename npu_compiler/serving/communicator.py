@@ -21,6 +21,11 @@ class NPUCommunicator(DeviceCommunicatorBase):
         super().__init__(*args, **kwargs)
         if self.device_group is not None and self.unique_name:
             _register_process_group(self.unique_name, self.device_group)
+        if self.use_all2all:
+            # What vLLM asks about the ranks of experts. Their tokens are gathered by the layers (moe_runner.py).
+            from vllm.distributed.device_communicators.all2all import AgRsAll2AllManager
+
+            self.all2all_manager = AgRsAll2AllManager(self.cpu_group)
 
     def destroy(self) -> None:
         """See DeviceCommunicatorBase: called before the group is destroyed."""

@@ -41,19 +41,12 @@ _EPSILON = 1e-20  # keeps a sum of sigmoids that are all zero from dividing
 class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
     """The experts of a layer, unquantised. Weights stay as vLLM loads them: [experts, out, in].
 
-    With expert parallelism every rank has all tokens and some of the experts; what its own experts add to each token is
-    summed over the ranks by vLLM, as the parts of a split expert are.
+    Every rank sees all tokens (moe_runner.py), and with expert parallelism some of the experts; what its own experts
+    add to each token is summed over the ranks, as the parts of a split expert are.
     """
 
     def __init__(self, moe: FusedMoEConfig) -> None:
         """Raises UnservedError for experts that are not served; it names the layer."""
-        if moe.moe_parallel_config.dp_size > 1:
-            raise UnservedError(
-                "data parallelism of a mixture of experts (--data-parallel-size) is not served on npu yet",
-                where=here(),
-                rule="experts are split over the ranks of tensor parallelism",
-                fix="leave the option out; --enable-expert-parallel gives each of those ranks whole experts",
-            )
         if _formula(moe.activation, moe.swiglu_limit) is None:
             raise _unserved_activation(moe.activation, here())
         super().__init__(moe)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from vllm.distributed import GroupCoordinator, get_dp_group, get_ep_group
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
@@ -22,6 +24,7 @@ class NPUMoERunner(MoERunner):
 
     def __init__(self, *arguments: Any, router: FusedMoERouter, **settings: Any) -> None:
         super().__init__(*arguments, router=NPUGroupedTopKRouter.of(router), **settings)
+        self._token_group = _token_group(self.moe_config)
         # vLLM's choice of operator. As a method it is not in the way of the module paths that Dynamo notes.
         del self._forward_entry
 
@@ -46,7 +49,9 @@ class NPUMoERunner(MoERunner):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Routed experts [tokens, hidden]; behind shared ones, where there are such.
 
-        All ranks have all tokens, and nothing is overlapped here: what is independent in the graph, the scheduler sees.
+        Where ranks have tokens of their own, experts are chosen for these; then the rank's experts see the tokens of
+        all, as many of each rank, and what they add to a token goes back to its rank. Nothing is overlapped here: what
+        is independent in the graph, the scheduler sees.
         """
         shared = None if self.shared_experts is None else self.shared_experts._layer(shared_experts_input)
         if self.gate is not None:
@@ -57,7 +62,23 @@ class NPUMoERunner(MoERunner):
             topk_indices_dtype=self._quant_method.topk_indices_dtype,
             input_ids=input_ids,
         )
+        rows, group = hidden_states, self._token_group
+        if group is not None:
+            rows, weights, experts = (group.all_gather(own, dim=0) for own in (rows, weights, experts))
         routed = self.routed_experts.forward_modular(
-            x=hidden_states, topk_weights=weights, topk_ids=experts, shared_experts=None, shared_experts_input=None
+            x=rows, topk_weights=weights, topk_ids=experts, shared_experts=None, shared_experts_input=None
         )
+        if group is not None:
+            routed = group.reduce_scatter(routed, dim=0)
         return routed if shared is None else (shared, routed)
+
+
+def _token_group(moe: FusedMoEConfig) -> GroupCoordinator | None:
+    """The ranks that have tokens of their own; None where all ranks have all tokens.
+
+    With data parallelism each engine has its own requests. If the ranks of an engine also share its tokens among them
+    (vLLM's sequence parallel layers of experts), those are the ranks of all engines.
+    """
+    if moe.is_sequence_parallel:
+        return get_ep_group()
+    return get_dp_group() if moe.dp_size > 1 else None

@@ -38,6 +38,8 @@ _VLLM_FUSIONS = (
     "fuse_rope_kvcache_cat_mla",
 )
 _PLACEMENTS = ("tensor", "pipeline", "data")
+_GATHERED = "allgather_reducescatter"
+"""vLLM's name for what layers of experts do with the tokens of data-parallel ranks (moe_runner.py)."""
 
 
 class NPUPlatform(Platform):
@@ -291,16 +293,16 @@ def _refuse_unserved(vllm_config: VllmConfig) -> None:
 
 def _refuse_placements(vllm_config: VllmConfig) -> None:
     """Raises ValueError for ways of dividing a model over ranks that don't go together."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1 and vllm_config.scheduler_config.async_scheduling:
         raise ValueError(
             "--async-scheduling and --pipeline-parallel-size exclude each other: vLLM's model runner of the first "
             "version does not support the two together; leave --async-scheduling out"
         )
-    if parallel.data_parallel_size > 1 and model is not None and model.is_moe:
+    if parallel.data_parallel_size > 1 and parallel.all2all_backend != _GATHERED:
         raise ValueError(
-            f"data parallelism (--data-parallel-size) of a mixture of experts ({model.architecture}) is not served on "
-            "npu yet; leave it out: --enable-expert-parallel gives each rank of --tensor-parallel-size whole experts"
+            f"--all2all-backend {parallel.all2all_backend} is a library of CUDA's; on npu tokens of data-parallel ranks "
+            f"are gathered: leave it out, or use {_GATHERED}"
         )
 
 

@@ -219,12 +219,17 @@ class NPUModelRunner(GPUModelRunner):
     def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
         """Keeps what was decided, for the report of the step, and sends it along to vLLM's metrics."""
         mode, descriptor, *between, _ = super()._determine_batch_execution_and_padding(*args, **kwargs)
+        ubatches, across = between
+        if across is not None and self.parallel_config.is_moe_model:
+            # Layers of experts gather as many tokens of each rank. vLLM itself pads like that where all replay.
+            across = across.new_full(across.shape, int(across.max()))
+            descriptor = dataclasses.replace(descriptor, num_tokens=int(across[0]))
         tokens, requests = kwargs["num_tokens"], kwargs["num_reqs"]
         decode = kwargs["max_num_scheduled_tokens"] == 1 and tokens == requests
         reason, detail = self._why_no_replay(mode, tokens, decode)
         self._step = Step(decode, mode.name, tokens, descriptor.num_tokens, reason=reason, detail=detail)
         self._requests = requests
-        return (mode, descriptor, *between, stat_of(self._step, self._newly_dropped()))
+        return (mode, descriptor, ubatches, across, stat_of(self._step, self._newly_dropped()))
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         get_forward_context().additional_kwargs[STEP_KEY] = True

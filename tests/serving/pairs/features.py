@@ -130,7 +130,6 @@ FEATURES = (
         lambda ranks: len(ranks) >= 2 and all(rank.decode["total"] > 0 for rank in ranks),
         settings={"data_parallel_size": 2},
         ranks=2,
-        refused_for={"moe": r"data parallelism .* of a mixture of experts"},
     ),
     Feature(
         "expert_parallel",
