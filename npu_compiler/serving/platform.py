@@ -301,8 +301,8 @@ def _refuse_placements(vllm_config: VllmConfig) -> None:
         )
     if parallel.data_parallel_size > 1 and parallel.all2all_backend != _GATHERED:
         raise ValueError(
-            f"--all2all-backend {parallel.all2all_backend} is a library of CUDA's; on npu tokens of data-parallel ranks "
-            f"are gathered: leave it out, or use {_GATHERED}"
+            f"--all2all-backend {parallel.all2all_backend} is a library for CUDA; on npu the tokens of data-parallel "
+            f"ranks are gathered: leave it out, or use {_GATHERED}"
         )
 
 

@@ -47,6 +47,10 @@ def graphs(mode: str, sizes: list[int]) -> dict[str, Any]:
         ({"enable_lora": True}, r"LoRA \(--enable-lora\) is not served on npu yet"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 is not served on npu yet"),
         ({"pipeline_parallel_size": 2, "async_scheduling": True}, "--async-scheduling and --pipeline-parallel-size ex"),
+        (
+            {"data_parallel_size": 2, "all2all_backend": "deepep_v2"},
+            "--all2all-backend deepep_v2 is a library for CUDA",
+        ),
     ],
 )
 def test_option_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:

@@ -378,9 +378,3 @@ def test_tokens_by_mc2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for operator in ("mc2_dispatch", "mc2_combine"):
             assert targets.count(f"npu_fused.{operator}.default") == checkpoints.Shape().layers
         assert "npu.npu_moe_init_routing_v2.default" not in targets
-
-
-def test_data_parallel_experts_are_refused() -> None:
-    parallel = SimpleNamespace(use_ep=False, dp_size=2)
-    with pytest.raises(NotImplementedError, match="--data-parallel-size"):
-        moe.NPUFusedMoEMethod(SimpleNamespace(moe_parallel_config=parallel))  # type: ignore[arg-type]

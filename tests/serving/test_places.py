@@ -70,13 +70,9 @@ class Layer(nn.Module):
         return run()  # what calls the layer
 
 
-def experts(activation: MoEActivation = MoEActivation.SILU, **parallel: Any) -> Any:
+def experts(activation: MoEActivation) -> Any:
     """The part of FusedMoEConfig that is read before vLLM's own."""
-    return SimpleNamespace(
-        moe_parallel_config=SimpleNamespace(**({"dp_size": 1} | parallel)),
-        activation=activation,
-        swiglu_limit=None,
-    )
+    return SimpleNamespace(activation=activation, swiglu_limit=None)
 
 
 def made(config: Any) -> Any:
@@ -109,7 +105,6 @@ def a_window_over_a_fractal_cache() -> Any:
 
 MADE, CALLED = "make()  # what makes the layer", "return run()  # what calls the layer"
 PROVOKED: list[tuple[str, str, Callable[[], Any]]] = [
-    ("moe.py:__init__", MADE, lambda: made(experts(dp_size=2))),
     ("moe.py:__init__", MADE, lambda: made(experts(MoEActivation.SITU))),
     ("moe.py:experts_of", CALLED, lambda: Layer.called(experts_in_turn)),
     ("moe.py:apply", CALLED, lambda: Layer.called(weights_on_the_input)),

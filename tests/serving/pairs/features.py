@@ -48,7 +48,6 @@ class Feature:
         half: whether it works on half precision only.
         ranks: by how many it multiplies the number of ranks.
         refused_with: features that start-up refuses beside it, with a part of the message.
-        refused_for: kinds of models for which start-up refuses it, likewise.
         only_with: the features it is tried with; empty: all.
     """
 
@@ -62,7 +61,6 @@ class Feature:
     half: bool = False
     ranks: int = 1
     refused_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    refused_for: Mapping[str, str] = dataclasses.field(default_factory=dict)
     only_with: tuple[str, ...] = ()
 
 

@@ -95,8 +95,6 @@ def pairs() -> list[Pair]:
 def refusal(start: Start) -> str:
     """A part of the message with which start-up has to refuse these settings; empty where they are legal."""
     for one in start.features:
-        if start.kind in one.refused_for:
-            return one.refused_for[start.kind]
         for name, message in one.refused_with.items():
             if name in start.names:
                 return message
