@@ -70,9 +70,9 @@ class Layer(nn.Module):
         return run()  # what calls the layer
 
 
-def experts(activation: MoEActivation) -> Any:
+def experts(activation: MoEActivation = MoEActivation.SILU, **parallel: Any) -> Any:
     """The part of FusedMoEConfig that is read before vLLM's own."""
-    return SimpleNamespace(activation=activation, swiglu_limit=None)
+    return SimpleNamespace(moe_parallel_config=SimpleNamespace(**parallel), activation=activation, swiglu_limit=None)
 
 
 def made(config: Any) -> Any:
