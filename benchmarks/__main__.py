@@ -24,6 +24,7 @@ from benchmarks import (
     plot,
     row_decode_step,
     row_graph_launch,
+    row_int8,
     row_prefill,
     row_streams,
 )
@@ -35,7 +36,7 @@ ROW_TIMEOUT_S = 3600
 
 def all_rows() -> dict[str, Row]:
     """Every row by name, in the order of the table."""
-    families = (row_graph_launch, row_decode_step, row_prefill, row_streams)
+    families = (row_graph_launch, row_decode_step, row_int8, row_prefill, row_streams)
     return {row.name: row for family in families for row in family.rows()}
 
 

@@ -1,7 +1,6 @@
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
-#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -13,9 +12,6 @@
 
 namespace aclnn::prepared {
 namespace {
-
-constexpr int64_t kRows = 8;       // that the kernel takes in one pass over a matrix
-constexpr int64_t kManyRows = 32;  // of a group, from which ATen's blocked product wins
 
 /// Refuses packed matrices that the operator does not take: both sizes have to fill fractals of 16 x 16, of
 /// int8 16 x 32 as they are packed.
@@ -51,11 +47,10 @@ struct Groups {
       const int64_t end = ends ? entry(group) : start + entry(group);
       TORCH_CHECK(end >= start && end <= all_rows, "group_list gives rows ", start, " to ", end, " of group ",
                   group, ", but x has ", all_rows);
-      if (end - start >= kManyRows) {
+      if (end - start > kernels::kFractalProductRows) {
         unpacked(group, start, end);
-      } else {
-        for (int64_t row = start; row < end; row += kRows)
-          packed(group, row, std::min(row + kRows, end), scratch);
+      } else if (end > start) {
+        packed(group, start, end, scratch);
       }
       start = end;
     }
@@ -125,7 +120,7 @@ Work grouped_matmul_nz(const Call& call, const PackedGroups& a) {
   groups.product.w = weight.storage;
   groups.product.out = out.data();
   groups.product.by_rows = view.transposed;
-  groups.product.rows = kRows;
+  groups.product.rows = kernels::kFractalProductRows;  // for the scratch
   groups.product.inner = x.size(1);
   groups.product.columns = out.size(1);
   groups.product.block = view.row_blocks * kFractalRows * view.fractal_columns;

@@ -104,7 +104,7 @@ Work run(const Product& product) {
   return bind(kernels::gemv_kernel(product.type, product.transposed), product.gemv);
 }
 
-/// x [.., K] with at most kMaxRows rows times a packed matrix [K, N].
+/// x [.., K] of a few rows times a packed matrix [K, N].
 Work packed_product(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& out) {
   const auto type = float_type(x);
   if (!type || *type == kernels::Type::kFloat || weight.dtype != x.dtype || out.dtype != x.dtype)
@@ -112,7 +112,8 @@ Work packed_product(const Tensor& x, const Tensor& weight, const Tensor* bias, c
   if (weight.dim() != 2 || x.dim() < 1 || out.dim() != x.dim() || !x.is_contiguous() || !out.is_contiguous())
     return nullptr;
   const int64_t inner = weight.size(0), columns = weight.size(1);
-  if (inner == 0 || columns == 0 || x.numel() == 0 || x.size(-1) != inner || x.numel() / inner > kMaxRows)
+  if (inner == 0 || columns == 0 || x.numel() == 0 || x.size(-1) != inner ||
+      x.numel() / inner > kernels::kFractalProductRows)
     return nullptr;
   if (out.numel() != x.numel() / inner * columns || out.size(-1) != columns) return nullptr;
   if (bias != nullptr &&

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "runtime/aclnn/tensor.h"
 
@@ -35,5 +36,22 @@ struct NormQuant {
   bool divide = false;
 };
 Work norm_quant(const NormQuant& arguments);
+
+/// aclnnQuantMatmulV5: a few rows of int8, x2 with contiguous columns (the weight of a linear layer), scales
+/// of floats, no offsets.
+struct QuantProduct {
+  const Tensor* x1;
+  const Tensor* x2;
+  const Tensor* x1_scale;  ///< null: none
+  const Tensor* x2_scale;
+  const Tensor* bias;                 ///< null: none
+  std::vector<const Tensor*> others;  ///< taken where all are absent
+  bool transpose1, transpose2;
+  const Tensor* out;
+};
+Work quant_matmul(const QuantProduct& arguments);
+/// aclnnWeightQuantBatchMatmulV2/V3: the same with rows of float16 or bfloat16, without offset and groups.
+Work weight_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor* offset,
+                         const Tensor* bias, int64_t group, const Tensor& out);
 
 }  // namespace aclnn::prepared

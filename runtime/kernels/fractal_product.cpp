@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "runtime/kernels/fractal_tiles.h"
 #include "runtime/kernels/isa.h"
 #include "runtime/kernels/share.h"
 
@@ -26,6 +27,7 @@ void shared_product(const FractalProduct& p, float* scratch) {
 }  // namespace
 
 void fractal_product(const FractalProduct& product, float* scratch) {
+  if (takes_tiles(product)) return fractal_tiles(product, scratch);
   if (product.type == Type::kBFloat) return shared_product<BFloat>(product, scratch);
   if (product.type == Type::kHalf) return shared_product<Half>(product, scratch);
   throw std::invalid_argument("products read FRACTAL_NZ weights of float16 and bfloat16 only");

@@ -9,6 +9,8 @@
 namespace host_runtime::kernels {
 
 constexpr int64_t kFractalWidth = 16;
+/// From more rows on, a blocked product of the unpacked matrix wins.
+constexpr int64_t kFractalProductRows = 32;
 
 /// out = x @ w (+ bias): x [rows, inner], bias [columns] and out [rows, columns] are contiguous. Fractal
 /// columns of w lie `block` elements apart and are padded with zeros to whole fractals.
@@ -25,10 +27,11 @@ struct FractalProduct {
   /// Floats between two rows of the widened x: whole fractals, and no power of two, so that rows do not share
   /// cache sets.
   int64_t scratch_row() const { return (inner + 31) / 32 * 32 + 32; }
-  size_t scratch() const { return static_cast<size_t>(rows * scratch_row()); }
+  /// For whole tiles of 16 rows, which fractal_tiles makes of x.
+  size_t scratch() const { return static_cast<size_t>((rows + 15) / 16 * 16 * scratch_row()); }
 };
 
-/// `scratch` has room for product.scratch() floats.
+/// `scratch` has room for product.scratch() floats; product.rows is at most kFractalProductRows.
 void fractal_product(const FractalProduct& product, float* scratch);
 
 }  // namespace host_runtime::kernels

@@ -17,11 +17,13 @@
 
 namespace host_runtime::kernels {
 
-/// From least to most; kAvx512Dots is AVX-512 with dot products of bfloat16.
-enum class InstructionSet : uint8_t { kBaseline, kAvx2, kAvx512, kAvx512Dots };
+/// From least to most; kAvx512Dots is AVX-512 with dot products of bfloat16, kTiles that with AMX's products
+/// of bfloat16 tiles.
+enum class InstructionSet : uint8_t { kBaseline, kAvx2, kAvx512, kAvx512Dots, kTiles };
 
-/// The best set that the processor has, or what NPU_COMPILER_HOST_ISA=baseline|avx2|avx512 lowers it to
-/// (tests run every copy that way). Decided once.
+/// The best set that the processor has and the system lets us use, or what
+/// NPU_COMPILER_HOST_ISA=baseline|avx2|avx512|avx512_dots lowers it to (tests run every copy that way).
+/// Decided once.
 InstructionSet this_machine();
 
 }  // namespace host_runtime::kernels

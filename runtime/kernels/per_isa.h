@@ -44,7 +44,7 @@ namespace avx2 {
    : this_machine() == InstructionSet::kAvx2 ? &avx2::__VA_ARGS__   \
                                              : &baseline::__VA_ARGS__)
 #define PER_ISA_OR_DOTS(...) \
-  (this_machine() == InstructionSet::kAvx512Dots ? &avx512_dots::__VA_ARGS__ : PER_ISA(__VA_ARGS__))
+  (this_machine() >= InstructionSet::kAvx512Dots ? &avx512_dots::__VA_ARGS__ : PER_ISA(__VA_ARGS__))
 #else
 #define PER_ISA(...) (&baseline::__VA_ARGS__)
 #define PER_ISA_OR_DOTS(...) PER_ISA(__VA_ARGS__)

@@ -176,3 +176,16 @@ def test_command_runs_a_row_in_its_own_process(tmp_path: Path, capsys: pytest.Ca
     assert "launch and wait of a graph" in printed and "floor 0.18 us" in printed
     cpu = stored["records"][-1]
     assert cpu["max_abs_error"] == 0.0 and 0.3 < cpu["min"] < 1e3
+
+
+def test_what_prepares_a_batch_is_called_before_it_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, called = [0.0], []
+
+    def takes(name: str, seconds: float) -> None:
+        called.append(name)
+        clock[0] += seconds
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+    contestant = Contestant("own", lambda count: takes("batch", count * 2.0), prepare=lambda: takes("prepare", 50.0))
+    assert harness.timed(contestant, 3) == 6.0
+    assert called == ["prepare", "batch"]

@@ -42,17 +42,23 @@ def test_storage_is_as_the_format_says(shape: tuple[int, ...], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("m", [1, 5, 20])
-def test_product_with_packed_weight(dtype: torch.dtype, m: int) -> None:
-    x = make((m, 40), dtype)
-    by_rows = make((50, 40), dtype, seed=1)
-    expected = x.double() @ by_rows.double().t() / 40
-    results = [
-        functional.linear(x.npu(), torch_npu.npu_format_cast(by_rows.npu(), NZ)),
-        x.npu() @ torch_npu.npu_format_cast(by_rows.t().contiguous().npu(), NZ),
+@pytest.mark.parametrize("m", [1, 5, 16, 20, 32, 33])
+@pytest.mark.parametrize(("inner", "columns"), [(40, 50), (7, 130), (272, 16)])
+def test_product_with_packed_weight(dtype: torch.dtype, m: int, inner: int, columns: int) -> None:
+    """Few rows by vectors, more of bfloat16 by tiles (AMX) where there are any, more than 32 by ATen."""
+    x, by_rows, bias = make((m, inner), dtype), make((columns, inner), dtype, seed=1), make((columns,), dtype, seed=2)
+    packed = torch_npu.npu_format_cast(by_rows.npu(), NZ)
+    across = torch_npu.npu_format_cast(by_rows.t().contiguous().npu(), NZ)
+    expected = x.double() @ by_rows.double().t()
+    with_bias = expected + bias.double()
+    pairs = [
+        (functional.linear(x.npu(), packed), expected),
+        (functional.linear(x.npu(), packed, bias.npu()), with_bias),
+        (x.npu() @ across, expected),
+        (torch.addmm(bias.npu(), x.npu(), across), with_bias),
     ]
-    for result in results:
-        torch.testing.assert_close(result.cpu().double() / 40, expected, rtol=1e-2, atol=1e-2)
+    for result, wanted in pairs:
+        torch.testing.assert_close(result.cpu().double() / inner, wanted / inner, rtol=1e-2, atol=1e-2)
 
 
 def test_a_captured_product_sees_a_rewritten_weight() -> None:

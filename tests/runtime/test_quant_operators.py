@@ -205,6 +205,30 @@ def test_weight_quant_matmul() -> None:
     reference.assert_close(actual, expected, torch.float16)
 
 
+@pytest.mark.parametrize("rows", [1, 6, 32, 33])
+@pytest.mark.parametrize(("inner", "columns"), [(1, 1), (7, 5), (64, 32), (130, 67), (1100, 1029)])
+def test_products_with_the_int8_weight_of_a_linear_layer(rows: int, inner: int, columns: int) -> None:
+    """The largest sums of int8 need all 32 bits, and more than float32 has; the last size is shared among threads."""
+    x = torch.randint(-128, 128, (rows, inner), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (columns, inner), dtype=torch.int8)
+    weight[0], x[0] = -128, -128
+    scale, token = torch.rand(columns) * 1e-3, torch.rand(rows) + 0.5
+    integers = torch.randint(-1000, 1000, (columns,), dtype=torch.int32)
+    sums = x.double() @ weight.double().t()
+    actual = torch_npu.npu_quant_matmul(
+        x.npu(), weight.npu().t(), scale.npu(), pertoken_scale=token.npu(), bias=integers.npu(), output_dtype=torch.half
+    )
+    expected = (sums + integers) * scale.double() * token.double()[:, None]
+    reference.assert_close(actual, expected, torch.float16)
+    for dtype in (torch.float16, torch.bfloat16):
+        floats, bias = (torch.randn(rows, inner) / inner**0.5).to(dtype), torch.randn(columns)
+        bias = bias.to(dtype) if dtype == torch.float16 else bias
+        narrow = scale.to(dtype)
+        actual = torch_npu.npu_weight_quant_batchmatmul(floats.npu(), weight.npu().t(), narrow.npu(), bias=bias.npu())
+        expected = floats.double() @ (weight.double() * narrow.double()[:, None]).t() + bias.double()
+        reference.assert_close(actual, expected, dtype, factor=4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rms_norm_quant(dtype: torch.dtype) -> None:
     x, gamma, beta = (torch.randn(s).to(dtype) for s in ((3, 4, 48), (48,), (48,)))

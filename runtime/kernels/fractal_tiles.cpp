@@ -1,0 +1,185 @@
+#include "runtime/kernels/fractal_tiles.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "runtime/kernels/isa.h"
+#include "runtime/kernels/scalar.h"
+#include "runtime/kernels/share.h"
+
+namespace host_runtime::kernels {
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")
+namespace {
+
+#define KERNEL_LANES 16
+#include "runtime/kernels/simd.inc"
+#undef KERNEL_LANES
+
+constexpr int64_t kRows = 16;              // of a tile
+constexpr int64_t kDepth = kFractalWidth;  // of x and w that one instruction sums over
+constexpr int64_t kRowBytes = 64;          // of a tile
+/// Below that many rows the product waits for its weights, and the vector kernels need no x in tiles.
+constexpr int64_t kLeastRows = 5;
+
+/// What ldtilecfg reads: rows and bytes a row of each tile.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+/// The tiles of the calling thread, for as long as this lives: 0 to 3 sums of 16 x 16 floats, 4 and 5 the
+/// first operand (16 rows of 16 halves), 6 and 7 the second (8 pairs of rows, 16 columns).
+class Tiles {
+ public:
+  Tiles() {
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = i == 4 || i == 5 ? kDepth * sizeof(BFloat) : kRowBytes;
+      config.rows[i] = i < 6 ? kRows : kDepth / 2;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+/// The intrinsics that load tiles do not tell the compiler which memory they read.
+inline void written() { __asm__ volatile("" ::: "memory"); }
+
+/// Two rows of 16 halves in turn, as the second operand of a product wants them.
+KERNEL_INLINE void interleave(const BFloat* first, const BFloat* second, BFloat* to) {
+  const WordLanes pairs = load_words(first) | load_words(second) << 16;
+  std::memcpy(to, &pairs, sizeof(pairs));
+}
+
+struct Arguments {
+  const FractalProduct& p;
+  const BFloat* x;    ///< in tiles
+  int64_t row_tiles;  ///< 1 or 2
+  int64_t depth;      ///< inner, in whole fractals
+
+  /// Halves between two tiles of x that lie one behind the other in depth.
+  static constexpr int64_t kTile = kRows * kDepth;
+};
+
+/// x in tiles [row tile, depth tile] of 16 x 16, padded with zeros. by_rows: x is the second operand, so its
+/// tiles hold pairs of its columns, [8, 16 rows, 2]; else the first one, [16 rows, 16].
+void pack_rows(const Arguments& a, BFloat* to) {
+  const auto* x = static_cast<const BFloat*>(a.p.x);
+  std::memset(to, 0, static_cast<size_t>(a.row_tiles * kRows * a.depth) * sizeof(BFloat));
+  for (int64_t row = 0; row < a.p.rows; ++row, x += a.p.inner) {
+    BFloat* tile = to + row / kRows * kRows * a.depth;
+    const int64_t m = row % kRows;
+    for (int64_t k = 0; k < a.p.inner; ++k) {
+      const int64_t at = a.p.by_rows ? k % kDepth / 2 * 2 * kRows + 2 * m + k % 2 : m * kDepth + k % kDepth;
+      tile[k / kDepth * Arguments::kTile + at] = x[k];
+    }
+  }
+}
+
+/// Sums of 16 packed rows of w (columns of the result) and x, [column, row], to `sums` [row tile][16][16].
+template <bool kTwo>
+void packed_rows(const Arguments& a, int64_t column, float* sums) {
+  const BFloat* w = static_cast<const BFloat*>(a.p.w) + column * kFractalWidth;
+  const BFloat* x = a.x;
+  _tile_zero(0);
+  if (kTwo) _tile_zero(1);
+  for (int64_t k = 0; k < a.depth; k += kDepth, w += a.p.block, x += Arguments::kTile) {
+    _tile_loadd(4, w, kFractalWidth * sizeof(BFloat));
+    _tile_loadd(6, x, kRowBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (kTwo) {
+      _tile_loadd(7, x + kRows * a.depth, kRowBytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+  }
+  _tile_stored(0, sums, kRowBytes);
+  if (kTwo) _tile_stored(1, sums + kRows * kFractalWidth, kRowBytes);
+}
+
+/// Sums of x and 16 columns that lie together in w, [row, column].
+template <bool kTwo>
+void packed_columns(const Arguments& a, int64_t column, float* sums) {
+  const BFloat* w = static_cast<const BFloat*>(a.p.w) + column / kFractalWidth * a.p.block;
+  const BFloat* x = a.x;
+  alignas(64) BFloat pairs[Arguments::kTile];
+  _tile_zero(0);
+  if (kTwo) _tile_zero(1);
+  for (int64_t k = 0; k < a.depth; k += kDepth, x += Arguments::kTile) {
+    for (int64_t i = 0; i < kDepth; i += 2, w += 2 * kFractalWidth)
+      interleave(w, w + kFractalWidth, pairs + i * kFractalWidth);
+    written();
+    _tile_loadd(6, pairs, kRowBytes);
+    _tile_loadd(4, x, kDepth * sizeof(BFloat));
+    _tile_dpbf16ps(0, 4, 6);
+    if (kTwo) {
+      _tile_loadd(5, x + kRows * a.depth, kDepth * sizeof(BFloat));
+      _tile_dpbf16ps(1, 5, 6);
+    }
+  }
+  _tile_stored(0, sums, kRowBytes);
+  if (kTwo) _tile_stored(1, sums + kRows * kFractalWidth, kRowBytes);
+}
+
+/// Adds the bias to 16 columns of sums, rounds and stores them.
+void store_columns(const Arguments& a, const float* sums, int64_t column) {
+  const int64_t count = lanes_at(column, a.p.columns);
+  const auto* given = static_cast<const BFloat*>(a.p.bias);
+  const Lanes bias = given == nullptr ? Lanes{} : load_at(given, column, count);
+  for (int64_t row = 0; row < a.p.rows; ++row) {
+    const float* tile = sums + row / kRows * kRows * kFractalWidth;
+    const int64_t m = row % kRows;
+    Lanes found;
+    if (a.p.by_rows) {  // their sums lie [column, row]
+      for (int64_t i = 0; i < kLanes; ++i) found[i] = tile[i * kRows + m];
+    } else {
+      found = load(tile + m * kFractalWidth);
+    }
+    store_at(static_cast<BFloat*>(a.p.out) + row * a.p.columns, column, found + bias, count);
+  }
+}
+
+template <bool kTwo>
+void columns_of(const Arguments& a, int64_t begin, int64_t end) {
+  alignas(64) float sums[2 * kRows * kFractalWidth];
+  const Tiles tiles;
+  for (int64_t column = begin; column < end; column += kFractalWidth) {
+    a.p.by_rows ? packed_rows<kTwo>(a, column, sums) : packed_columns<kTwo>(a, column, sums);
+    store_columns(a, sums, column);
+  }
+}
+
+}  // namespace
+
+bool takes_tiles(const FractalProduct& product) {
+  return product.type == Type::kBFloat && product.rows >= kLeastRows &&
+         this_machine() >= InstructionSet::kTiles;
+}
+
+void fractal_tiles(const FractalProduct& product, float* scratch) {
+  auto* packed = reinterpret_cast<BFloat*>(scratch);
+  const Arguments a{product, packed, (product.rows + kRows - 1) / kRows,
+                    (product.inner + kDepth - 1) / kDepth * kDepth};
+  pack_rows(a, packed);
+  const auto run = a.row_tiles == 1 ? &columns_of<false> : &columns_of<true>;
+  share_columns(product.inner, product.columns, 4 * kFractalWidth,
+                [&](int64_t begin, int64_t end) { run(a, begin, end); });
+}
+
+#pragma GCC pop_options
+#else
+
+bool takes_tiles(const FractalProduct&) { return false; }
+void fractal_tiles(const FractalProduct&, float*) { throw std::logic_error("no tiles on this machine"); }
+
+#endif
+
+}  // namespace host_runtime::kernels

@@ -1,0 +1,14 @@
+// Products of bfloat16 rows with a matrix in FRACTAL_NZ by AMX, which multiplies tiles of 16 rows.
+#pragma once
+
+#include "runtime/kernels/fractal_product.h"
+
+namespace host_runtime::kernels {
+
+/// Whether fractal_tiles computes the product on this machine, and does so before the vector kernels.
+bool takes_tiles(const FractalProduct& product);
+
+/// As fractal_product, on up to 32 rows. `scratch` has room for product.scratch() floats.
+void fractal_tiles(const FractalProduct& product, float* scratch);
+
+}  // namespace host_runtime::kernels
