@@ -14,6 +14,7 @@ import os
 import pickle
 import tempfile
 import time
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,14 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from npu_compiler.errors import OptionError
 from npu_compiler.fusion_kernels import register
 from npu_compiler.graph import serialized
+from npu_compiler.graph.content import of_content
 from npu_compiler.graph.digest import of_text
 from npu_compiler.graph.effects import storage
 from npu_compiler.graph.rolled import Rolled
+from npu_compiler.graph.serialized import NotStorable
 from npu_compiler.graph.source import where
 from npu_compiler.passes.record import PassRecord
 
@@ -42,7 +46,11 @@ HASHED = {
     "sources": "the compiler's sources changed",
 }
 """Parts of a key that are hashes, and what it means that one differs."""
-MAGIC = b"npu_compiler program 3\n"
+KEYED = ("torch", "torch_npu", "npu_compiler")
+"""Packages of which the key holds the version or the sources as a whole."""
+LITERALS = (torch.tensor, torch.as_tensor, torch.scalar_tensor)
+"""Functions that make a tensor of numbers that stand in the user's code."""
+MAGIC = b"npu_compiler program 4\n"
 
 
 @dataclass(frozen=True)
@@ -188,14 +196,17 @@ def read(data: bytes, inputs: Sequence[Any]) -> Program | str:
 
 def graph_parts(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, str] | str:
     """What a dynamo graph and its inputs add to the key; or why it has none."""
-    lines = []
+    lines, constants = [], {}
     for node in gm.graph.nodes:
-        if node.op in ("get_attr", "call_module"):
-            return f"it holds the module or constant {node.target} ({where(node)})"
-        target = node.target if isinstance(node.target, str) else _qualified(node.target)
-        if "<locals>" in target or "<lambda>" in target:
-            return f"it calls {target}, which has no name ({where(node)})"
-        lines.append(f"{node.name} = {node.op} {target} {node.args!r} {node.kwargs!r}")
+        try:
+            target = _target(node)
+        except (NotStorable, OptionError) as reason:
+            return f"{getattr(reason, 'what', reason)} ({where(node)})"
+        given = f"{node.args!r} {node.kwargs!r}"
+        if node.target in LITERALS and not node.all_input_nodes:
+            constants[f"constant {node.name}"] = f"{node.target.__name__} {given}"
+            given = ""
+        lines.append(f"{node.name} = {node.op} {target} {given}")
     state = {
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
@@ -208,6 +219,7 @@ def graph_parts(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, 
     for index, value in enumerate(tensors):
         owners.setdefault(storage(value), index)
     return {
+        **constants,
         "graph": of_text(*lines),
         "inputs": "; ".join(
             _described(value, symbolic, owners)
@@ -244,10 +256,21 @@ def _described(value: Any, symbolic: Any, owners: Mapping[int, int]) -> str:
     return " ".join(f"{type(value).__name__} {value.dtype} {value.device} {layout} {static} {grad}".split())
 
 
-def _qualified(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+def _target(node: fx.Node) -> str:
+    """What a call of a dynamo graph calls, as text. A function that is not torch's (`torch.compiler.allow_in_graph`)
+    counts by its content: what it computes while it is traced may be a constant of the program."""
+    target: Any = node.target
+    if node.op in ("get_attr", "call_module"):
+        raise NotStorable(f"it holds the module or constant {target}")
+    if isinstance(target, (str, torch._ops.OpOverload)):
         return str(target)
-    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+    module = getattr(target, "__module__", "") or ""
+    name = f"{module}.{getattr(target, '__qualname__', target)}"
+    if "<locals>" in name or "<lambda>" in name:
+        raise NotStorable(f"it calls {name}, which has no name")
+    if isinstance(target, types.FunctionType) and module.split(".")[0] not in KEYED:
+        return f"{name} {of_content(target, name)}"
+    return name
 
 
 def _differing(left: Mapping[str, str], right: Mapping[str, str]) -> list[str]:

@@ -25,6 +25,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from npu_compiler.errors import OptionError
+from npu_compiler.graph.constants import to_bytes
 
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OpOverload)
 _PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes)
@@ -80,7 +81,7 @@ class _Hasher:
         elif isinstance(value, torch.Tensor):
             yield f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device}"
             if not value.is_meta and not isinstance(value, FakeTensor):
-                yield hashlib.sha256(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+                yield hashlib.sha256(to_bytes(value)).hexdigest()
         elif isinstance(value, (fx.GraphModule, fx.Graph)):
             yield from self._program(value, what)
         else:

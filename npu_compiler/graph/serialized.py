@@ -2,12 +2,15 @@
 
 What is written is plain data: a tuple a call, in which other calls are numbers and operators are names. Layers repeat
 one another, so lines of code and layouts are written once. Fake values are written as layouts and numbers of storages,
-and made anew on the reader's fake inputs; those with symbolic sizes are inferred from their arguments.
+and made anew on the reader's fake inputs; those with symbolic sizes are inferred from their arguments. Of the modules
+that a call lies in, the paths are written: what torch notes of them holds live objects. Small constants are written by
+value.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,18 +22,21 @@ from torch._library.opaque_object import is_opaque_value_type
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.graph_module import _assign_attr
 from torch.utils._pytree import tree_map
 
+from npu_compiler.graph.constants import LARGEST, constant_of, from_bytes, to_bytes
 from npu_compiler.graph.effects import has_fixed_layout, has_unknown_size, storage, tensors, value
 from npu_compiler.graph.layers import Bindings
 from npu_compiler.graph.once import ONCE
 from npu_compiler.graph.periods import Run
 from npu_compiler.graph.rolled import Origins, Rolled
-from npu_compiler.graph.source import where
+from npu_compiler.graph.source import traced_paths, where
 from npu_compiler.graph.values import like
+from npu_compiler.units import in_bytes
 
-KEPT = ("stack_trace", "npu_origin", ONCE)
-"""What is written of a node's metadata. Module paths are not among it: they hold live objects."""
+KEPT = ("npu_origin", ONCE)
+"""What is written of a node's metadata besides its place."""
 _PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None), type(...)))
 _CONSTANTS = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum)
 _OPERATORS = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
@@ -66,11 +72,27 @@ class _Inferred(NamedTuple):
     storages: tuple[int, ...]
 
 
+class _Constant(NamedTuple):
+    """A contiguous tensor."""
+
+    data: bytes
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    device: torch.device
+
+
+class _Place(NamedTuple):
+    """Where in the user's model a call comes from: lines of code, and the paths of the modules."""
+
+    trace: str
+    modules: tuple[str, ...]
+
+
 class _Rolled(NamedTuple):
     """A rolled program without its calls, which are numbers: see Rolled."""
 
     bindings: tuple[int, Mapping[Any, Any], Mapping[Any, int]]
-    origins: tuple[tuple[int, int, int], tuple[str, ...], Sequence[str]]
+    origins: tuple[tuple[int, int, int], tuple[str, ...], Sequence[_Place]]
     length: int
     periods: Sequence[int]
     tail: Sequence[int]
@@ -81,7 +103,8 @@ def dumps(program: fx.GraphModule | Rolled) -> bytes:
     """The program as bytes.
 
     Raises:
-        NotStorable: it holds a constant, or something that no other process knows; says at which place of the model.
+        NotStorable: its constants take more than constants.LARGEST bytes, or it holds something that no other process
+            knows; says at which place of the model.
     """
     writer, calls = _Writer(), []
     for node in program.graph.nodes:
@@ -107,7 +130,7 @@ def loads(data: bytes, inputs: Sequence[Any]) -> fx.GraphModule | Rolled:
     with unset_fake_temporarily():
         for call in calls:
             reader.add(*call)
-    program = _make_graph_module(torch.nn.Module(), reader.graph)
+    program = _make_graph_module(reader.constants, reader.graph)
     return program if rolled is None else reader.rolled(program, rolled)
 
 
@@ -143,35 +166,58 @@ class _Writer:
         self._storages = _Storages()
         self._positions: dict[fx.Node, _Node] = {}
         self._equal: dict[Any, Any] = {}  # equal things are one object, which pickle writes once
+        self._constants: set[str] = set()
+        self._bytes = 0  # of constants
 
     def call(self, node: fx.Node) -> tuple[Any, ...]:
-        """A node as data: operation, name, target, arguments, metadata, value."""
-        if node.op in ("get_attr", "call_module", "call_method"):
-            what = "holds the constant" if node.op == "get_attr" else "calls the module or method"
-            raise NotStorable(f"it {what} {node.target}")
+        """A node as data: operation, name, target, arguments, place, other metadata, value."""
+        if node.op in ("call_module", "call_method"):
+            raise NotStorable(f"it calls the module or method {node.target}")
         if node.op == "placeholder":
             self.inputs.append(self._storages.input(node))
-        value_of = None if node.op in ("placeholder", "output") else self._value(node)
+        if node.op == "get_attr":
+            value_of: Any = self._constant(node)
+        else:
+            value_of = None if node.op in ("placeholder", "output") else self._value(node)
         target = self._target(node.target) if node.op == "call_function" else node.target
         meta = {key: self._once(node.meta[key]) for key in KEPT if node.meta.get(key) is not None}
         args, kwargs = self._argument(node.args), self._argument(node.kwargs)
         self._positions[node] = _Node(len(self._positions))
-        return node.op, node.name, target, args, kwargs, meta, value_of
+        return node.op, node.name, target, args, kwargs, self._place(node.meta), meta, value_of
 
     def rolled(self, program: Rolled) -> _Rolled:
         """What a rolled program is besides the calls that it holds."""
         positions = self._positions
         after = {self._argument(one): self._argument(two) for one, two in program.bindings.after.items()}
         layer_of = {self._argument(one): layer for one, layer in program.bindings.layer_of.items()}
-        traces = [self._once(places.get("stack_trace", "")) for places in program.origins.places]
+        places = [self._place(meta) for meta in program.origins.places]
         run = program.origins.run
         parts = ([positions[node].position for node in part] for part in (program.periods, program.tail, program.rest))
         return _Rolled(
             (program.bindings.layers, after, layer_of),
-            ((run.start, run.length, run.count), program.origins.names, traces),
+            ((run.start, run.length, run.count), program.origins.names, places),
             program.length,
             *parts,
         )
+
+    def _place(self, meta: Mapping[str, Any]) -> _Place:
+        modules = tuple(map(self._once, traced_paths(meta)))
+        return self._once(_Place(self._once(meta.get("stack_trace") or ""), self._once(modules)))  # type: ignore[no-any-return]
+
+    def _constant(self, node: fx.Node) -> tuple[_Constant | None, _Inferred]:
+        """A constant where it is read first, and its memory."""
+        memory = _Inferred(tuple(self._storages.number(tensor) for tensor in tensors(node)))
+        if node.target in self._constants:
+            return None, memory
+        self._constants.add(str(node.target))
+        constant = constant_of(node)
+        if type(constant) is not torch.Tensor or not constant.is_contiguous():
+            raise NotStorable(f"it holds the constant {node.target}")
+        self._bytes += constant.nbytes
+        if self._bytes > LARGEST:
+            limit = f"more than {in_bytes(LARGEST)} of constants are not stored"
+            raise NotStorable(f"it holds the constant {node.target}; {limit}")
+        return _Constant(to_bytes(constant), constant.dtype, tuple(constant.shape), constant.device), memory
 
     def _once(self, item: Any) -> Any:
         return self._equal.setdefault(item, item) if isinstance(item, (str, tuple)) else item
@@ -228,6 +274,7 @@ class _Writer:
 class _Reader:
     """Attributes:
     graph: the calls added so far.
+    constants: a module with what they read as its attributes.
     """
 
     def __init__(self, written: Sequence[Any], inputs: Sequence[Any]) -> None:
@@ -235,6 +282,8 @@ class _Reader:
         mode = next((item.fake_mode for item in inputs if isinstance(item, FakeTensor)), None)
         self._mode = mode or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self.graph = fx.Graph()
+        self.constants = torch.nn.Module()
+        self._constants: dict[str, FakeTensor] = {}
         self._inputs = iter(inputs)
         self._nodes: list[fx.Node] = []
         self._memory: dict[int, torch.UntypedStorage] = {}
@@ -245,13 +294,25 @@ class _Reader:
             for tensor in tensors(item):
                 self._memory.setdefault(numbers.number(tensor), tensor.untyped_storage())
 
-    def add(self, op: str, name: str, target: Any, args: Any, kwargs: Any, meta: dict[str, Any], value_of: Any) -> None:
+    def add(
+        self,
+        op: str,
+        name: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        place: _Place,
+        meta: dict[str, Any],
+        value_of: Any,
+    ) -> None:
         """Adds a node that `_Writer.call` wrote."""
         target, args, kwargs = self._argument(target), self._argument(args), self._argument(kwargs)
         node = self.graph.create_node(op, target, args, kwargs, name)
-        node.meta.update(meta)
+        node.meta.update(_meta_of(place), **meta)
         if op == "placeholder":
             node.meta["val"] = next(self._inputs)
+        elif op == "get_attr":
+            node.meta["val"] = self._constant(target, *value_of)
         elif op != "output":
             node.meta["val"] = self._value(node, value_of)
         self._nodes.append(node)
@@ -264,11 +325,25 @@ class _Reader:
             {self._argument(one): self._argument(two) for one, two in after.items()},
             {self._argument(one): layer for one, layer in layer_of.items()},
         )
-        run, names, traces = written.origins
-        origins = Origins(Run(*run), names, tuple({"stack_trace": trace} if trace else {} for trace in traces))
+        run, names, places = written.origins
+        origins = Origins(Run(*run), names, tuple(map(_meta_of, places)))
         parts = (tuple(self._nodes[at] for at in part) for part in (written.periods, written.tail, written.rest))
         periods, tail, rest = parts
         return Rolled(program, bindings, origins, periods, written.length, tail, rest)
+
+    def _constant(self, target: str, written: _Constant | None, memory: _Inferred) -> FakeTensor:
+        if written is not None:
+            made = from_bytes(*written)
+            _assign_attr(made, self.constants, target)
+            self._constants[target] = self._mode.from_tensor(made, static_shapes=True)
+            self._remember(memory, self._constants[target])
+        return self._constants[target]
+
+    def _remember(self, inferred: _Inferred, found: Any) -> None:
+        """Notes the memory of a value, for those that are written as lying in it."""
+        if self._fits:
+            for number, tensor in zip(inferred.storages, tensors(found), strict=True):
+                self._memory.setdefault(number, tensor.untyped_storage())
 
     def _argument(self, item: Any) -> Any:
         kind = type(item)
@@ -290,9 +365,7 @@ class _Reader:
             args, kwargs = tree_map(value, given, is_leaf=lambda item: isinstance(item, fx.Node))
             with self._mode, torch.no_grad():
                 found = node.target(*args, **kwargs)  # type: ignore[operator]
-            if self._fits:
-                for number, tensor in zip(written.storages, tensors(found), strict=True):
-                    self._memory.setdefault(number, tensor.untyped_storage())
+            self._remember(written, found)
             return found
         return self._made(written)
 
@@ -309,6 +382,15 @@ def _layout(tensor: torch.Tensor) -> Layout | None:
     if tensor.layout is not torch.strided or not has_fixed_layout(tensor):
         return None
     return tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+
+
+@functools.lru_cache(maxsize=1024)
+def _meta_of(place: _Place) -> dict[str, Any]:
+    """A place as metadata of a node; of the modules' classes, nothing is known."""
+    found: dict[str, Any] = {"stack_trace": place.trace} if place.trace else {}
+    if place.modules:
+        found["nn_module_stack"] = {path: (path, torch.nn.Module) for path in place.modules}
+    return found
 
 
 def _is_plain(item: Any) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -121,8 +121,13 @@ def lines(node: fx.Node) -> list[tuple[str, int]]:
 
 def module_paths(node: fx.Node) -> list[str]:
     """The paths of the modules that `node` lies in, outermost first."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return [_plain(entry[0]) for entry in stack.values() if isinstance(entry, tuple) and entry and entry[0]]
+    return list(map(_plain, traced_paths(node.meta)))
+
+
+def traced_paths(meta: Mapping[str, Any]) -> list[str]:
+    """The paths of the modules that a node with this metadata lies in, as Dynamo writes them, outermost first."""
+    stack = meta.get("nn_module_stack") or {}
+    return [entry[0] for entry in stack.values() if isinstance(entry, tuple) and entry and entry[0]]
 
 
 def _module_path(node: Placed) -> str:

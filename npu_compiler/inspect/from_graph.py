@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.printers import PythonPrinter
 
 from npu_compiler.graph import groups
+from npu_compiler.graph.constants import constant_of, is_kept
 from npu_compiler.graph.effects import storage, value, written_storages
 from npu_compiler.graph.once import LASTING, ONCE
 from npu_compiler.graph.source import TIMES, operator_name, place
@@ -21,9 +22,6 @@ from npu_compiler.inspect.names import is_size, names_in
 from npu_compiler.inspect.program import Argument, Call, Cost, Items, Named, Program, Result, SizeValue, TensorValue
 from npu_compiler.plan.engines import Engine
 from npu_compiler.plan.estimate import Device, Sizes, estimate
-
-LARGEST_CONSTANT = 1 << 20
-"""Bytes up to which a constant's values are kept: a table of positions is, a weight is not."""
 
 
 def program_of(graph: fx.Graph) -> Program:
@@ -59,11 +57,8 @@ def constants_of(graph: fx.Graph) -> dict[str, torch.Tensor]:
     """The constants that a program reads and that are small enough to be kept, by name, in memory of the host."""
     found: dict[str, torch.Tensor] = {}
     for node in graph.find_nodes(op="get_attr"):
-        constant: Any = graph.owning_module
-        for part in node.target.split("."):
-            constant = getattr(constant, part, None)
-        # a subclass is a fake tensor, or one whose values torch does not hand out
-        if type(constant) in (torch.Tensor, torch.nn.Parameter) and constant.nbytes <= LARGEST_CONSTANT:
+        constant = constant_of(node)
+        if is_kept(constant):
             with unset_fake_temporarily():  # the compiler works on fake values meanwhile
                 found[node.target] = constant.detach().cpu().contiguous().clone()
     return found

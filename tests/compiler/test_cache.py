@@ -18,6 +18,8 @@ from torch import Tensor
 from npu_compiler import cache, cli
 from npu_compiler.backend import ascend
 from npu_compiler.cache import FOLDER, Program, ProgramCache, graph_parts
+from npu_compiler.graph.source import where
+from npu_compiler.stages import CAPTURE, FIRST_CALL, LOWERING, ORDER, PASSES, PLAN, STORE
 
 
 @pytest.fixture
@@ -148,6 +150,8 @@ def test_damaged_file_is_a_miss(place: Path, inputs: tuple[Tensor, Tensor]) -> N
 
 def test_what_is_not_stored_says_why(place: Path, inputs: tuple[Tensor, Tensor]) -> None:
     assert "not stored: outputs are views of inputs" in compile_anew(lambda x: (x[1:], x + 1), inputs[0])
+    table = torch._dynamo.assume_constant_result(lambda: torch.ones(32, device="npu"))
+    assert "not stored: it holds the module or constant" in compile_anew(lambda x: x + table(), inputs[0])
 
 
 def test_oldest_entries_leave(place: Path, inputs: tuple[Tensor, Tensor]) -> None:
@@ -163,6 +167,57 @@ def test_oldest_entries_leave(place: Path, inputs: tuple[Tensor, Tensor]) -> Non
     assert [entry["name"] for entry in ProgramCache(place).entries()] == ["another"]
 
 
+def test_another_constant_is_another_program(
+    place: Path, inputs: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def clipped(least: float) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.where(x > 0.5, x, torch.tensor([least, 1.0], device=x.device).sum())
+
+    x = inputs[0]
+    assert compile_anew(clipped(0.25), x) == "stored"
+    assert compile_anew(clipped(0.25), x) == "from the cache"
+    assert compile_anew(clipped(-0.25), x) == "stored"
+    assert cli.main(["explain-miss"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  constant"))
+    assert "constant tensor: tensor ([0.25, 1.0],)" in line and "-> tensor ([-0.25, 1.0],)" in line
+
+
+OFFSET = 1.5
+
+
+@torch.compiler.allow_in_graph
+def shifted(x: Tensor) -> Tensor:
+    return x + torch.tensor(OFFSET, device=x.device)
+
+
+def test_functions_that_dynamo_does_not_look_into_count_by_content(
+    place: Path, inputs: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number that one reads is a constant of the program, which Dynamo's graph does not show."""
+
+    def function(x: Tensor) -> Tensor:
+        return shifted(x) * 2  # type: ignore[no-any-return]  # allow_in_graph is untyped
+
+    assert compile_anew(function, inputs[0]) == "stored"
+    assert compile_anew(function, inputs[0]) == "from the cache"
+    monkeypatch.setitem(globals(), "OFFSET", -1.5)
+    assert compile_anew(function, inputs[0]) == "stored"  # which also compares with eager
+
+
+def test_calls_of_a_stored_program_have_their_places(place: Path, inputs: tuple[Tensor, Tensor]) -> None:
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.ReLU()), torch.nn.Tanh()).npu()
+    found = []
+    for did in ("stored", "from the cache"):
+        before = set(ascend.compiled())
+        assert compile_anew(model, inputs[0]) == did
+        (compiled,) = set(ascend.compiled()) - before
+        assert compiled.graph is not None
+        found.append([str(where(node)) for node in compiled.graph.graph.nodes if node.op == "call_function"])
+    cold, warm = found
+    assert warm == cold
+    assert [line.split(" at ")[0] for line in warm][-2:] == ["0.1", "1"]
+
+
 def test_functions_without_a_name_have_no_key(inputs: tuple[Tensor, Tensor]) -> None:
     graph = torch.fx.symbolic_trace(lambda x: x + 1)
     next(node for node in graph.graph.nodes if node.op == "call_function").target = lambda a, b: a + b
@@ -170,19 +225,36 @@ def test_functions_without_a_name_have_no_key(inputs: tuple[Tensor, Tensor]) -> 
 
 
 def test_another_process_finds_it(place: Path) -> None:
+    """The mask of transformers' encoders is made with torch.tensor(0.0), a constant of the program."""
     program = (
-        "import torch, npu_compiler, warnings\n"
-        "from tests.compiler.test_cache import compile_anew, gated\n"
+        "import json, torch, npu_compiler\n"
+        "from benchmarks import models\n"
+        "from npu_compiler.graph.constants import to_bytes\n"
+        "from tests.compiler.test_cache import ascend, compile_anew, gated\n"
         "x, weight = torch.ones(4, 32, device='npu'), torch.ones(32, 64, device='npu')\n"
-        "print('cache:', compile_anew(gated, x, weight))\n"
+        "function = compile_anew(gated, x, weight)\n"
+        "step, arguments = models.step('bert', 2, x.device), models.inputs('bert', x.device)\n"
+        "with torch.inference_mode():\n"
+        "    found = torch.compile(step, backend='ascend', fullgraph=True, options={'cache': True})(*arguments)\n"
+        "encoder = ascend.compiled()[-1]\n"
+        "constants = len(encoder.graph.graph.find_nodes(op='get_attr'))\n"
+        "stages = list(encoder.stages.costs)\n"
+        "print(json.dumps([function, encoder.stored, constants, stages, to_bytes(found).hex()]))\n"
     )
     root = Path(__file__).parents[2]
-    said = [
-        subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True).stdout
+    cold, warm = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+            ).stdout.splitlines()[-1]
+        )
         for _ in range(2)
-    ]
-    assert "cache: stored" in said[0]
-    assert "cache: from the cache" in said[1]
+    )
+    assert cold[:3] == ["stored", "stored", 1]
+    assert warm[:3] == ["from the cache", "from the cache", 1]
+    assert {LOWERING, PASSES, ORDER, STORE} < set(cold[3])
+    assert set(warm[3]) == {PLAN, FIRST_CALL, CAPTURE}
+    assert warm[4] == cold[4]
 
 
 def _fakes(inputs: tuple[Tensor, ...]) -> list[Tensor]:

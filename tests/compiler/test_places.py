@@ -55,9 +55,13 @@ NO_CALL = {
     "npu_compiler/graph/build.py:call": "raised in a rule, which is blamed with its place (passes/rewrite.py:_blamed)",
     "npu_compiler/graph/content.py:_object": "an option: the content of a user's rule",
     **dict.fromkeys(
-        (f"npu_compiler/graph/serialized.py:{name}" for name in ("_argument", "_target", "_value", "call", "dumps")),
+        (
+            f"npu_compiler/graph/serialized.py:{name}"
+            for name in ("_argument", "_constant", "_target", "_value", "call", "dumps")
+        ),
         "what the report says of a program that is not stored; it has the place (a test below)",
     ),
+    "npu_compiler/cache.py:_target": "what the report says of a program that is not stored; graph_parts adds the place",
     "npu_compiler/lowering/floats.py:specialize_module_floats": "has Dynamo trace again; nobody sees it",
     "npu_compiler/plan/amounts.py:evaluate": "sizes that a caller of the memory plan gave",
     "npu_compiler/plan/agreement.py:compare": "an input, by its name, that differs between ranks",

@@ -126,8 +126,7 @@ def test_stored_program_is_read_as_it_was() -> None:
     assert isinstance(kept, Rolled)
     read = loads(dumps(kept), [node.meta["val"] for node in inputs_of(kept)])
     assert isinstance(read, Rolled)
-    written, found = ([line.split(" Place(")[0] for line in program(entry.whole.graph)] for entry in (kept, read))
-    assert found == written  # module paths are not stored
+    assert program(read.whole.graph) == program(kept.whole.graph)
     assert [node.name for node in read.whole.graph.nodes] == [node.name for node in kept.whole.graph.nodes]
 
 

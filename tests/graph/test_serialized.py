@@ -14,8 +14,10 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from npu_compiler.config import Options
+from npu_compiler.graph.constants import LARGEST, to_bytes
 from npu_compiler.graph.effects import tensors
 from npu_compiler.graph.serialized import NotStorable, dumps, loads
+from npu_compiler.graph.source import module_paths
 from npu_compiler.lowering.functional import Functional
 from npu_compiler.passes import pipeline
 from tests.compiler.test_layers_once import program
@@ -71,6 +73,65 @@ def test_values_are_inferred_for_inputs_that_lie_otherwise() -> None:
                 (view,) = tensors(node)
                 assert view.stride() == given[0].stride()[::-1]
                 assert view.untyped_storage()._cdata == given[0].untyped_storage()._cdata
+
+
+NUMBERS = [
+    torch.tensor(0.1),
+    torch.tensor([[1.0, -0.0, float("inf")], [float("nan"), 1e-40, -2.5]], dtype=torch.float32),
+    torch.tensor([1.0, 3.140625], dtype=torch.bfloat16),
+    torch.tensor([[True], [False]]),
+    torch.tensor([2**62 + 1, -1]),
+    torch.tensor([]),
+]
+
+
+@pytest.mark.parametrize("constant", NUMBERS, ids=lambda constant: f"{constant.dtype} {tuple(constant.shape)}")
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+def test_constants_are_read_as_they_were(constant: Tensor, device: str) -> None:
+    numbers, dtype = constant.tolist(), constant.dtype
+
+    def function(x: Tensor) -> Tensor:
+        return torch.tensor(numbers, dtype=dtype, device=x.device) * x
+
+    x = torch.tensor(1, dtype=dtype, device=device)
+    written = rewritten(function, x).graph
+    assert written.graph.find_nodes(op="get_attr"), "torch no longer makes constants of numbers"
+    read = loads(dumps(written), inputs_of(written.graph))
+    assert program(read.graph) == program(written.graph)
+    (kept,) = {getattr(read, node.target) for node in read.graph.find_nodes(op="get_attr")}  # type: ignore[arg-type]
+    assert kept.dtype == constant.dtype
+    assert to_bytes(kept) == to_bytes(constant)
+    (found,) = read(x)
+    assert to_bytes(found) == to_bytes(constant)
+
+
+def reading(*constants: Tensor) -> fx.GraphModule:
+    """A program that returns constants, each of them twice."""
+    graph, root, mode = fx.Graph(), torch.nn.Module(), FakeTensorMode()
+    for index, constant in enumerate(constants):
+        setattr(root, f"constant{index}", constant)
+        fake = mode.from_tensor(constant)
+        for _ in range(2):
+            graph.get_attr(f"constant{index}").meta["val"] = fake
+    graph.output(tuple(graph.nodes))
+    return fx.GraphModule(root, graph)
+
+
+def test_constants_are_limited_together() -> None:
+    part = torch.zeros(LARGEST // 2, dtype=torch.uint8)
+    written = reading(part, part.clone())
+    assert program(loads(dumps(written), []).graph) == program(written.graph)
+    with pytest.raises(NotStorable, match=r"it holds the constant constant2; more than 1\.0 MiB of constants"):
+        dumps(reading(part, part.clone(), torch.zeros(1)))
+
+
+def test_module_paths_are_read_as_they_were() -> None:
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Tanh()), torch.nn.Sigmoid())
+    written = lowered(model, torch.rand(4)).graph
+    read = loads(dumps(written), inputs_of(written.graph))
+    paths, found = ([module_paths(node) for node in entry.graph.nodes] for entry in (written, read))
+    assert found == paths
+    assert [path[-1] for path in found if path] == ["0.0", "0.1", "1"]
 
 
 def by_hand(target: Any, args: Sequence[Any] = (), constant: bool = False) -> fx.GraphModule:
