@@ -150,7 +150,7 @@ FEATURES = (
         needs_ranks=True,
         refused_with={**_COMPILES, "matmul_all_reduce": "both want the sums over the ranks"},
         only_with=(
-            *("eager", "NONE", "FULL", "FULL_DECODE_ONLY"),  # PIECEWISE leaves it nothing to do
+            *("eager", "FULL", "FULL_DECODE_ONLY"),  # elsewhere programs end at attention, and it has nothing to do
             *("tensor_parallel=2", "tensor_parallel=4", "pipeline_parallel=2", "data_parallel=2", "expert_parallel"),
             *("sequence_parallel", "matmul_all_reduce", "weight_nz"),
         ),
