@@ -102,6 +102,11 @@ HOST_RANDOM = Reason(
     "draws random numbers in a way that a captured graph can't repeat",
     "draw outside the compiled function, or with an operator that takes its numbers from the device's generator",
 )
+HOST_EFFECT = Reason(
+    "host_effect",
+    "has an effect on the host that no replay repeats",
+    "call it outside the compiled function; torch.linalg's *_ex functions leave the check to the caller",
+)
 SIZE_NOT_LISTED = Reason(
     "size_not_listed",
     "a size is not in capture_sizes",
@@ -123,6 +128,7 @@ CALLS = (
     NOTHING_ON_DEVICE,
     HOST_SCALAR,
     HOST_RANDOM,
+    HOST_EFFECT,
     SIZE_NOT_LISTED,
     FIRST_CALL,
     OVER_BUDGET,

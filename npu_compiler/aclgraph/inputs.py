@@ -16,7 +16,7 @@ from torch import fx
 
 from npu_compiler.aclgraph.sizes import deciding
 from npu_compiler.errors import DeviceError
-from npu_compiler.graph.effects import storage, tensors, written_storages
+from npu_compiler.graph.effects import is_token, storage, tensors, written_storages
 from npu_compiler.graph.rolled import Rolled
 from npu_compiler.graph.source import first_use
 
@@ -33,7 +33,7 @@ class InputPlan:
         stable: tensors on the device whose address is expected to stay.
         written: tensors on the device that the program writes.
         copied: all other tensors on the device.
-        host: tensors in host memory.
+        host: tensors in host memory (tokens of effects are none).
     """
 
     names: tuple[str, ...]
@@ -62,7 +62,10 @@ class InputPlan:
         host = [
             i
             for i, value in enumerate(values)
-            if isinstance(value, torch.Tensor) and i not in on_device and placeholders[i].users
+            if isinstance(value, torch.Tensor)
+            and i not in on_device
+            and placeholders[i].users
+            and not is_token(placeholders[i])
         ]
         _refuse_mixed(graph, names, values, on_device, host)
         return cls(

@@ -31,7 +31,7 @@ from npu_compiler.aclgraph.sizes import NumberOutputs
 from npu_compiler.aclgraph.streams import Streams, summary
 from npu_compiler.config import Options
 from npu_compiler.errors import CaptureBudgetWarning
-from npu_compiler.graph.effects import draws_on_host, tensors
+from npu_compiler.graph.effects import draws_on_host, is_effect, tensors
 from npu_compiler.graph.rolled import Rolled
 from npu_compiler.graph.source import beginning, first_use, where
 from npu_compiler.plan.schedule import StreamPlan
@@ -333,6 +333,9 @@ def _why_not(graph: fx.Graph, plan: InputPlan, options: Options) -> Why | None:
     draw = next((node for node in calls if draws_on_host(node)), None)
     if draw is not None:
         return reasons.HOST_RANDOM.said(f"{draw.target} ({where(draw)})")
+    effect = next(filter(is_effect, calls), None)
+    if effect is not None:
+        return reasons.HOST_EFFECT.said(f"{effect.args[1]} ({where(effect)})")
     return None
 
 

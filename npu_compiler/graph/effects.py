@@ -134,6 +134,18 @@ def may_write(node: fx.Node) -> set[int]:
     return {storage(tensor) for source in node.all_input_nodes for tensor in tensors(source)}
 
 
+def is_effect(node: fx.Node) -> bool:
+    """Whether `node` is AOTAutograd's wrapper of an operator whose effects happen in order, such as a check that
+    raises: it takes a token and gives the next one."""
+    return node.target is torch.ops.higher_order.with_effects
+
+
+def is_token(node: fx.Node) -> bool:
+    """Whether an input is the token of such operators: no tensor of the caller's, and nobody looks into it."""
+    readers = [user for user in node.users if user.op != "output"]
+    return bool(readers) and all(is_effect(user) and user.args[0] is node for user in readers)
+
+
 def host_dependence(node: fx.Node) -> str:
     """Why `node` can't be captured: it brings tensor data to the host or takes it from there. Empty if it doesn't."""
     if node.op != "call_function":

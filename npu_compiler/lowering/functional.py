@@ -37,6 +37,7 @@ NEEDS_GRADIENTS = (
     "captured. For inference call it under torch.inference_mode() or torch.no_grad(), or freeze the parameters "
     "(requires_grad_(False)). npu_compiler.report() lists the graphs that this concerns."
 )
+EFFECTS = "effects are handled around the graph"
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,16 @@ def _convention(inputs: Sequence[Any], example_inputs: Sequence[Any]) -> str:
     metadata = None if context is None else context.fw_metadata
     if metadata is None:
         return "nothing is known about AOTAutograd's calling convention"
+    if metadata.tokens:
+        return EFFECTS
     if len(inputs) != len(example_inputs):
         return "inputs that share memory are merged"
     if metadata.mutated_inp_runtime_indices:
         return "inputs are written behind the graph"
     if any(entry.output_type is not OutputType.non_alias for entry in metadata.output_info):
         return "outputs are views of inputs or of each other"
-    if metadata.tokens or metadata.grad_enabled_mutation is not None or metadata.num_intermediate_bases:
-        return "effects are handled around the graph"
+    if metadata.grad_enabled_mutation is not None or metadata.num_intermediate_bases:
+        return EFFECTS
     plain = all(isinstance(entry, (int, PlainTensorMeta)) for entry in metadata.subclass_inp_meta)
     return "" if plain else "inputs are tensor subclasses"
 

@@ -9,6 +9,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import torch
+
+from npu_compiler.backend import CompiledGraph
 from tests.passes import vllm_graphs
 from tests.passes.vllm_graphs import Shape, fired, layer
 
@@ -77,3 +80,19 @@ def test_operators_of_a_layer(family: str) -> None:
     rotations = after.count("npu_fused.qk_rope_cached.default") + after.count(vllm_graphs.PACKED_ATTENTION)
     gates = after.count("npu_fused.swiglu.default") + after.count("npu_fused.geglu.default")
     assert (rotations, gates) == (1, 1)
+
+
+def test_another_shape_in_one_process_gets_its_fusions_too() -> None:
+    """Nothing is registered for the whole process, with one number of heads or one epsilon."""
+    changes = (("num_attention_heads", 8), ("num_key_value_heads", 4), ("rms_norm_eps", 1e-5))
+    other = vllm_graphs.graph(Shape("qwen3", changes=changes)).compiled()
+    again = vllm_graphs.graph(Shape("qwen3")).compiled()
+    assert fired(other) == fired(again) == compiled_layer("qwen3").fired
+    assert (epsilons(other), epsilons(again)) == ({1e-5}, {1e-6})
+
+
+def epsilons(compiled: CompiledGraph) -> set[object]:
+    """Of the norms behind an addition."""
+    assert compiled.graph is not None
+    norms = compiled.graph.graph.find_nodes(op="call_function", target=torch.ops.npu_fused.add_rms_norm.default)
+    return {node.args[3] for node in norms}

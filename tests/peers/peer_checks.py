@@ -6,8 +6,12 @@ FILE receives a JSON object from check to "" or to what went wrong.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from npu_compiler.backend import ascend
 from npu_compiler.runtime import counters
 from tests.peers.qwen3_decode import CONFIG, DecodeStep, FusedOps, PlainOps, reference_logits
 
+REPOSITORY = Path(__file__).parents[2]
 STEPS = 12
 # float32 against float32: only the order of additions differs.
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-4}
@@ -97,6 +102,19 @@ def check_captures_for_ascend(backend: str) -> None:
     assert handed_over["graph_nodes"] < alone["graph_nodes"], (handed_over, alone)
     (compiled,) = ascend.compiled()
     assert "captured by npugraph_ex" in str(compiled)
+
+
+def check_examples_of_the_page(backend: str) -> None:
+    """docs/npugraph_ex.md runs as it is printed, and prints what it says."""
+    page = (REPOSITORY / "docs/npugraph_ex.md").read_text()
+    printed = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(printed):
+        file = Path(folder, "example.py")
+        file.write_text("\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)))
+        exec(compile(file.read_text(), str(file), "exec"), {"__name__": "example"})
+    (report,) = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
+    for line in (*report.splitlines(), "static_kernel_compile"):
+        assert line.removesuffix("...").strip() in printed.getvalue(), (line, printed.getvalue())
 
 
 def check_unknown_option_is_refused(backend: str) -> None:

@@ -13,6 +13,7 @@ CHECKS = [
     "check_force_eager",
     "check_attention_lengths_are_updated",
     "check_captures_for_ascend",
+    "check_examples_of_the_page",
     "check_unknown_option_is_refused",
 ]
 
