@@ -27,6 +27,7 @@ from benchmarks import (
     row_int8,
     row_prefill,
     row_streams,
+    row_vllm,
 )
 from benchmarks.harness import Row, Settings, run
 
@@ -36,7 +37,7 @@ ROW_TIMEOUT_S = 3600
 
 def all_rows() -> dict[str, Row]:
     """Every row by name, in the order of the table."""
-    families = (row_graph_launch, row_decode_step, row_int8, row_prefill, row_streams)
+    families = (row_graph_launch, row_decode_step, row_int8, row_prefill, row_streams, row_vllm)
     return {row.name: row for family in families for row in family.rows()}
 
 

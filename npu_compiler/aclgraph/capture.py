@@ -97,6 +97,7 @@ def _capture(
     # A capture must not meet work that is still running, and can't free cached memory to make room.
     npu.synchronize()
     npu.empty_cache()
+    npu.host_empty_cache()  # else each capture would leave the host memory of the ones that are gone behind
     start, reserved = time.perf_counter(), npu.memory_reserved()
     graph = npu.NPUGraph()
     with npu.stream(stream):
