@@ -1,22 +1,11 @@
-"""What a served model drops (docs/token_drop.md): read from the device now and then, never waited for in a step.
-
-After a step the counters are copied to host memory, in the device's order; a later step that finds the copy done takes
-its values. Rank 0 counts for all ranks.
-"""
+"""What a served model drops (docs/token_drop.md), read by the way of device_reader.py. Rank 0 counts for all ranks."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import Tensor
-from torch_npu import npu
-
 from npu_compiler.backend import DropCounts, Dropped
-
-INTERVAL = 1.0
-"""Seconds between two copies."""
+from npu_compiler.serving.device_reader import TimedCopies
 
 
 class DropReader:
@@ -28,29 +17,23 @@ class DropReader:
 
     def __init__(self) -> None:
         self.latest: list[Dropped] = []
-        self._copies: list[tuple[DropCounts, Tensor]] = []
-        self._done: npu.Event | None = None
-        self._next = 0.0
+        self._copies = TimedCopies()
+        self._asked: list[DropCounts] = []
 
     def ask(self, counters: Sequence[DropCounts]) -> None:
         """Has the counters copied, if it is time to and the last copy was taken."""
-        if not counters or self._done is not None or time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + INTERVAL
-        self._copies = []
-        for entry in counters:
-            host = torch.empty(entry.memory.shape, dtype=entry.memory.dtype, pin_memory=True)
-            host.copy_(entry.memory, non_blocking=True)
-            self._copies.append((entry, host))
-        self._done = npu.Event()
-        self._done.record()
+        if not self._copies.asked:
+            self._asked = list(counters)
+            self._copies.ask([entry.memory for entry in counters])
 
     def take(self) -> list[Dropped]:
         """The layers that have changed since the last time, if a copy is done. Waits for nothing."""
-        if self._done is None or not self._done.query():
+        copies = self._copies.take()
+        if copies is None:
             return []
-        self._done = None
-        found = by_layer(entry for counts, host in self._copies for entry in counts.of(host.tolist()))
+        found = by_layer(
+            entry for counts, host in zip(self._asked, copies, strict=True) for entry in counts.of(host.tolist())
+        )
         known = {entry.layer: entry for entry in self.latest}
         self.latest = found
         return [entry for entry in found if known.get(entry.layer) != entry]

@@ -3,7 +3,7 @@
 The worker says what each step was in vLLM's `CUDAGraphStat`, which vLLM carries from worker to front end; the front end
 hands it to the stat logger that this package registers (`vllm.stat_logger_plugins`). The stat's `runtime_mode` is text:
 "FULL decode", or "NONE other: prefill" with the name of a reason. Now and then it ends with what layers of experts have
-dropped since the start (docs/token_drop.md).
+counted since the start: tokens that they dropped (docs/token_drop.md), how even their ranks are (docs/eplb.md).
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 
 from npu_compiler import reasons
 from npu_compiler.backend import Dropped
+from npu_compiler.serving.expert_imbalance import ExpertLoad
 from npu_compiler.serving.steps import EAGER, Step, StepCounts
 
 logger = init_logger(f"vllm.{__name__}")
 DECODE, OTHER = "decode", "other"
-DROPPED = "; dropped "
+COUNTED = "; counted "
 OF_ENGINE = ("model_name", "engine")
 OF_LAYER = (*OF_ENGINE, "layer")
 
 
-def stat_of(step: Step, dropped: Sequence[Dropped] = ()) -> CUDAGraphStat:
-    """What vLLM carries to the front end of a step, and with it what layers have dropped so far."""
+def stat_of(step: Step, dropped: Sequence[Dropped] = (), experts: Sequence[ExpertLoad] = ()) -> CUDAGraphStat:
+    """What vLLM carries to the front end of a step, and with it what layers have counted so far."""
     kind = DECODE if step.decode else OTHER
     why = f": {step.reason.name}" if step.reason is not None else ""
-    news = DROPPED + json.dumps([dataclasses.astuple(entry) for entry in dropped]) if dropped else ""
+    counted = [[dataclasses.astuple(entry) for entry in entries] for entries in (dropped, experts)]
+    news = COUNTED + json.dumps(counted) if dropped or experts else ""
     return CUDAGraphStat(
         step.tokens, step.padded_tokens, step.padded_tokens - step.tokens, f"{step.mode} {kind}{why}{news}"
     )
@@ -44,16 +46,16 @@ def stat_of(step: Step, dropped: Sequence[Dropped] = ()) -> CUDAGraphStat:
 
 def step_of(stat: CUDAGraphStat) -> Step:
     """The step that a stat was made from, without the reason's detail."""
-    head, _, why = stat.runtime_mode.partition(DROPPED)[0].partition(": ")
+    head, _, why = stat.runtime_mode.partition(COUNTED)[0].partition(": ")
     mode, _, kind = head.partition(" ")
     reason = reasons.named(why) if why else None
     return Step(kind == DECODE, mode, stat.num_unpadded_tokens, stat.num_padded_tokens, reason=reason)
 
 
-def dropped_of(stat: CUDAGraphStat) -> list[Dropped]:
-    """What stat_of was given of layers that drop tokens."""
-    text = stat.runtime_mode.partition(DROPPED)[2]
-    return [Dropped(*entry) for entry in json.loads(text or "[]")]
+def counted_of(stat: CUDAGraphStat) -> tuple[list[Dropped], list[ExpertLoad]]:
+    """What stat_of was given of layers of experts."""
+    dropped, experts = json.loads(stat.runtime_mode.partition(COUNTED)[2] or "[[], []]")
+    return [Dropped(*entry) for entry in dropped], [ExpertLoad(*entry) for entry in experts]
 
 
 class StepMetrics(StatLoggerBase):
@@ -77,7 +79,11 @@ class StepMetrics(StatLoggerBase):
             return
         step = step_of(scheduler_stats.cudagraph_stats)
         self._steps.add(step)
-        self._count_dropped(dropped_of(scheduler_stats.cudagraph_stats))
+        dropped, experts = counted_of(scheduler_stats.cudagraph_stats)
+        self._count_dropped(dropped)
+        for entry in experts:
+            for name in ("imbalance", "linear", "moved", "before"):
+                _counters()[name].labels(*self._labels, entry.layer).set(getattr(entry, name))
         counters = _counters()
         kind, why = DECODE if step.decode else OTHER, step.reason.name if step.reason is not None else ""
         counters["steps"].labels(*self._labels, kind, step.mode, why).inc()
@@ -122,4 +128,14 @@ def _counters() -> dict[str, Any]:
         "needed": Gauge(
             "npu_compiler:needed_capacity_factor", "The factor at which nothing would have been dropped.", OF_LAYER
         ),
+        "imbalance": Gauge(
+            "npu_compiler:expert_imbalance", "Rows of the fullest rank of experts, as a multiple of the mean.", OF_LAYER
+        ),
+        "linear": Gauge(
+            "npu_compiler:expert_imbalance_linear", "The same, had vLLM's linear placement been used.", OF_LAYER
+        ),
+        "before": Gauge(
+            "npu_compiler:expert_imbalance_before", "The same, when experts were moved for the last time.", OF_LAYER
+        ),
+        "moved": Gauge("npu_compiler:moved_experts", "Experts that were moved since the start.", OF_LAYER),
     }

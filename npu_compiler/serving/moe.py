@@ -24,6 +24,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from npu_compiler.errors import UnservedError
 from npu_compiler.serving.places import here
+from npu_compiler.serving.routed_experts import NPURoutedExperts
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
@@ -76,11 +77,14 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
             x = x * topk_weights.to(x.dtype)
             topk_weights = torch.ones_like(topk_weights)
         first, end = experts_of(layer, self.moe)
+        experts = self.moe.num_experts
+        if isinstance(layer, NPURoutedExperts) and layer.placement is not None:
+            experts, topk_ids = layer.slots, layer.slots_of(topk_ids)
         rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
             x,
             topk_ids.to(torch.int32),
             active_num=-1,  # all rows
-            expert_num=self.moe.num_experts,
+            expert_num=experts,
             expert_tokens_num_type=1,  # how many rows an expert has
             expert_tokens_num_flag=True,
             active_expert_range=[first, end],
@@ -92,17 +96,19 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
         rows = grouped_product(rows, layer.w13_weight, getattr(layer, "w13_bias", None), counts)
         rows = activated(layer.activation, rows, settings, layer.layer_name)
         rows = grouped_product(rows, layer.w2_weight, getattr(layer, "w2_bias", None), counts)
-        return combined(rows, places, topk_weights, all_here=end - first == self.moe.num_experts)
+        return combined(rows, places, topk_weights, all_here=end - first == experts)
 
 
 def experts_of(layer: RoutedExperts, moe: FusedMoEConfig) -> tuple[int, int]:
-    """The experts that this rank has: the first, and the one behind the last.
+    """The experts that this rank has, or the slots of its map: the first, and the one behind the last.
 
     Raises:
         UnservedError: they are not neighbours.
     """
     if not moe.moe_parallel_config.use_ep:
         return 0, moe.num_experts
+    if isinstance(layer, NPURoutedExperts) and layer.placement is not None:
+        return layer.slots_here
     if layer.expert_placement_strategy != "linear":
         raise UnservedError(
             f"experts placed {layer.expert_placement_strategy} are not served on npu",

@@ -22,6 +22,42 @@ QKV_ATTENTION = "npu_compiler.passes.qkv_attention:PASS"
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertRebalance:
+    """The option `expert_rebalance`: changing the map of experts while a model is served (docs/eplb.md)."""
+
+    interval: int
+    """Steps between two looks at what experts got."""
+
+    redundant: int = 0
+    """How many slots there are beyond one for each expert, on all ranks together. With `expert_map` it is the map's."""
+
+    least_gain: float = 0.05
+    """A new map is taken where the fullest rank would have got less by this part, at least."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> ExpertRebalance | None:
+        """The option as it was given, checked; None: it was not.
+
+        Raises:
+            ValueError: a key is unknown or has a value that means nothing.
+        """
+        if not given:
+            return None
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ValueError(f"additional_config: expert_rebalance: unknown key {name!r}; {_nearest(name, known)}")
+        gain, interval, redundant = given.get("least_gain", 0.0), given.get("interval"), given.get("redundant", 0)
+        if type(interval) is not int or interval < 1:
+            raise ValueError(f"additional_config: expert_rebalance: interval must be steps >= 1, got {interval!r}")
+        if type(redundant) is not int or redundant < 0:
+            raise ValueError(f"additional_config: expert_rebalance: redundant must be experts >= 0, got {redundant!r}")
+        if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 <= gain < 1:
+            raise ValueError(f"additional_config: expert_rebalance: least_gain must be 0 to 1, got {gain!r}")
+        return cls(**given)
+
+
+@dataclasses.dataclass(frozen=True)
 class ServingOptions:
     """What `additional_config` may hold."""
 
@@ -43,6 +79,14 @@ class ServingOptions:
 
     trace_steps: tuple[int, int] = (100, 109)
     """The first and the last step of it: steps of the engine after its start, counted from 1."""
+
+    expert_map: str | dict[str, Any] | None = None
+    """JSON file, or its content, that says which rank has which experts, more than once where it is worth it
+    (docs/eplb.md). None: vLLM's placement."""
+
+    expert_rebalance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Change that map while the model is served, by what experts got (ExpertRebalance). For example {"interval": 1000,
+    "redundant": 4}. Empty: never."""
 
     compile: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the `ascend` compile backend (npu_compiler.config), without those of its capture: vLLM captures."""
@@ -109,6 +153,15 @@ class ServingOptions:
             raise ValueError(
                 f"additional_config: trace_steps must be the first and the last step, counted from 1, got {steps!r}"
             )
+        if self.expert_map is not None and not isinstance(self.expert_map, (str, dict)):
+            raise ValueError(
+                f"additional_config: expert_map must be a file name or a JSON object, got {self.expert_map!r}"
+            )
+        if not isinstance(self.expert_rebalance, dict):
+            raise ValueError(
+                f"additional_config: expert_rebalance must be a JSON object, got {self.expert_rebalance!r}"
+            )
+        ExpertRebalance.of(self.expert_rebalance)
         if not isinstance(self.compile, dict):
             raise ValueError(f"additional_config: compile must be a JSON object of options, got {self.compile!r}")
         compile_options(self.compile)

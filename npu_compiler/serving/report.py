@@ -13,6 +13,7 @@ from typing import Any
 
 from npu_compiler.backend import Dropped
 from npu_compiler.reasons import FIRST_SHAPE
+from npu_compiler.serving.expert_imbalance import ExpertLoad
 from npu_compiler.serving.steps import EAGER, FULL, PIECEWISE, Step, StepCounts
 
 IDLE_SECONDS = 1.0
@@ -51,6 +52,8 @@ class RunReport:
     """Steps whose host buffers were still being read by the step before, so that the host had to wait for it."""
     dropped: list[Dropped] = dataclasses.field(default_factory=list)
     """What each layer of experts dropped, of all ranks' tokens, where the option `token_drop` lets it."""
+    experts: list[ExpertLoad] = dataclasses.field(default_factory=list)
+    """How even the ranks of each layer of experts are, where the option `expert_map` places them."""
     _last_step: float | None = None
 
     def add(self, step: Step) -> None:
@@ -69,7 +72,7 @@ class RunReport:
         self.steps.clear()
         self.generated_tokens = self.input_waits = 0
         self.serving_seconds, self._last_step = 0.0, None
-        self.dropped = []
+        self.dropped, self.experts = [], []
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON types; docs/serving.md describes the fields."""
@@ -93,6 +96,7 @@ class RunReport:
                 {"layer": entry.layer, "routed": entry.routed, "dropped": entry.dropped, "needed": entry.needed}
                 for entry in self.dropped
             ],
+            "experts": [dataclasses.asdict(entry) for entry in self.experts],
         }
 
     def text(self) -> str:
@@ -115,6 +119,7 @@ class RunReport:
             f"generated: {data['generated_tokens']} tokens in {data['serving_seconds']:.2f} s, "
             f"{data['tokens_per_second']:.1f} tokens/s",
             *map(str, self.dropped),
+            *map(str, self.experts),
         ]
         return "\n".join(lines)
 

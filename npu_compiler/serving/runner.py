@@ -14,6 +14,7 @@ from vllm.compilation.counter import compilation_counter
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.compilation.monitor import set_cudagraph_capturing_enabled
 from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.forward_context import BatchDescriptor, get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -29,10 +30,13 @@ from npu_compiler.serving import dump
 from npu_compiler.serving.attention_notes import STEP_KEY
 from npu_compiler.serving.capture_budget import CaptureBudget, agreed
 from npu_compiler.serving.drops import DropReader
+from npu_compiler.serving.expert_imbalance import ExpertLoad
+from npu_compiler.serving.expert_loads import ExpertLoads
+from npu_compiler.serving.expert_rebalance import Rebalancer
 from npu_compiler.serving.graph_updates import UpdateResources
 from npu_compiler.serving.graph_wrapper import ACLGraphWrapper
 from npu_compiler.serving.metrics import stat_of
-from npu_compiler.serving.options import ServingOptions
+from npu_compiler.serving.options import ExpertRebalance, ServingOptions
 from npu_compiler.serving.report import ReportFile, RunReport
 from npu_compiler.serving.seams import cuda_names_mean_npu
 from npu_compiler.serving.steps import Step
@@ -65,6 +69,8 @@ class NPUModelRunner(GPUModelRunner):
         self._budget: CaptureBudget | None = None  # while capture_model runs
         compiler = dump.options_of(vllm_config)
         self._noted = Steps(vllm_config, compiler) if is_noted(compiler) else None
+        self.expert_loads = ExpertLoads()
+        self._rebalancer: Rebalancer | None = None
         self._drops = DropReader() if compiler.token_drop else None
 
     # -- model and cache ----------------------------------------------------------------------------------------------
@@ -76,6 +82,10 @@ class NPUModelRunner(GPUModelRunner):
             self.model = ACLGraphWrapper(
                 self.model.unwrap(), self.vllm_config, CUDAGraphMode.FULL, update_resources=UpdateResources()
             )
+        self.expert_loads.find(self.vllm_config, self.get_model())
+        settings = ExpertRebalance.of(self._options.expert_rebalance)
+        if settings is not None and self.expert_loads.layers:
+            self._rebalancer = Rebalancer(settings, self.expert_loads, get_tp_group())
 
     def initialize_kv_cache_tensors(
         self,
@@ -229,13 +239,15 @@ class NPUModelRunner(GPUModelRunner):
         reason, detail = self._why_no_replay(mode, tokens, decode)
         self._step = Step(decode, mode.name, tokens, descriptor.num_tokens, reason=reason, detail=detail)
         self._requests = requests
-        return (mode, descriptor, ubatches, across, stat_of(self._step, self._newly_dropped()))
+        return (mode, descriptor, ubatches, across, stat_of(self._step, self._newly_dropped(), self._new_loads()))
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         get_forward_context().additional_kwargs[STEP_KEY] = True
         assert self._step is not None, "vLLM decides about a step before it runs it"
         noted = self._noted.step(self.report.steps.total, self._step.tokens) if self._noted else nullcontext()
-        with noted:
+        if self._rebalancer is not None:
+            self._rebalancer.between_steps()
+        with noted, self.expert_loads.step(self._step.tokens):
             output = super()._model_forward(*args, **kwargs)
         if self._drops is not None:
             self._drops.ask(self.drop_counts)
@@ -247,8 +259,10 @@ class NPUModelRunner(GPUModelRunner):
         """What counts the tokens that the model drops, on the device."""
         return [] if self._noted is None else self._noted.drops
 
-    def read_drops(self) -> None:
-        """Brings the report's figures on dropped tokens up to date. Waits for the device."""
+    def read_counters(self) -> None:
+        """Brings the report's figures on dropped tokens and on experts up to date. Waits for the device."""
+        self.expert_loads.wait()
+        self.report.experts = self.expert_loads.latest
         if self._drops is not None:
             self._drops.wait(self.drop_counts)
             self.report.dropped = self._drops.latest
@@ -258,6 +272,11 @@ class NPUModelRunner(GPUModelRunner):
             return []
         found = self._drops.take()
         self.report.dropped = self._drops.latest
+        return found
+
+    def _new_loads(self) -> list[ExpertLoad]:
+        found = self.expert_loads.take()
+        self.report.experts = self.expert_loads.latest
         return found
 
     def _count(self, step: Step) -> None:

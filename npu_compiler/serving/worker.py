@@ -179,7 +179,7 @@ class NPUWorker(Worker):
 
     def report(self) -> dict[str, Any]:
         """What this rank did so far (docs/serving.md). `LLM.collective_rpc("report")` returns one a rank."""
-        self.model_runner.read_drops()
+        self.model_runner.read_counters()
         return self.model_runner.report.as_dict()
 
     def watched(self) -> list[Seen]:
@@ -191,6 +191,7 @@ class NPUWorker(Worker):
         """Starts the report's counters again."""
         for counts in self.model_runner.drop_counts:
             counts.clear()
+        self.model_runner.expert_loads.clear()
         self.model_runner.report.clear()
 
     # -- timelines ----------------------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ class NPUWorker(Worker):
     def shutdown(self) -> None:
         runner = getattr(self, "model_runner", None)
         if runner is not None:
-            runner.read_drops()
+            runner.read_counters()
         if runner is not None and self.rank == 0:
             logger.info("Run report\n%s", runner.report.text())
         if runner is not None and runner.report_file is not None:

@@ -74,6 +74,14 @@ FACTS = ("3*s = 24*k_s + 24 is a multiple of 8; s = 8*k, >= 8", "Truth.UNKNOWN")
         ("parallel.md", ("group '0' has one rank",)),
         ("moe.md", ("MC2 (A2: at most 24 experts a rank, 16 ranks or more, it fits)",)),
         ("placements.md", ("torch.Size([16, 128])\nFalse\n",)),
+        (
+            "eplb.md",
+            (
+                "[0, 3, 4, 2, 1, 1, 5, 5]\n",
+                "1.00, had they stayed in linear placement 1.60\n",
+                "(3, 0, 2)) [60.0, 60.0] [Move(source=2, target=5)]",
+            ),
+        ),
         ("token_drop.md", ("[0.0, 1.0, 2.0, 3.0] [0, 1, 2, 0]\n[[0, -1], [1, -1], [2, -1], [3, -1]]\n[[1.0, 0.0]",)),
     ],
 )

@@ -30,11 +30,13 @@ from npu_compiler.inspect import bundle
 from npu_compiler.inspect.outcome import Point
 from npu_compiler.inspect.replay import Subject
 from npu_compiler.serving import moe
+from npu_compiler.serving.expert_maps import recorded
 from npu_compiler.serving.moe_router import NPUGroupedTopKRouter
 from tests.models import checkpoints, tokenizer
 from tests.runtime import reference
 from tests.serving import oracle
 from tests.serving.engine import engine, generate, graphs, report
+from tests.serving.pairs.features import MAP
 
 TOKENS, EXPERTS, K, HIDDEN, INNER = 7, 6, 2, 32, 48
 GROUPED = 16
@@ -350,14 +352,15 @@ def test_tokens_with_the_experts_on_two_ranks(communication: str, folder: Path) 
 
 
 @pytest.mark.full
-def test_tokens_by_mc2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("placed", [{}, {"expert_map": recorded([MAP] * checkpoints.Shape().layers)}], ids=["", "map"])
+def test_tokens_by_mc2(placed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an A3, in float16 and with rows of 1024, as CANN's operators want it. A token that is not transformers' own
     has to be one that transformers, in float32, has as near to it as float16 is exact (test_precision.py)."""
     monkeypatch.setenv("NPU_COMPILER_HOST", "soc=Ascend910_9391")  # of the ranks, which are processes of their own
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")  # a program that is loaded is not dumped
     model = saved("qwen3", tmp_path / "model", hidden_size=1024, dtype="float16")
     prompts = oracle.prompts()[:4]
-    options = {"compile": {"expert_communication": "mc2", "dump": str(tmp_path / "dump")}}
+    options = {**placed, "compile": {"expert_communication": "mc2", "dump": str(tmp_path / "dump")}}
     settings: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "dtype": "float16"}
     settings |= {"enable_expert_parallel": True, "additional_config": options, **graphs("FULL_DECODE_ONLY")}
     with engine(model, **settings) as llm:

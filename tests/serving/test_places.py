@@ -17,8 +17,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from npu_compiler.errors import UnservedError
 from npu_compiler.serving import moe
 from npu_compiler.serving.attention import NPUAttentionImpl
+from npu_compiler.serving.expert_loads import ExpertLoads
+from npu_compiler.serving.expert_maps import placed_in_turn, recorded
 from npu_compiler.serving.plain_attention import Extras
 from npu_compiler.serving.platform import NPUPlatform
+from npu_compiler.serving.routed_experts import NPURoutedExperts, placement_of
 from npu_compiler.serving.runner import NPUModelRunner
 from tests.compiler.message_sites import sites
 from tests.models import checkpoints
@@ -30,12 +33,20 @@ NO_LAYER = {
     "capture_sizes.py:check_capture_sizes": "an option",
     "communicator.py:all_gatherv": "runs inside of a program, whose caller names the call (graph/running.py)",
     "compiler.py:load": "a stored program, whose error names where its graph begins",
+    "expert_maps.py:_entry": "a file, whose layer it names by its number",
+    "expert_maps.py:_layer": "likewise",
+    "expert_maps.py:_rank": "likewise",
+    "expert_maps.py:content": "a file",
+    "expert_maps.py:maps_of": "a file",
+    "expert_maps.py:refuse_without_ranks": "options",
+    "expert_maps.py:settle": "options",
     "dump.py:note_capture": "a file that can't be written",
     "graph_wrapper.py:__call__": "what vLLM asked for in a step",
     "graph_wrapper.py:_capture": "noted on an error that names its call itself (graph/running.py)",
     "graph_wrapper.py:_replay": "the inputs of the whole model",
     "options.py:_check_values": "an option",
     "options.py:compile_options": "an option",
+    "expert_maps.py:_check_rebalance": "options",
     "options.py:of": "an option",
     "options.py:parse": "an option",
     "padding.py:spread_padding": "a batch",
@@ -103,9 +114,21 @@ def a_window_over_a_fractal_cache() -> Any:
     return attention._attend(layer, nothing, nothing, nothing, None, nothing)  # type: ignore[arg-type]  # not read
 
 
+def placed(layers_before: int, quantised: object) -> Any:
+    config: Any = SimpleNamespace(
+        additional_config={"expert_map": recorded([placed_in_turn(4, 2)])},
+        model_config=None,
+        compilation_config=SimpleNamespace(mode=None, static_all_moe_layers=["layer"] * layers_before),
+    )
+    moe: Any = SimpleNamespace(num_experts=4, moe_parallel_config=SimpleNamespace(ep_size=2))
+    return Layer(lambda: placement_of(config, PATH, moe, quantised), PATH)
+
+
 MADE, CALLED = "make()  # what makes the layer", "return run()  # what calls the layer"
 PROVOKED: list[tuple[str, str, Callable[[], Any]]] = [
     ("moe.py:__init__", MADE, lambda: made(experts(MoEActivation.SITU))),
+    ("routed_experts.py:placement_of", MADE, lambda: placed(1, None)),
+    ("routed_experts.py:placement_of", MADE, lambda: placed(0, "fp8")),
     ("moe.py:experts_of", CALLED, lambda: Layer.called(experts_in_turn)),
     ("moe.py:apply", CALLED, lambda: Layer.called(weights_on_the_input)),
     ("moe.py:activated", CALLED, lambda: Layer.called(an_unknown_activation)),
@@ -116,7 +139,7 @@ PROVOKED: list[tuple[str, str, Callable[[], Any]]] = [
         lambda: Layer(lambda: NPUPlatform.get_attn_backend_cls(AttentionBackendEnum.FLASH_ATTN, None), PATH),  # type: ignore[arg-type]  # not read
     ),
 ]
-IN_A_MODEL = {"platform.py:get_attn_backend_cls", "runner.py:initialize_kv_cache_tensors"}
+IN_A_MODEL = {"expert_loads.py:find", "platform.py:get_attn_backend_cls", "runner.py:initialize_kv_cache_tensors"}
 """Provoked by the tests below."""
 
 
@@ -136,6 +159,20 @@ def test_a_layer_of_a_model_of_vllms() -> None:
     assert caught.value.where.startswith("model.layers.0.self_attn.attn at ")
     assert re.search(r"vllm/model_executor/models/qwen3\.py:\d+: self\.attn = ", caught.value.where)
     assert "head_size not supported" in caught.value.what and caught.value.fix
+
+
+def test_a_map_with_more_layers_than_the_model() -> None:
+    layer = object.__new__(NPURoutedExperts)
+    nn.Module.__init__(layer)
+    layer.layer_name, layer.placement = PATH, placed_in_turn(4, 2)
+    config: Any = SimpleNamespace(
+        additional_config={"expert_map": recorded([placed_in_turn(4, 2)] * 3)},
+        model_config=None,
+        compilation_config=SimpleNamespace(mode=None),
+    )
+    with pytest.raises(UnservedError, match="expert_map has 3 layers, the model 1 that have experts") as caught:
+        ExpertLoads().find(config, nn.ModuleList([layer]))
+    assert caught.value.where == PATH and caught.value.fix
 
 
 def test_caches_of_several_kinds_name_their_layers() -> None:

@@ -16,8 +16,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from npu_compiler import fusion_kernels
 from npu_compiler.backend import DropCounts, Dropped
 from npu_compiler.inspect import bundle
-from npu_compiler.serving import drops
-from npu_compiler.serving.metrics import StepMetrics, dropped_of, stat_of, step_of
+from npu_compiler.serving import device_reader, drops
+from npu_compiler.serving.metrics import StepMetrics, counted_of, stat_of, step_of
 from npu_compiler.serving.steps import Step
 from tests.models import checkpoints
 from tests.serving import oracle
@@ -70,15 +70,18 @@ def counts() -> DropCounts:
 
 
 def test_reading_waits_for_nothing(counts: DropCounts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drops, "INTERVAL", 0.0)
+    monkeypatch.setattr(device_reader, "INTERVAL", 0.0)
     reader = drops.DropReader()
     assert reader.take() == []
     reader.ask([counts])
-    reader._done, done = SimpleNamespace(query=lambda: False), reader._done  # as if the device were busy
+    reader._copies._done, done = (
+        SimpleNamespace(query=lambda: False),
+        reader._copies._done,
+    )  # as if the device were busy
     assert reader.take() == []
     counts.memory.add_(1)
     reader.ask([counts])  # one copy at a time
-    reader._done = done
+    reader._copies._done = done
     torch.npu.synchronize()
     (found,) = reader.take()
     assert (found.routed, found.dropped, found.needed) == (8, 3, 1.5)
@@ -110,7 +113,7 @@ def test_metrics() -> None:
     for now in ([Dropped(layer, 10, 2, 1.5)], [], [Dropped(layer, 30, 2, 1.5)], [Dropped(layer, 5, 1, 1.25)]):
         sent = EngineCoreOutputs(scheduler_stats=SchedulerStats(cudagraph_stats=stat_of(STEP, now)))
         received = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(sent))
-        assert dropped_of(received.scheduler_stats.cudagraph_stats) == now
+        assert counted_of(received.scheduler_stats.cudagraph_stats) == (now, [])
         assert step_of(received.scheduler_stats.cudagraph_stats) == STEP
         metrics.record(received.scheduler_stats, None)
     assert value("routed_rows_total", layer) == 35

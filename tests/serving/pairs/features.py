@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from npu_compiler.serving.expert_maps import ExpertMap, recorded
+
 KINDS = ("dense", "moe")
 
 
@@ -17,6 +19,7 @@ class Rank:
         decode, other: steps by what they were (docs/serving.md, the run report).
         experts: how many experts of a layer it has; 0 for a dense model.
         fractal: how many of its parameters lie in FRACTAL_NZ.
+        moved: how many experts were given to another slot.
         fired: how often each pass rewrote something, over all its programs.
         tensor, stage: its numbers among the ranks of tensor and of pipeline parallelism.
     """
@@ -25,6 +28,7 @@ class Rank:
     other: Mapping[str, int]
     experts: int
     fractal: int
+    moved: int
     fired: Mapping[str, int]
     tensor: int
     stage: int
@@ -41,7 +45,7 @@ class Feature:
         name: as in docs/parallel_pairs.md.
         shows: whether what the ranks say proves that it was on.
         settings: of the engine.
-        compile: options of the compiler.
+        compile: options of the compiler. `plugin`: other keys of additional_config.
         axis: features of one axis exclude each other by their nature ("graphs", "tensor"); empty: it has none.
         needs_ranks: whether it needs tensor parallelism.
         kinds: models that have what it works on.
@@ -55,6 +59,7 @@ class Feature:
     shows: Shows
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     compile: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    plugin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     axis: str = ""
     needs_ranks: bool = False
     kinds: tuple[str, ...] = KINDS
@@ -85,8 +90,16 @@ def _fired(name: str) -> Shows:
 
 
 _COMPILES = {"eager": "contradict --enforce-eager"}
-EXPERTS = 4
-"""Experts of a layer of the model that has some."""
+_OF_EXPERTS = (
+    *("eager", "NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY"),
+    *("tensor_parallel=2", "pipeline_parallel=2", "data_parallel=2", "expert_parallel", "expert_map"),
+    *("expert_rebalance", "sequence_parallel", "attention_exchange", "matmul_all_reduce", "weight_nz"),
+)
+"""What maps of experts, which are for two ranks here, are tried with."""
+EXPERTS, LAYERS = 4, 2
+"""Experts of a layer of the model that has some, and how many such layers."""
+MAP = ExpertMap(((0, 2, 1), (3, 1, 0)), EXPERTS)
+"""For two ranks: two experts have a replica, and neither rank its slots in the order of the experts."""
 
 FEATURES = (
     Feature(
@@ -169,6 +182,25 @@ FEATURES = (
         compile={"weight_nz": "all"},
         half=True,
         refused_with=_COMPILES,
+    ),
+    Feature(
+        "expert_map",
+        lambda ranks: all(rank.experts == MAP.each for rank in ranks),
+        settings={"enable_expert_parallel": True},
+        plugin={"expert_map": recorded([MAP] * LAYERS)},
+        needs_ranks=True,
+        kinds=("moe",),
+        refused_with={"pipeline_parallel=2": "expert_map and --pipeline-parallel-size exclude each other"},
+        only_with=_OF_EXPERTS,
+    ),
+    Feature(
+        "expert_rebalance",
+        lambda ranks: all(rank.moved > 0 for rank in ranks),
+        settings={"enable_expert_parallel": True},
+        plugin={"expert_rebalance": {"interval": 4, "least_gain": 0.0}},
+        needs_ranks=True,
+        kinds=("moe",),
+        only_with=_OF_EXPERTS,
     ),
 )
 BY_NAME = {feature.name: feature for feature in FEATURES}

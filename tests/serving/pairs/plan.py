@@ -58,12 +58,15 @@ class Start:
         """Arguments of the engine."""
         found: dict[str, Any] = {"dtype": self.dtype}
         options: dict[str, Any] = {}
+        plugin: dict[str, Any] = {}
         for feature in self.features:
             found |= feature.settings
             options |= feature.compile
+            plugin |= feature.plugin
         if self.ranks > 1 and "data_parallel_size" not in found:
             found["distributed_executor_backend"] = "mp"
-        return found | ({"additional_config": {"compile": options}} if options else {})
+        plugin |= {"compile": options} if options else {}
+        return found | ({"additional_config": plugin} if plugin else {})
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -117,6 +117,7 @@ def note_facts(worker: Any, folder: str) -> None:
         "other": report["other_steps"],
         "experts": experts[0] if experts else 0,
         "fractal": formats.count(FRACTAL_NZ),
+        "moved": sum(layer["moved"] for layer in report["experts"]),
         "tensor": get_tp_group().rank_in_group,
         "stage": get_pp_group().rank_in_group,
     }
