@@ -231,6 +231,12 @@ def refuse_without_ranks(config: VllmConfig, option: str) -> None:
             f"additional_config: {option} needs {' and '.join(missing)}: it says which rank has which whole experts; "
             f"give that, or leave {option} out"
         )
+    if parallel.data_parallel_size > 1:
+        raise ValueError(
+            f"additional_config: {option} and --data-parallel-size exclude each other: the rows of data-parallel ranks "
+            "are gathered with padding in between, which the counts of what experts get do not tell apart; leave one "
+            "of the two out"
+        )
 
 
 def recorded(maps: Sequence[ExpertMap]) -> dict[str, Any]:

@@ -160,11 +160,12 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 def configuration(**parallel: Any) -> Any:
     """The part of VllmConfig that `settle` reads."""
-    usual = {"enable_expert_parallel": True, "tensor_parallel_size": 2, "pipeline_parallel_size": 1}
+    sizes = {f"{kind}_parallel_size": 1 for kind in ("pipeline", "data")} | {"tensor_parallel_size": 2}
+    usual = {"enable_expert_parallel": True, "expert_placement_strategy": "linear", **sizes}
     return SimpleNamespace(
         additional_config={"expert_map": recorded([MAP])},
         model_config=SimpleNamespace(is_moe=True, get_num_experts=lambda: EXPERTS),
-        parallel_config=SimpleNamespace(**(usual | {"expert_placement_strategy": "linear"} | parallel)),
+        parallel_config=SimpleNamespace(**(usual | parallel)),
     )
 
 
@@ -174,6 +175,7 @@ def configuration(**parallel: Any) -> Any:
         ({"enable_expert_parallel": False}, "needs --enable-expert-parallel"),
         ({"tensor_parallel_size": 1}, "needs --tensor-parallel-size of at least 2"),
         ({"expert_placement_strategy": "round_robin"}, "needs --expert-placement-strategy linear"),
+        ({"data_parallel_size": 2}, "expert_map and --data-parallel-size exclude each other"),
         ({"pipeline_parallel_size": 2}, "expert_map and --pipeline-parallel-size exclude each other"),
         ({"tensor_parallel_size": 4}, "for 4 ranks"),
     ],

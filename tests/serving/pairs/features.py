@@ -190,7 +190,10 @@ FEATURES = (
         plugin={"expert_map": recorded([MAP] * LAYERS)},
         needs_ranks=True,
         kinds=("moe",),
-        refused_with={"pipeline_parallel=2": "expert_map and --pipeline-parallel-size exclude each other"},
+        refused_with={
+            "pipeline_parallel=2": "expert_map and --pipeline-parallel-size exclude each other",
+            "data_parallel=2": "expert_map and --data-parallel-size exclude each other",
+        },
         only_with=_OF_EXPERTS,
     ),
     Feature(
@@ -200,6 +203,7 @@ FEATURES = (
         plugin={"expert_rebalance": {"interval": 4, "least_gain": 0.0}},
         needs_ranks=True,
         kinds=("moe",),
+        refused_with={"data_parallel=2": "expert_rebalance and --data-parallel-size exclude each other"},
         only_with=_OF_EXPERTS,
     ),
 )
