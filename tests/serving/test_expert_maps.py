@@ -197,7 +197,8 @@ def test_a_file_becomes_its_content(tmp_path: Path) -> None:
 # -- a model -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("communication", ["auto", pytest.param("alltoall", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("communication", ["auto", "alltoall"])
 def test_tokens_with_redundant_experts(communication: str, folder: Path, tmp_path: Path) -> None:  # noqa: F811
     """Every token of every step is counted once for each of its experts, padding is not, and the figures are those of
     the map."""
