@@ -5,7 +5,7 @@ The normalised value is quantized from float32, so it is rounded once where norm
 
 CANN on Atlas A2 and A3: aclnnAddRmsNormDynamicQuantV2, aclnnAddRmsNormQuantV2 (one scale a channel) and
 aclnnRmsNormQuant (one scale in all, always with beta and an int8 offset). torch_npu offers no function for
-aclnnRmsNormDynamicQuant, so a lone norm and its dynamic quantization stay two operators.
+aclnnRmsNormDynamicQuant: Triton makes a lone norm and its dynamic quantization one kernel, without it they are two.
 """
 
 from __future__ import annotations
@@ -51,6 +51,14 @@ def add_rms_norm_dynamic_quant_reference(
     return values, scale, total
 
 
+def rms_norm_dynamic_quant_reference(
+    x: Tensor, weight: Tensor, smooth: Tensor | None, beta: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """(int8 [..., H], float32 scale of each row [...]). `smooth` [H] multiplies before quantization."""
+    normed = normalize(x.contiguous(), weight, beta, epsilon)
+    return quantize_rows(normed if smooth is None else normed * smooth.to(normed.dtype))
+
+
 def add_rms_norm_quant_reference(
     x: Tensor,
     residual: Tensor,
@@ -86,6 +94,10 @@ def _fake_dynamic(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _int8(x), scale, torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def _fake_lone_dynamic(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake_dynamic(x)[:2]
+
+
 def _fake_static(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _int8(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -109,6 +121,13 @@ def _cann_apart(
     normed, _, total = torch.ops.npu.npu_add_rms_norm(x, residual, weight, epsilon)
     values, scale = torch.ops.npu.npu_dynamic_quant(normed, smooth_scales=smooth)
     return values, scale, total
+
+
+def _cann_lone_apart(
+    x: Tensor, weight: Tensor, smooth: Tensor | None, beta: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    normed = torch.ops.npu.npu_rms_norm(x, weight, epsilon)[0]
+    return torch.ops.npu.npu_dynamic_quant(normed if beta is None else normed + beta, smooth_scales=smooth)
 
 
 def _cann_static(
@@ -144,6 +163,10 @@ def _refuses_apart(
     if beta is not None:
         return "aclnnAddRmsNorm adds no bias"
     return _refuses_half(x, residual, weight, smooth)
+
+
+def _refuses_lone_apart(x: Tensor, weight: Tensor, smooth: Tensor | None, beta: Tensor | None, epsilon: float) -> str:
+    return _refuses_half(x, weight, smooth, beta)
 
 
 def _refuses_static(
@@ -185,6 +208,11 @@ def _dynamic_example(dtype: torch.dtype) -> tuple[Any, ...]:
     return *_add_example(dtype), torch.rand(64, dtype=dtype) + 0.5, None, 1e-6
 
 
+def _lone_dynamic_example(dtype: torch.dtype) -> tuple[Any, ...]:
+    x, _, weight, smooth, beta, epsilon = _dynamic_example(dtype)
+    return x, weight, smooth, beta, epsilon
+
+
 def _static_example(dtype: torch.dtype) -> tuple[Any, ...]:
     scale = torch.rand(64).add(0.5).div(32).to(torch.float32 if dtype == torch.float16 else dtype)
     zero = torch.randint(-8, 8, (64,)).to(torch.int32 if dtype == torch.float16 else dtype)
@@ -216,6 +244,22 @@ ADD_RMS_NORM_DYNAMIC_QUANT = FusedOperator(
         Provider("composition", add_rms_norm_dynamic_quant_reference),
     ),
     example=_dynamic_example,
+)
+RMS_NORM_DYNAMIC_QUANT = FusedOperator(
+    "rms_norm_dynamic_quant(Tensor x, Tensor weight, Tensor? smooth, Tensor? beta, float epsilon) -> (Tensor, Tensor)",
+    reference=rms_norm_dynamic_quant_reference,
+    fake=_fake_lone_dynamic,
+    providers=(
+        Provider("Triton", triton_driver.kernel("rms_norm_dynamic_quant"), ("triton",), refuses_triton),
+        Provider(
+            "aclnnRmsNorm and aclnnDynamicQuant",
+            _cann_lone_apart,
+            ("npu::npu_rms_norm", "npu::npu_dynamic_quant"),
+            _refuses_lone_apart,
+        ),
+        Provider("composition", rms_norm_dynamic_quant_reference),
+    ),
+    example=_lone_dynamic_example,
 )
 ADD_RMS_NORM_QUANT = FusedOperator(
     "add_rms_norm_quant(Tensor x, Tensor residual, Tensor weight, Tensor scale, Tensor? zero, Tensor? beta, "

@@ -11,11 +11,18 @@ from npu_compiler.fusion_kernels import watched
 from npu_compiler.fusion_kernels.expert_dispatch import MC2_COMBINE, MC2_DISPATCH
 from npu_compiler.fusion_kernels.expert_exchange import ALL_TO_ALL_COMBINE, ALL_TO_ALL_DISPATCH
 from npu_compiler.fusion_kernels.geglu import GEGLU
+from npu_compiler.fusion_kernels.geglu_quant import GEGLU_DYNAMIC_QUANT
 from npu_compiler.fusion_kernels.gelu import FAST_GELU
 from npu_compiler.fusion_kernels.layer_norm import ADD_LAYER_NORM
 from npu_compiler.fusion_kernels.matmul_all_reduce import MATMUL_ALL_REDUCE
 from npu_compiler.fusion_kernels.mul_add import MUL_ADD
-from npu_compiler.fusion_kernels.norm_quant import ADD_RMS_NORM_DYNAMIC_QUANT, ADD_RMS_NORM_QUANT, RMS_NORM_QUANT
+from npu_compiler.fusion_kernels.norm_bias import ADD_RMS_NORM_BIAS
+from npu_compiler.fusion_kernels.norm_quant import (
+    ADD_RMS_NORM_DYNAMIC_QUANT,
+    ADD_RMS_NORM_QUANT,
+    RMS_NORM_DYNAMIC_QUANT,
+    RMS_NORM_QUANT,
+)
 from npu_compiler.fusion_kernels.norms import (
     ADD_RMS_NORM,
     ADD_RMS_NORM_CAST,
@@ -43,8 +50,10 @@ OPERATORS: tuple[FusedOperator, ...] = (
     RMS_NORM,
     ADD_RMS_NORM,
     ADD_RMS_NORM_CAST,
+    ADD_RMS_NORM_BIAS,
     GEMMA_RMS_NORM,
     GEMMA_ADD_RMS_NORM,
+    RMS_NORM_DYNAMIC_QUANT,
     ADD_RMS_NORM_DYNAMIC_QUANT,
     ADD_RMS_NORM_QUANT,
     RMS_NORM_QUANT,
@@ -57,6 +66,7 @@ OPERATORS: tuple[FusedOperator, ...] = (
     SWIGLU_DYNAMIC_QUANT,
     SWIGLU_QUANT,
     GEGLU,
+    GEGLU_DYNAMIC_QUANT,
     FAST_GELU,
     TRANSPOSE_BMM,
     MATMUL_ALL_REDUCE,

@@ -21,6 +21,8 @@ PROGRAMS = 40
 LARGEST_BLOCK = 4096
 """Columns at a time: five float32 rows of it take 80 KiB."""
 INT8 = tl.constexpr(127.0)
+ACTIVATIONS = ("silu", "none", "tanh")
+"""By the number that a kernel is given: SiLU, and GELU by torch's names of its approximations."""
 
 
 @triton.jit
@@ -45,8 +47,17 @@ def _scale(x, residual, start, columns, epsilon, ADD: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def _silu_mul(gate, up):
-    return gate / (1.0 + tl.exp(-gate)) * up
+def _gated(gate, up, ACTIVATION: tl.constexpr):
+    """The activation named by its place in ACTIVATIONS, of gate, times up. The hyperbolic tangent is written with exp,
+    which every Triton has."""
+    if ACTIVATION == 0:
+        active = gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == 1:
+        active = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        active = 0.5 * gate * (2.0 - 2.0 / (1.0 + tl.exp(2.0 * inner)))
+    return active * up
 
 
 @triton.jit
@@ -61,10 +72,11 @@ def _quantized(value, scale):
 
 @triton.jit
 def norm_kernel(
-    x, residual, weight, normed, total, rows, columns, epsilon,
-    ADD: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, weight, beta, normed, total, rows, columns, epsilon,
+    ADD: tl.constexpr, SHIFT: tl.constexpr, BETA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """normed = rms_norm(x [+ residual]) * (weight + SHIFT), total = x + residual; all contiguous [rows, columns]."""
+    """normed = rms_norm(x [+ residual]) * (weight + SHIFT) [+ beta], total = x + residual; all contiguous
+    [rows, columns]."""
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         start = tl.cast(row, tl.int64) * columns
         scale = _scale(x, residual, start, columns, epsilon, ADD, BLOCK)
@@ -73,7 +85,10 @@ def norm_kernel(
             inside = column < columns
             value = _summed(x, residual, start + column, inside, ADD)
             factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + SHIFT
-            tl.store(normed + start + column, (value * scale * factor).to(normed.dtype.element_ty), mask=inside)
+            result = value * scale * factor
+            if BETA:
+                result += tl.load(beta + column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(normed + start + column, result.to(normed.dtype.element_ty), mask=inside)
             if ADD:
                 tl.store(total + start + column, value.to(total.dtype.element_ty), mask=inside)
 
@@ -81,18 +96,19 @@ def norm_kernel(
 @triton.jit
 def norm_quant_kernel(
     x, residual, weight, smooth, beta, values, scales, total, rows, columns, epsilon,
-    SMOOTH: tl.constexpr, BETA: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, SMOOTH: tl.constexpr, BETA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """values, scales = quantized (rms_norm(x + residual) * weight + beta) * smooth, total = x + residual."""
+    """values, scales = quantized (rms_norm(x [+ residual]) * weight + beta) * smooth, total = x + residual."""
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         start = tl.cast(row, tl.int64) * columns
-        scale = _scale(x, residual, start, columns, epsilon, True, BLOCK)
+        scale = _scale(x, residual, start, columns, epsilon, ADD, BLOCK)
         largest = tl.zeros((BLOCK,), tl.float32)
         for block in range(0, columns, BLOCK):
             column = block + tl.arange(0, BLOCK)
             inside = column < columns
-            value = _summed(x, residual, start + column, inside, True)
-            tl.store(total + start + column, value.to(total.dtype.element_ty), mask=inside)
+            value = _summed(x, residual, start + column, inside, ADD)
+            if ADD:
+                tl.store(total + start + column, value.to(total.dtype.element_ty), mask=inside)
             value = _affine(value * scale, weight, smooth, beta, column, inside, SMOOTH, BETA)
             largest = tl.maximum(largest, tl.abs(value))
         step = tl.max(largest, axis=0) / INT8
@@ -100,7 +116,7 @@ def norm_quant_kernel(
         for block in range(0, columns, BLOCK):
             column = block + tl.arange(0, BLOCK)
             inside = column < columns
-            value = _summed(x, residual, start + column, inside, True)
+            value = _summed(x, residual, start + column, inside, ADD)
             value = _affine(value * scale, weight, smooth, beta, column, inside, SMOOTH, BETA)
             tl.store(values + start + column, _quantized(value, step), mask=inside)
 
@@ -126,33 +142,36 @@ def gate_kernel(gate, up, result, rows, columns, gate_stride, up_stride, BLOCK: 
             inside = column < columns
             left = tl.load(gate + wide * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
             right = tl.load(up + wide * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-            tl.store(result + wide * columns + column, _silu_mul(left, right).to(result.dtype.element_ty), mask=inside)
+            tl.store(result + wide * columns + column, _gated(left, right, 0).to(result.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def gate_quant_kernel(x, smooth, values, scales, rows, columns, SMOOTH: tl.constexpr, BLOCK: tl.constexpr):
-    """values, scales = quantized silu(first half) * second half * smooth; x [rows, 2 columns], contiguous."""
+def gate_quant_kernel(
+    x, smooth, values, scales, rows, columns,
+    ACTIVATION: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """values, scales = quantized activation(first half) * second half * smooth; x [rows, 2 columns], contiguous."""
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         start = tl.cast(row, tl.int64) * columns
         largest = tl.zeros((BLOCK,), tl.float32)
         for block in range(0, columns, BLOCK):
             column = block + tl.arange(0, BLOCK)
-            value = _smoothed_gate(x + 2 * start, smooth, column, columns, SMOOTH)
+            value = _smoothed_gate(x + 2 * start, smooth, column, columns, ACTIVATION, SMOOTH)
             largest = tl.maximum(largest, tl.abs(value))
         step = tl.max(largest, axis=0) / INT8
         tl.store(scales + row, step)
         for block in range(0, columns, BLOCK):
             column = block + tl.arange(0, BLOCK)
-            value = _smoothed_gate(x + 2 * start, smooth, column, columns, SMOOTH)
+            value = _smoothed_gate(x + 2 * start, smooth, column, columns, ACTIVATION, SMOOTH)
             tl.store(values + start + column, _quantized(value, step), mask=column < columns)
 
 
 @triton.jit
-def _smoothed_gate(row, smooth, column, columns, SMOOTH: tl.constexpr):
+def _smoothed_gate(row, smooth, column, columns, ACTIVATION: tl.constexpr, SMOOTH: tl.constexpr):
     inside = column < columns
     left = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
     right = tl.load(row + columns + column, mask=inside, other=0.0).to(tl.float32)
-    value = _silu_mul(left, right)
+    value = _gated(left, right, ACTIVATION)
     if SMOOTH:
         value *= tl.load(smooth + column, mask=inside, other=0.0).to(tl.float32)
     return value
@@ -160,48 +179,71 @@ def _smoothed_gate(row, smooth, column, columns, SMOOTH: tl.constexpr):
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See norms.rms_norm_reference."""
-    return _norm(x, None, weight, epsilon, shift=0.0)[0]
+    return _norm(x, None, weight, None, epsilon, shift=0.0)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """See norms.add_rms_norm_reference."""
-    return _norm(x, residual, weight, epsilon, shift=0.0)
+    return _norm(x, residual, weight, None, epsilon, shift=0.0)
+
+
+def add_rms_norm_bias(
+    x: Tensor, residual: Tensor, weight: Tensor, beta: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """See norm_bias.add_rms_norm_bias_reference."""
+    return _norm(x, residual, weight, beta, epsilon, shift=0.0)
 
 
 def gemma_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See norms.gemma_rms_norm_reference."""
-    return _norm(x, None, weight, epsilon, shift=1.0)[0]
+    return _norm(x, None, weight, None, epsilon, shift=1.0)[0]
 
 
 def gemma_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """See norms.gemma_add_rms_norm_reference."""
-    return _norm(x, residual, weight, epsilon, shift=1.0)
+    return _norm(x, residual, weight, None, epsilon, shift=1.0)
 
 
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, *, shift: float) -> tuple[Tensor, Tensor]:
+def _norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, beta: Tensor | None, epsilon: float, *, shift: float
+) -> tuple[Tensor, Tensor]:
     """(norm, x + residual); without a residual the second is the first."""
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
     normed = torch.empty_like(x)
     total = normed if residual is None else torch.empty_like(x)
-    other = x if residual is None else residual.contiguous()
     shape = _rows_and_columns(x)
     _launch(
-        norm_kernel, shape, x, other, weight.contiguous(), normed, total, *shape, epsilon,
-        ADD=residual is not None, SHIFT=shift,
+        norm_kernel, shape, x, _given(residual, x), weight, _given(beta, weight), normed, total, *shape, epsilon,
+        ADD=residual is not None, SHIFT=shift, BETA=beta is not None,
     )  # fmt: skip
     return normed, total
+
+
+def rms_norm_dynamic_quant(
+    x: Tensor, weight: Tensor, smooth: Tensor | None, beta: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """See norm_quant.rms_norm_dynamic_quant_reference."""
+    return _norm_quant(x, None, weight, smooth, beta, epsilon)[:2]
 
 
 def add_rms_norm_dynamic_quant(
     x: Tensor, residual: Tensor, weight: Tensor, smooth: Tensor | None, beta: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See norm_quant.add_rms_norm_dynamic_quant_reference."""
-    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
-    values, scales, total = _int8(x), _scales(x), torch.empty_like(x)
+    return _norm_quant(x, residual, weight, smooth, beta, epsilon)
+
+
+def _norm_quant(
+    x: Tensor, residual: Tensor | None, weight: Tensor, smooth: Tensor | None, beta: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(int8 values, scales, x + residual); without a residual the third is x."""
+    x, weight = x.contiguous(), weight.contiguous()
+    values, scales, total = _int8(x), _scales(x), x if residual is None else torch.empty_like(x)
     shape = _rows_and_columns(x)
     _launch(
-        norm_quant_kernel, shape, x, residual, weight, _given(smooth, weight), _given(beta, weight), values, scales,
-        total, *shape, epsilon, SMOOTH=smooth is not None, BETA=beta is not None,
+        norm_quant_kernel, shape, x, _given(residual, x), weight, _given(smooth, weight), _given(beta, weight),
+        values, scales, total, *shape, epsilon,
+        ADD=residual is not None, SMOOTH=smooth is not None, BETA=beta is not None,
     )  # fmt: skip
     return values, scales, total
 
@@ -229,11 +271,23 @@ def _gate(gate: Tensor, up: Tensor, result: Tensor) -> None:
 
 def swiglu_dynamic_quant(x: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """See swiglu_quant.swiglu_dynamic_quant_reference."""
+    return _gate_quant(x, "silu", smooth)
+
+
+def geglu_dynamic_quant(x: Tensor, approximate: str, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See geglu_quant.geglu_dynamic_quant_reference."""
+    return _gate_quant(x, approximate, smooth)
+
+
+def _gate_quant(x: Tensor, activation: str, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     half = x[..., : x.shape[-1] // 2]
     values, scales = _int8(half), _scales(x)
     shape = _rows_and_columns(half)
-    _launch(gate_quant_kernel, shape, x, _given(smooth, x), values, scales, *shape, SMOOTH=smooth is not None)
+    _launch(
+        gate_quant_kernel, shape, x, _given(smooth, x), values, scales, *shape,
+        ACTIVATION=ACTIVATIONS.index(activation), SMOOTH=smooth is not None,
+    )  # fmt: skip
     return values, scales
 
 

@@ -10,7 +10,8 @@ After::
     values, scale, total = npu_fused.add_rms_norm_dynamic_quant(x, residual, weight, None, None, 1e-06)
 
 Static quantization (`npu.npu_quantize` with div_mode) likewise, with one scale a channel; with one scale in all it is
-joined to a lone norm that adds a bias. A bias that is added to the norm's result goes along.
+joined to a lone norm that adds a bias. A bias that is added to the norm's result goes along. A lone norm and its
+dynamic quantization become `npu_fused.rms_norm_dynamic_quant`, one kernel by Triton and two without.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -27,9 +29,11 @@ from npu_compiler.fusion_kernels.norm_quant import (
     HALVES,
     add_rms_norm_dynamic_quant_reference,
     add_rms_norm_quant_reference,
+    rms_norm_dynamic_quant_reference,
     rms_norm_quant_reference,
 )
 from npu_compiler.passes.pattern import Any, Call, Exactly, Item, Match, Number, OneOf, Pattern
+from npu_compiler.passes.record import Saving
 from npu_compiler.passes.rewrite import Build, NearMiss, Rule
 
 NAME = "norm_quant"
@@ -43,7 +47,8 @@ ADD_NORM = Item(
 NORM = Call("npu_fused.rms_norm.default", Any("x"), Any("weight"), Number("epsilon"), name="normed")
 
 
-def _shifted(norm: Pattern) -> Pattern:
+def shifted(norm: Pattern) -> Pattern:
+    """A norm and what is added to it."""
     return Call("aten.add.Tensor", norm, Any("beta"), commutes=True)
 
 
@@ -74,6 +79,11 @@ def legal_int8(match: Match) -> Fact:
     )
 
 
+def no_kernel(match: Match, made: Sequence[fx.Node]) -> Saving:
+    """The saving of a fused operator that is as many kernels as before, but for Triton or a custom library."""
+    return Saving(0, sympy.Integer(0))
+
+
 def _legal(match: Match) -> Fact:
     """Whether only the quantization reads the norm, and what is added to it is a bias."""
     normed = match.node("normed")
@@ -81,11 +91,12 @@ def _legal(match: Match) -> Fact:
     dtype = match.tensor("x").dtype
     verdict = verdict & known(dtype in HALVES, f"quantization operators take half precision, not {dtype}")
     if "beta" in match.bindings:
-        verdict = verdict & _legal_beta(match)
+        verdict = verdict & legal_beta(match)
     return verdict & (legal_int8(match) if "axis" in match.bindings else legal_rows(match))
 
 
-def _legal_beta(match: Match) -> Fact:
+def legal_beta(match: Match) -> Fact:
+    """Whether what is added to a norm is a bias."""
     if not match.is_tensor("beta"):
         return known(False, "beta is a number")
     beta, weight = match.tensor("beta"), match.tensor("weight")
@@ -107,6 +118,10 @@ def _static_operands(match: Match) -> tuple[object, ...]:
 
 def _lone_operands(match: Match) -> tuple[object, ...]:
     return tuple(match.bindings[name] for name in ("x", "weight", "beta", "scale", "zero", "epsilon"))
+
+
+def _lone_dynamic_operands(match: Match) -> tuple[object, ...]:
+    return tuple(match.bindings.get(name) for name in ("x", "weight", "smooth", "beta", "epsilon"))
 
 
 def _dynamic_program(x: Tensor, residual: Tensor, weight: Tensor, smooth: Tensor) -> tuple[Tensor, ...]:
@@ -183,6 +198,26 @@ def _lone_kept(x: Tensor, weight: Tensor, beta: Tensor, scale: Tensor, zero: Ten
     return torch.ops.npu.npu_quantize(normed + beta, scale, zero, torch.qint8, -1, True), normed
 
 
+def _lone_dynamic_program(x: Tensor, weight: Tensor, beta: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
+    normed = torch.ops.npu_fused.rms_norm(x, weight, EPSILON)
+    return torch.ops.npu.npu_dynamic_quant(normed + beta, smooth_scales=smooth)
+
+
+def _lone_dynamic_kept(x: Tensor, weight: Tensor, beta: Tensor, smooth: Tensor) -> tuple[Tensor, ...]:
+    normed = torch.ops.npu_fused.rms_norm(x, weight, EPSILON)
+    return *torch.ops.npu.npu_dynamic_quant(normed + beta, smooth_scales=smooth), normed
+
+
+def _lone_to_int4(x: Tensor, weight: Tensor, beta: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
+    normed = torch.ops.npu_fused.rms_norm(x, weight, EPSILON)
+    return torch.ops.npu.npu_dynamic_quant(normed + beta, smooth_scales=smooth, dst_type=torch.quint4x2)
+
+
+def _lone_dynamic_oracle(*args: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight, beta, smooth = (arg.cpu() for arg in args)
+    return rms_norm_dynamic_quant_reference(x, weight, smooth, beta, EPSILON)
+
+
 def _lone_oracle(*args: Tensor) -> Tensor:
     x, weight, beta, scale, zero = (arg.cpu() for arg in args)
     return rms_norm_quant_reference(x, weight, beta, scale, zero, EPSILON)
@@ -197,6 +232,22 @@ def _add_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def _dynamic_example(dtype: torch.dtype) -> tuple[object, ...]:
     return *_add_example(dtype), (torch.rand(64, dtype=dtype) + 0.5).npu()
+
+
+def _lone_dynamic_example(dtype: torch.dtype) -> tuple[object, ...]:
+    """Rows whose squares have a mean of 1, so that norm, weight and beta give 32nds below 8, which every dtype holds
+    exactly: CANN's two calls, which round to it in between, then give the same int8 values as one."""
+    register()
+    sizes = torch.tensor([0.5] * 24 + [1.0] * 8 + [1.25] * 32)
+    x = torch.stack([sizes[torch.randperm(64)] * torch.randint(0, 2, (64,)).mul(2).sub(1) for _ in range(15)])
+    weight, beta = (torch.randint(-15, 16, (64,)).div(8).to(dtype) for _ in range(2))
+    smooth = torch.rand(64, dtype=dtype) + 0.5
+    return x.reshape(3, 5, 64).to(dtype).npu(), weight.npu(), beta.npu(), smooth.npu()
+
+
+def _lone_wide_beta_example(dtype: torch.dtype) -> tuple[object, ...]:
+    x, weight, beta, smooth = _lone_dynamic_example(dtype)
+    return x, weight, beta.repeat(5, 1), smooth
 
 
 def _static_example(dtype: torch.dtype) -> tuple[object, ...]:
@@ -244,7 +295,7 @@ def _unshifted_example(dtype: torch.dtype) -> tuple[object, ...]:
 RULES = (
     Rule(
         "add_rms_norm_dynamic_quant",
-        pattern=row_quantized(OneOf((_shifted(ADD_NORM), ADD_NORM))),
+        pattern=row_quantized(OneOf((shifted(ADD_NORM), ADD_NORM))),
         replacement=_dynamic,
         results=("root", "total"),
         legal=_legal,
@@ -260,8 +311,25 @@ RULES = (
         dtypes=HALVES,
     ),
     Rule(
+        "rms_norm_dynamic_quant",
+        pattern=row_quantized(OneOf((shifted(NORM), NORM))),
+        operator="rms_norm_dynamic_quant",
+        operands=_lone_dynamic_operands,
+        legal=_legal,
+        cost=no_kernel,
+        reference=_lone_dynamic_program,
+        oracle=_lone_dynamic_oracle,
+        example=_lone_dynamic_example,
+        near_misses=(
+            NearMiss(_lone_dynamic_kept, reason="is also read as it is"),
+            NearMiss(_lone_to_int4, reason="the result is no int8: dtype 16"),
+            NearMiss(_lone_dynamic_program, _lone_wide_beta_example, "shape of beta: 2 and 1 dimensions"),
+        ),
+        dtypes=HALVES,
+    ),
+    Rule(
         "add_rms_norm_quant",
-        pattern=quantized(OneOf((_shifted(ADD_NORM), ADD_NORM))),
+        pattern=quantized(OneOf((shifted(ADD_NORM), ADD_NORM))),
         operator="add_rms_norm_quant",
         operands=_static_operands,
         results=("root", "total"),
@@ -281,7 +349,7 @@ RULES = (
     ),
     Rule(
         "rms_norm_quant",
-        pattern=quantized(_shifted(NORM)),
+        pattern=quantized(shifted(NORM)),
         operator="rms_norm_quant",
         operands=_lone_operands,
         legal=_legal,

@@ -19,6 +19,7 @@ COMPILER = (
     "captured static",
     "weights: 1 in FRACTAL_NZ, 256 KiB before and 256 KiB after",
     "return (x * 2).cpu() + 1",
+    "runs on aclnnAddRmsNorm and aclnnAdd\nnot on vllm-ascend's npu_add_rms_norm_bias: _C_ascend::",
 )
 PASSES = (
     "fired sigmoid_to_silu (2 nodes, saves 1 kernels and 384 bytes)",

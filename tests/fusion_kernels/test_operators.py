@@ -21,6 +21,7 @@ MOST_STEPS_APART = 0.25  # where two kernels round in between: to bfloat16 that 
 DEVICES = ["cpu", "npu"]
 ELSEWHERE = {
     "Triton": "test_triton.py",
+    "vllm-ascend's npu_add_rms_norm_bias": "test_custom_library.py",
     "aclnnMoeDistributeDispatchV2": "two ranks or more: tests/runtime/test_expert_exchange.py",
     "aclnnMoeDistributeCombineV2": "as above",
 }

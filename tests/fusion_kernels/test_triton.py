@@ -30,6 +30,7 @@ CHECKS = [
     "check_a_row_of_zeros_is_quantized_to_zeros",
     "check_halves_are_rounded_to_even",
     "check_the_report_names_it",
+    "check_every_activation_smoothed_and_shifted",
     "check_rows_longer_than_a_block_and_more_rows_than_programs",
 ]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install 'npu-compiler[test]'")
@@ -55,26 +56,23 @@ def test_interpreted(check: str, results: dict[str, str]) -> None:
 
 HALF, FLOAT, INT8 = "*bf16", "*fp32", "*i8"
 SIZES = {"rows": "i32", "columns": "i32"}
-NORM = {"x": HALF, "residual": HALF, "weight": FLOAT, **SIZES, "epsilon": "fp32"}
+NORM = {"x": HALF, "residual": HALF, "weight": FLOAT, "beta": FLOAT, **SIZES, "epsilon": "fp32"}
+QUANT = {**NORM, "smooth": HALF, "values": INT8, "scales": FLOAT, "total": HALF}
+GATE_QUANT = {"x": HALF, "smooth": HALF, "values": INT8, "scales": FLOAT, **SIZES}
 # Kernel, types of its arguments, constants.
 KERNELS = [
-    ("norm_kernel", {**NORM, "normed": HALF, "total": HALF}, {"ADD": True, "SHIFT": 1.0}),
-    ("norm_kernel", {**NORM, "normed": HALF, "total": HALF}, {"ADD": False, "SHIFT": 0.0}),
-    (
-        "norm_quant_kernel",
-        {**NORM, "smooth": HALF, "beta": FLOAT, "values": INT8, "scales": FLOAT, "total": HALF},
-        {"SMOOTH": True, "BETA": True},
-    ),
+    ("norm_kernel", {**NORM, "normed": HALF, "total": HALF}, {"ADD": True, "SHIFT": 1.0, "BETA": True}),
+    ("norm_kernel", {**NORM, "normed": HALF, "total": HALF}, {"ADD": False, "SHIFT": 0.0, "BETA": False}),
+    ("norm_quant_kernel", QUANT, {"ADD": True, "SMOOTH": True, "BETA": True}),
+    ("norm_quant_kernel", QUANT, {"ADD": False, "SMOOTH": False, "BETA": False}),
     (
         "gate_kernel",
         {"gate": HALF, "up": HALF, "result": HALF, **SIZES, "gate_stride": "i32", "up_stride": "i32"},
         {},
     ),
-    (
-        "gate_quant_kernel",
-        {"x": HALF, "smooth": HALF, "values": INT8, "scales": FLOAT, **SIZES},
-        {"SMOOTH": True},
-    ),
+    ("gate_quant_kernel", GATE_QUANT, {"SMOOTH": True, "ACTIVATION": 0}),
+    ("gate_quant_kernel", GATE_QUANT, {"SMOOTH": True, "ACTIVATION": 1}),
+    ("gate_quant_kernel", GATE_QUANT, {"SMOOTH": False, "ACTIVATION": 2}),
 ]
 
 

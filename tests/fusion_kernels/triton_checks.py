@@ -43,6 +43,18 @@ def check_every_dtype() -> None:
             compare(entry, entry.example(dtype), tolerance)
 
 
+def check_every_activation_smoothed_and_shifted() -> None:
+    """What the examples leave out."""
+    by_name = {entry.name: entry for entry in WITH_KERNEL}
+    for dtype in TOLERANCE:
+        x, smooth = torch.randn(3, 5, 128, dtype=dtype), torch.rand(64, dtype=dtype) + 0.5
+        for approximate in ("none", "tanh"):
+            compare(by_name["geglu_dynamic_quant"], (3 * x, approximate, smooth), TOLERANCE[dtype])
+        x, beta, weight = x[..., :64], torch.randn(64, dtype=dtype), torch.randn(64, dtype=dtype)
+        for given in ((None, None), (smooth, None), (None, beta), (smooth, beta)):
+            compare(by_name["rms_norm_dynamic_quant"], (x, weight, *given, 1e-6), TOLERANCE[dtype])
+
+
 def check_rows_longer_than_a_block_and_more_rows_than_programs() -> None:
     """64 columns in blocks of 32, 15 rows in 8 programs: as a row of 8192 in 75 rows would be."""
     triton_kernels.LARGEST_BLOCK, triton_kernels.PROGRAMS = 32, 8
@@ -108,6 +120,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     check_a_row_of_zeros_is_quantized_to_zeros,
     check_halves_are_rounded_to_even,
     check_the_report_names_it,
+    check_every_activation_smoothed_and_shifted,
     check_rows_longer_than_a_block_and_more_rows_than_programs,  # last: it makes the blocks small
 )
 

@@ -90,3 +90,21 @@ def test_other_reader_of_the_norm_keeps_it() -> None:
     _, graph = compiled(block, *inputs(torch.float16))
     assert operators(graph) == ["npu_fused.add_rms_norm.default", "npu.npu_dynamic_quant.default"]
     assert "is also read as it is" in str(graph)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_lone_norm_and_dynamic_quantization(dtype: torch.dtype) -> None:
+    """The first norm of a model follows no addition."""
+
+    def block(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.npu.npu_dynamic_quant(norm(x, weight))
+
+    x, _, weight = inputs(dtype)
+    (values, scale), graph = compiled(block, x, weight)
+    assert operators(graph) == ["npu_fused.rms_norm_dynamic_quant.default"]
+    assert "rms_norm_dynamic_quant x1: aclnnRmsNorm and aclnnDynamicQuant (not Triton: " in str(graph)
+    exact = exact_norm(x, weight)
+    row = exact.abs().amax(-1) / 127
+    rounding = 2 * torch.finfo(dtype).eps  # the norm in between, of up to 127 steps
+    torch.testing.assert_close(scale.cpu().double(), row, rtol=rounding, atol=0)
+    assert (values.cpu().double() * row[:, None] - exact).abs().div(row[:, None]).max() < 0.5 + 127 * rounding
