@@ -51,7 +51,8 @@ class Feature:
         kinds: models that have what it works on.
         half: whether it works on half precision only.
         ranks: by how many it multiplies the number of ranks.
-        refused_with: features that start-up refuses beside it, with a part of the message.
+        refused_with: features that start-up refuses beside it, with a part of the message; `moe:NAME` for one kind of
+            models only.
         only_with: the features it is tried with; empty: all.
     """
 
@@ -135,6 +136,7 @@ FEATURES = (
         _each(lambda rank: rank.stage, 2),
         settings={"pipeline_parallel_size": 2},
         ranks=2,
+        refused_with={"moe:data_parallel=2": "whose engines take every step together"},
     ),
     Feature(
         "data_parallel=2",

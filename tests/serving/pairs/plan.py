@@ -99,7 +99,8 @@ def refusal(start: Start) -> str:
     """A part of the message with which start-up has to refuse these settings; empty where they are legal."""
     for one in start.features:
         for name, message in one.refused_with.items():
-            if name in start.names:
+            kind, _, other = name.rpartition(":")
+            if other in start.names and kind in ("", start.kind):
                 return message
     return ""
 
