@@ -234,7 +234,7 @@ def _dynamic_example(dtype: torch.dtype) -> tuple[object, ...]:
     return *_add_example(dtype), (torch.rand(64, dtype=dtype) + 0.5).npu()
 
 
-def _lone_dynamic_example(dtype: torch.dtype) -> tuple[object, ...]:
+def _lone_dynamic_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Rows whose squares have a mean of 1, so that norm, weight and beta give 32nds below 8, which every dtype holds
     exactly: CANN's two calls, which round to it in between, then give the same int8 values as one."""
     register()
