@@ -19,7 +19,7 @@ build: setup  ## rebuild the host runtime after a change in C++ code
 # Engines are tested in processes of their own: vLLM collects garbage several times for each, which would walk through
 # everything that the tests before it left in memory. Both parts run, whatever the first one says.
 WORKERS ?= 2
-PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadfile --durations 20 --durations-min 10
 pytest = $(PYTEST) $(1) --ignore tests/serving; first=$$?; $(PYTEST) $(1) tests/serving && exit $$first
 
 browser: setup  ## a Chromium for the browser tests, where there is none (Debian's; takes root)
