@@ -84,6 +84,23 @@ class DroppedRows(Data):
     needed: float
 
 
+class ExpertRows(Data):
+    """How even the ranks of a layer of experts are, where the option `expert_map` places them.
+
+    Attributes:
+        rows: of all tokens, one for each of their experts.
+        imbalance: rows of the fullest rank, as a multiple of the mean. `linear`: the same, had vLLM placed the experts.
+        moved: how many experts were moved. `before`: the imbalance that made the last ones move.
+    """
+
+    layer: str
+    rows: int
+    imbalance: float
+    linear: float
+    moved: int = 0
+    before: float = 0.0
+
+
 class Run(Data):
     """A run report. docs/serving.md describes the fields."""
 
@@ -102,6 +119,7 @@ class Run(Data):
     tokens_per_second: float
     input_waits: int
     dropped: tuple[DroppedRows, ...] = ()
+    experts: tuple[ExpertRows, ...] = ()
 
 
 class Calls(Data):
