@@ -35,6 +35,9 @@ LIBRARIES = (
     "libopapi.so",
     "libnnopbase.so",
 )
+LAUNCH_QUEUE, DIRECT = "TASK_QUEUE_ENABLE", "0"
+"""torch_npu's queue hides what a launch on a card costs behind Python. A launch on the host costs less than the way
+through the queue, one of whose two threads polls for as long as the process lives; so it is off, unless asked for."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def load() -> Choice:
         _import_torch_without_backends()
         for name in LIBRARIES:
             ctypes.CDLL(str(LIBRARY_FOLDER / name), mode=ctypes.RTLD_GLOBAL)
+        os.environ.setdefault(LAUNCH_QUEUE, DIRECT)
     return choice
 
 

@@ -80,10 +80,10 @@ def test_another_torch_npu_is_refused(no_cann: pytest.MonkeyPatch) -> None:
         loader.load()
 
 
-def in_fresh_interpreter(code: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` with no variable set that could point at a CANN."""
-    hidden = ("NPU_COMPILER_RUNTIME", "ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "LD_LIBRARY_PATH")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+def in_fresh_interpreter(code: str, **given: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` with no variable set that could point at a CANN, or that the loader sets."""
+    hidden = ("NPU_COMPILER_RUNTIME", "ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "LD_LIBRARY_PATH", loader.LAUNCH_QUEUE)
+    environment = {name: value for name, value in os.environ.items() if name not in hidden} | given
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
 
 
@@ -107,6 +107,21 @@ def test_looking_for_torch_npu_loads_nothing() -> None:
 def test_interpreters_without_torch_do_not_pay_for_the_hook() -> None:
     result = in_fresh_interpreter("import sys; print('torch' in sys.modules, 'ctypes' in sys.modules)")
     assert result.stdout.strip() == "False False", result.stderr
+
+
+@pytest.mark.parametrize(("given", "queued"), [({}, "False"), ({loader.LAUNCH_QUEUE: "1"}, "True")])
+def test_launches_take_no_way_through_the_queue_unless_asked_for(given: dict[str, str], queued: str) -> None:
+    """torch_npu names the threads of its queue; without the queue there are none."""
+    code = """
+import glob, time, torch
+x = torch.ones(2, device="npu") + 1
+end, queued = time.time() + 2, False
+while not queued and time.time() < end:
+    queued = any(open(name).read() == "release_thread\\n" for name in glob.glob("/proc/self/task/*/comm"))
+print(x.tolist(), queued)
+"""
+    result = in_fresh_interpreter(code, **given)
+    assert result.stdout.splitlines()[-1:] == [f"[2.0, 2.0] {queued}"], result.stderr
 
 
 def test_doctor_reports_another_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,8 +101,8 @@ def test_settings_choose_devices_and_chip() -> None:
     assert text.splitlines()[-1] == f"2 Ascend910B2 {1 << 30}"
 
 
-@pytest.mark.parametrize("mode", ["0", "2"])
-def test_the_other_modes_of_the_task_queue_work(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["0", "1", "2"])
+def test_all_modes_of_the_task_queue_work(mode: str) -> None:
     source = """
         torch.npu.set_device(0)
         x = torch.arange(6.0).npu()
