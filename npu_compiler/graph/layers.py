@@ -6,7 +6,8 @@ see of a layer in the middle it can see of the next one too. So it is enough to 
 
     find(program)         the layers, and for each input and name of one layer that of the next (Bindings)
     shortened(layers)     the program without the layers behind the first KEPT
-    roll(short, ...)      the rewritten short program, proven to say what all layers do (graph/rolled.py)
+    roll(short, ...)      the rewritten short program, with_all_inputs again, proven to say what all layers do
+                          (graph/rolled.py)
 """
 
 from __future__ import annotations
@@ -121,11 +122,12 @@ def find(graph: fx.Graph) -> Layers | str:
 
 
 def shortened(layers: Layers) -> fx.Graph:
-    """A copy of the program with the first KEPT layers only. Node names are kept; a call of the layer that is repeated
-    later carries in its metadata how many layers it stands for."""
+    """A copy of the program with the first KEPT layers, and their inputs, only. Node names are kept; a call of the layer
+    that is repeated later carries in its metadata how many layers it stands for."""
     run = layers.run
     gone = set(layers.calls[run.start + KEPT * run.length : run.end])
-    gone.update(node for node, layer in layers.tail.items() if layer >= KEPT)
+    owners = chain(layers.tail.items(), layers.bindings.layer_of.items())
+    gone.update(node for node, layer in owners if layer >= KEPT)  # type: ignore[misc]  # names of layers are in no graph
     last = run.start + (KEPT - 1) * run.length
     standing_for = set(layers.calls[last - run.length : last])
     standing_for.update(node for node, layer in layers.tail.items() if layer == KEPT - 2)
@@ -142,6 +144,21 @@ def shortened(layers: Layers) -> fx.Graph:
     short._codegen = layers.graph._codegen
     refresh_aliases(short)
     return short
+
+
+def with_all_inputs(short: fx.Graph, layers: Layers) -> bool:
+    """Gives a short program the inputs of the layers left out, each in its place. False if a call has the name of one by
+    now; then the program is no good any more."""
+    kept = {node.name: node for node in short.find_nodes(op="placeholder")}
+    following = next(node for node in short.nodes if node.op != "placeholder")
+    for node in reversed(layers.graph.find_nodes(op="placeholder")):
+        if node.name not in kept:
+            with short.inserting_before(following):
+                kept[node.name] = short.node_copy(node)
+            if kept[node.name].name != node.name:
+                return False
+        following = kept[node.name]
+    return True
 
 
 def _steps(calls: Sequence[Call], run: Run) -> dict[Binding, Binding] | None:

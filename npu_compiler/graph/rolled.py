@@ -25,7 +25,7 @@ from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.node import map_aggregate
 
 from npu_compiler.graph.effects import has_unknown_size
-from npu_compiler.graph.layers import KEPT, Bindings, Layers
+from npu_compiler.graph.layers import KEPT, Bindings, Layers, with_all_inputs
 from npu_compiler.graph.periods import PROVEN, Binding, Call, Run, calls_of, longest, outputs_of
 from npu_compiler.graph.source import PLACES, TIMES
 from npu_compiler.graph.spec import refresh_alias
@@ -230,6 +230,8 @@ class Repetition:
 
 def roll(program: fx.GraphModule, layers: Layers) -> Rolled | str:
     """A rewritten short program (layers.shortened) as what all layers do, or why it can't be taken for it."""
+    if not with_all_inputs(program.graph, layers):
+        return "behind the passes a call has the name of an input"
     return _proven(program, layers.bindings.of(program.graph), Origins.of(layers))
 
 
