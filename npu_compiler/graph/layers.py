@@ -122,8 +122,8 @@ def find(graph: fx.Graph) -> Layers | str:
 
 
 def shortened(layers: Layers) -> fx.Graph:
-    """A copy of the program with the first KEPT layers, and their inputs, only. Node names are kept; a call of the layer
-    that is repeated later carries in its metadata how many layers it stands for."""
+    """A copy of the program with the first KEPT layers only, and their inputs. Node names are kept; a call of the
+    layer that is repeated later carries in its metadata how many layers it stands for."""
     run = layers.run
     gone = set(layers.calls[run.start + KEPT * run.length : run.end])
     owners = chain(layers.tail.items(), layers.bindings.layer_of.items())
@@ -147,8 +147,8 @@ def shortened(layers: Layers) -> fx.Graph:
 
 
 def with_all_inputs(short: fx.Graph, layers: Layers) -> bool:
-    """Gives a short program the inputs of the layers left out, each in its place. False if a call has the name of one by
-    now; then the program is no good any more."""
+    """Gives a short program the inputs of the layers left out, each in its place. False if a call has the name of one
+    by now; then the program is no good any more."""
     kept = {node.name: node for node in short.find_nodes(op="placeholder")}
     following = next(node for node in short.nodes if node.op != "placeholder")
     for node in reversed(layers.graph.find_nodes(op="placeholder")):
