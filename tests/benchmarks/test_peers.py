@@ -30,6 +30,15 @@ def test_a_read_only_step_is_the_same_step_and_its_rows_land_in_the_cache() -> N
     torch.testing.assert_close(step(), model(tokens, position), rtol=1e-5, atol=1e-5)
 
 
+def test_bound_steps_compute_the_step() -> None:
+    """Inputs are read where they lie, and the output lies in the graph's own memory."""
+    right, found = decode.on_cpu("cpu eager", CASE, compiled=False)(), decode.on_npu("ascend", CASE, "ascend", True)()
+    assert right.output is not None and found.output is not None
+    for _ in range(2):
+        torch.testing.assert_close(found.output(), right.output(), rtol=1e-4, atol=1e-4)
+        found.batch(3)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("peer", [peers.onnx_runtime, peers.openvino, peers.aot_inductor])
 def test_installed_peers_compute_the_step(peer: peers.Peer) -> None:
