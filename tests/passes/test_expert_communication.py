@@ -143,12 +143,16 @@ def test_nothing_is_chosen_where_nothing_is_sent() -> None:
     assert [entry.reason for entry in record.refused] == ["nothing is sent: all experts are on this rank"]
 
 
-def test_another_form_stays_or_is_refused_by_name() -> None:
+@pytest.mark.parametrize("method", [ALLTOALL, MC2])
+@pytest.mark.parametrize(
+    ("layer", "reader"), [(experts.not_summed, "output"), (experts.of_all_engines, "reduce_scatter_tensor")]
+)
+def test_another_form_stays_or_is_refused_by_name(layer: experts.Program, reader: str, method: str) -> None:
     with world.group_of(2), torch.no_grad():
-        record = apply(Pass("", "", expert_communication.run), program_of(experts.not_summed))
-        assert record.refused[0].reason.startswith("ALLGATHER stays: output reads the experts' results")
-        with pytest.raises(OptionError, match="expert_communication='alltoall' can't be done: output reads"):
-            expert_communication.run(program_of(experts.not_summed), PassRecord(""), asked=ALLTOALL)
+        record = apply(Pass("", "", expert_communication.run), program_of(layer))
+        assert record.refused[0].reason.startswith(f"ALLGATHER stays: {reader} reads the experts' results")
+        with pytest.raises(OptionError, match=f"expert_communication='{method}' can't be done: {reader} reads"):
+            expert_communication.run(program_of(layer), PassRecord(""), asked=method)
 
 
 @pytest.mark.parametrize("method", [MC2, FUSED_MC2])

@@ -240,6 +240,14 @@ def across_rows(x, ids, weights, w13, w2, *_):  # type: ignore[no-untyped-def]
     return summed(torch_npu.npu_moe_finalize_routing(rows, None, None, None, weights, routed[1], None, drop_pad_mode=3))
 
 
+def of_all_engines(x, ids, weights, w13, w2, *_):  # type: ignore[no-untyped-def]
+    """As data-parallel engines share experts: each gathers the rows of all, and gets back what its own are to get."""
+    funcol = torch.ops._c10d_functional
+    x, ids, weights = (funcol.wait_tensor(funcol.all_gather_into_tensor(own, RANKS, "0")) for own in (x, ids, weights))
+    results = own_results(x, ids, weights, w13, w2, 0, RANKS)
+    return funcol.wait_tensor(funcol.reduce_scatter_tensor(results, "sum", RANKS, "0"))
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
@@ -247,6 +255,7 @@ def across_rows(x, ids, weights, w13, w2, *_):  # type: ignore[no-untyped-def]
         (not_summed, "output reads the experts' results before they are summed over the ranks"),
         (read_before_the_sum, "has 2 readers, not the sum over the ranks alone"),
         (activated_before_the_sum, "relu reads the experts' results before they are summed"),
+        (of_all_engines, "reduce_scatter_tensor reads the experts' results before they are summed"),
         (others_share, "rank 0 of 2 has experts 2 to 3 of 4, not its share of neighbours"),
         (largest, "reads the experts' results before they are summed"),
         (cumulated, "expert_tokens_num_type=0, not 1"),
