@@ -29,10 +29,13 @@ because transformers could not write one. With those, every token tends to be th
 model runs, and little about its numbers.
 
 Llama 4 runs compiled, but without a graph: vLLM says of its chunked attention that it can't be captured
-(`AttentionCGSupport.NEVER`), as each step makes it a block table of its own. Of the failures below, those of Dbrx and
-DeepSeek V4 are vLLM 0.32's with this version of transformers (its loader of Dbrx's experts looks for a parameter that
-its layer doesn't have; its configuration of V4 refuses the kinds of layers that transformers writes). Not served on npu
-are latent attention that vLLM can't expand (LongCat, DeepSeek V3.2) and layers that keep a state (Falcon Mamba).
+(`AttentionCGSupport.NEVER`), as each step makes it a block table of its own.
+
+Of the failures below, those of Dbrx, DeepSeek V4, LFM2 and Mamba 2 are vLLM 0.32's with this version of transformers,
+or its own (vLLM's loader of Dbrx's experts looks for a parameter that its layer doesn't have; it asks LFM2 for a
+width that its configuration hasn't; transformers refuses the layers of a shrunken V4 and Mamba 2). Inkling and Qwen
+3.5 import numba and torchvision, which are not installed. Not served on npu are latent attention that vLLM can't
+expand (LongCat), sparse attention (DeepSeek V3.2, GLM with DSA, HY V4), and layers that keep a state.
 """
 COLUMNS = (
     *("architecture", "tokens", "as transformers", "weights"),
