@@ -101,6 +101,9 @@ def table(title: str, found: Sequence[dict[str, Any]]) -> str:
     first = found[0]
     if first["best_ratio"] is not None:
         lines.append(f"  best rival: {first['best_rival']}, {number(first['best_ratio'])}")
+    if first["rest"] is not None:
+        span = f"{number(first['rest_min'])} .. {number(first['rest_max'])}"
+        lines.append(f"  {subject} beside its part: {number(first['rest'])} {unit}  ({span})")
     notes = [f"{max(record['rounds'] for record in found)} rounds, {first['rejected']} disturbed"]
     notes += ["TOO FEW UNDISTURBED ROUNDS, disturbed ones counted"] * bool(first["noisy"])
     if first["floor"] is not None:

@@ -63,14 +63,18 @@ class Goal:
         limit: for the subject itself, in the row's unit.
         faster_than: ratio of the peer's time; for the subject itself, of the best of the row's rivals.
         floor_share: for the subject itself, the row's floor / its time.
+        rest: for the subject itself, what it takes beside the row's part, in the row's unit.
     """
 
     peer: str
     limit: float | None = None
     faster_than: float | None = None
     floor_share: float | None = None
+    rest: float | None = None
 
     def text(self, unit: str) -> str:
+        if self.rest is not None:
+            return f"<= {self.rest:g} {unit} beside its part"
         if self.limit is not None:
             return f"<= {self.limit:g} {unit}"
         return f"{self.floor_share:.0%} of the floor" if self.floor_share is not None else f">= {self.faster_than:g}x"
@@ -88,6 +92,8 @@ class Row:
         tolerance: allowed absolute difference from the reference's output.
         reference: the contestant whose output is right by definition (plain PyTorch on the CPU).
         rivals: contestants the best of which the subject is to beat.
+        part: a contestant that does a part of the subject's work and nothing else; what the subject takes beside it is
+            its `rest`.
         long: takes minutes, so `--quick` leaves it out unless it is asked for by name.
     """
 
@@ -101,6 +107,7 @@ class Row:
     floor: float | Callable[[], float] | None = None
     tolerance: float = 0.0
     rivals: tuple[str, ...] = ()
+    part: str | None = None
     long: bool = False
 
     @property
@@ -261,7 +268,8 @@ def records(
     """The row as JSON objects, one per peer (the subject is its own peer, with ratio 1).
 
     `ratio` is peer / subject, the median over rounds of the ratio within a round: above 1 the subject is faster. The
-    subject's record names the rival with the least ratio as `best_rival`, and that ratio as `best_ratio`.
+    subject's record names the rival with the least ratio as `best_rival`, and that ratio as `best_ratio`; `rest` is its
+    time less that of the row's part, the median over rounds of the difference within a round.
     """
     scale, subject = SCALE[row.unit], measured.seconds.get(row.subject)
     out: list[dict[str, Any]] = []
@@ -270,7 +278,7 @@ def records(
         record: dict[str, Any] = {"row": row.name, "subject": row.subject, "peer": name, "unit": row.unit}
         keys = ("median", "min", "max", "ratio", "ratio_min", "ratio_max", "max_abs_error")
         record.update(dict.fromkeys(keys))
-        record.update(best_rival=None, best_ratio=None)
+        record.update(best_rival=None, best_ratio=None, rest=None, rest_min=None, rest_max=None)
         record.update(floor=floor, goal="; ".join(goal.text(row.unit) for goal in goals) or None, met=None)
         record.update(missing=missing.get(name), rounds=0, rejected=measured.rejected, noisy=measured.noisy)
         if name in measured.seconds:
@@ -286,6 +294,9 @@ def records(
     if rivals:
         best = min(rivals, key=lambda record: record["ratio"])
         out[0].update(best_rival=best["peer"], best_ratio=best["ratio"])
+    if subject is not None and row.part in measured.seconds:
+        rests = [(whole - part) * scale for whole, part in zip(subject, measured.seconds[row.part], strict=True)]
+        out[0].update(rest=statistics.median(rests), rest_min=min(rests), rest_max=max(rests))
     for record in out:
         goals = [goal for goal in row.goals if goal.peer == record["peer"]]
         if goals and record["median"] is not None:
@@ -298,6 +309,8 @@ def _met(goal: Goal, record: dict[str, Any]) -> bool:
         return bool(record["median"] <= goal.limit)
     if goal.floor_share is not None:
         return record["floor"] is not None and bool(record["floor"] / record["median"] >= goal.floor_share)
+    if goal.rest is not None:
+        return record["rest"] is not None and bool(record["rest"] <= goal.rest)
     ratio = record["best_ratio"] if record["peer"] == record["subject"] else record["ratio"]
     return ratio is not None and bool(ratio >= (goal.faster_than or 0.0))
 

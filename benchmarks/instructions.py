@@ -91,7 +91,7 @@ def record(row: str, found: Sequence[int], missing: str | None) -> dict[str, Any
     about = {"title": ROWS[row][2], "quick": False, "machine": machine()}
     about["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     empty = dict.fromkeys(("median", "min", "max", "ratio_min", "ratio_max", "best_rival", "best_ratio", "floor"))
-    empty |= dict.fromkeys(("goal", "met", "max_abs_error"))
+    empty |= dict.fromkeys(("goal", "met", "max_abs_error", "rest", "rest_min", "rest_max"))
     own = {"row": row, "subject": "replay", "peer": "replay", "unit": "instructions", "ratio": None, **empty, **figures}
     return {"about": about, "records": [{**own, "missing": missing, "noisy": False, "rounds": 1, "rejected": 0}]}
 

@@ -148,6 +148,11 @@ class GraphUpdates:
         self._resources.ready.record()
         self._resources.stream.wait_event(self._resources.ready)
 
+    def keep(self) -> None:
+        """Lets the next replay run with the lengths it has."""
+        for group in self._groups:
+            group.event.record(self._resources.stream)
+
     def after_replay(self, metadata: Mapping[str, Lengths]) -> None:
         """Enqueues the update of every group with its layer's lengths. Never waits on the host."""
         stream = self._resources.stream

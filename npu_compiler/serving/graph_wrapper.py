@@ -74,6 +74,18 @@ class ACLGraphWrapper(CUDAGraphWrapper):
         """What was captured, in capture order."""
         return [entry.record for entry in self._entries.values()]
 
+    def repeat(self, descriptor: BatchDescriptor) -> None:
+        """Replays the graph of `descriptor` by itself, over the inputs and lengths of its last replay: the part of a
+        step that is the device's, to be measured."""
+        entry = self._entries[descriptor]
+        entry.updates.keep()
+        entry.graph.replay()
+
+    @property
+    def descriptors(self) -> list[BatchDescriptor]:
+        """What there are graphs of, in capture order."""
+        return list(self._entries)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not is_forward_context_available():
             return self.runnable(*args, **kwargs)

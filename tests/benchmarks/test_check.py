@@ -16,7 +16,7 @@ from benchmarks import check, instructions, plot
 
 def row(subject: float = 10.0, peers: dict[str, float] | None = None, **about: Any) -> dict[str, Any]:
     """A stored row: time of the subject "own", and ratios of its peers."""
-    empty: dict[str, Any] = {"subject": "own", "unit": "us", "floor": 8.0, "missing": None, "noisy": False}
+    empty: dict[str, Any] = {"subject": "own", "unit": "us", "floor": 8.0, "rest": 4.0, "missing": None, "noisy": False}
     own = empty | {"peer": "own", "median": subject, "ratio": 1.0, "best_ratio": 1.5, "best_rival": "onnx"}
     others = [
         empty | {"peer": name, "median": subject * ratio, "ratio": ratio} for name, ratio in (peers or {}).items()
@@ -41,6 +41,7 @@ def checked(folder: Path, floors: str, stored: dict[str, Any] | None) -> tuple[i
     ("holds", "breaks", "sentence"),
     [
         ("at_most = 10.5", "at_most = 9.5", "made_up: 10 us, allowed are 9.5"),
+        ("rest = 4.5", "rest = 3.5", "made_up: 4 us beside its part, allowed are 3.5"),
         ("best = 1.5", "best = 1.6", "made_up: best is 1.5, its floor is 1.6"),
         ("of_floor = 0.8", "of_floor = 0.81", "made_up: of_floor is 0.8, its floor is 0.81"),
         ('"a peer" = 2.0', '"a peer" = 2.5', "made_up: a peer is 2, its floor is 2.5"),
@@ -79,9 +80,10 @@ def test_committed_floors_name_rows_and_contestants_that_exist() -> None:
         if name in instructions.ROWS:
             assert limits.keys() == {"at_most"}
             continue
-        known = {"at_most", "best", "of_floor", *rows[name].contestants} - {rows[name].subject}
+        known = {"at_most", "best", "of_floor", "rest", *rows[name].contestants} - {rows[name].subject}
         assert limits.keys() <= known, f"{name}: {sorted(limits.keys() - known)}"
         assert rows[name].rivals or "best" not in limits
+        assert rows[name].part is not None or "rest" not in limits
         assert rows[name].floor is not None or "of_floor" not in limits
 
 

@@ -56,6 +56,26 @@ def test_missed_goal_is_said() -> None:
     assert slow["met"] is False and fast["met"] is False and fast["goal"] == "<= 1 us"
 
 
+def test_what_the_subject_takes_beside_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Differences within a round, not of the medians: in the round in which all is slow the part is slow too."""
+    seconds = {"whole": [5e-4, 9e-4, 5e-4], "part": [2e-4, 7e-4, 1e-4], "other": [1e-3] * 3}
+    monkeypatch.setattr(harness, "measure", lambda *_: harness.Measured(seconds, 0, False))
+    for most, met in ((300.0, True), (299.0, False)):
+        contestants = {name: spinning(name, 1e-4) for name in seconds}
+        row = Row("demo", "t", "us", contestants, "other", goals=(Goal("whole", rest=most),), part="part")
+        whole, part, _ = harness.run(row, SHORT)
+        assert [whole[key] for key in ("rest_min", "rest", "rest_max")] == pytest.approx([200, 300, 400])
+        assert (whole["goal"], whole["met"], part["rest"]) == (f"<= {most:g} us beside its part", met, None)
+    assert "whole beside its part: 300 us  (200 .. 400)" in command.table("t", [whole, part])
+
+
+def test_without_the_part_there_is_no_rest_and_its_goal_is_missed() -> None:
+    contestants = {"whole": spinning("whole", 1e-4), "part": unable}
+    row = Row("demo", "t", "us", contestants, "whole", goals=(Goal("whole", rest=1e9),), part="part")
+    whole, _ = harness.run(row, SHORT)
+    assert (whole["rest"], whole["met"]) == (None, False)
+
+
 def test_divisor_gives_the_time_of_one_unit() -> None:
     row = two(spinning("fast", 1e-3), spinning("slow", 1e-3), divisor=100)
     # A millisecond is spun, or more on a busy machine; undivided it were 1000 us.
