@@ -20,6 +20,8 @@ import torch_npu
 from torch import Tensor
 from torch_npu import npu
 
+from npu_compiler.serving import streams
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -145,7 +147,7 @@ class GraphUpdates:
 
     def before_replay(self) -> None:
         """Holds the update stream until all work given to the current stream so far is done."""
-        self._resources.ready.record()
+        self._resources.ready.record(streams.current())
         self._resources.stream.wait_event(self._resources.ready)
 
     def keep(self) -> None:
@@ -156,7 +158,7 @@ class GraphUpdates:
     def after_replay(self, metadata: Mapping[str, Lengths]) -> None:
         """Enqueues the update of every group with its layer's lengths. Never waits on the host."""
         stream = self._resources.stream
-        with npu.stream(stream):
+        with streams.On(stream):
             for group in self._groups:
                 lengths = metadata[group.layer_name]
                 npu.graph_task_update_begin(stream, group.handle)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch_npu import npu
 from vllm.compilation.counter import compilation_counter
@@ -26,7 +27,7 @@ from npu_compiler import reasons
 from npu_compiler.backend import DropCounts, Dropped
 from npu_compiler.errors import UnservedError
 from npu_compiler.reasons import Reason
-from npu_compiler.serving import dump
+from npu_compiler.serving import dump, streams
 from npu_compiler.serving.attention_notes import STEP_KEY
 from npu_compiler.serving.capture_budget import CaptureBudget, agreed
 from npu_compiler.serving.drops import DropReader
@@ -39,6 +40,7 @@ from npu_compiler.serving.metrics import stat_of
 from npu_compiler.serving.options import ExpertRebalance, ServingOptions
 from npu_compiler.serving.report import ReportFile, RunReport
 from npu_compiler.serving.seams import cuda_names_mean_npu
+from npu_compiler.serving.steady_buffer import make_steady
 from npu_compiler.serving.steps import Step
 from npu_compiler.serving.watch import Steps, is_noted
 
@@ -55,6 +57,7 @@ class NPUModelRunner(GPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         with cuda_names_mean_npu():
             super().__init__(vllm_config, device)
+        make_steady(self)
         if self.prepare_inputs_event is None and vllm_config.parallel_config.pipeline_parallel_size > 1:
             # A stage that is not the last one waits for no tokens: without this it would fill host buffers again that
             # the device still copies from.
@@ -207,7 +210,7 @@ class NPUModelRunner(GPUModelRunner):
         try:
             yield
         finally:
-            event.record()
+            event.record(streams.current())
 
     def _get_or_create_async_output_copy_stream(self) -> npu.Stream:
         if self.async_output_copy_stream is None:
@@ -280,7 +283,7 @@ class NPUModelRunner(GPUModelRunner):
         return found
 
     def _count(self, step: Step) -> None:
-        discarded = int(self.discard_request_mask.np[: self._requests].sum())
+        discarded = int(np.count_nonzero(self.discard_request_mask.np[: self._requests]))
         self.report.add(dataclasses.replace(step, generated=self._requests - discarded))
         if self.report_file is not None:
             self.report_file.update(self.report)

@@ -24,10 +24,17 @@ from typing import Any
 import torch
 from torch_npu import npu
 
+from npu_compiler.serving import streams
 
-def _event(*args: Any, blocking: bool | None = None, **kwargs: Any) -> npu.Event:
+
+class _Event(npu.Event):
     """An npu event. `blocking` asks CUDA to sleep instead of spinning; waiting for an npu event sleeps anyway."""
-    return npu.Event(*args, **kwargs)
+
+    def __new__(cls, *args: Any, blocking: bool | None = None, **kwargs: Any) -> _Event:
+        return super().__new__(cls, *args, **kwargs)
+
+    def record(self, stream: npu.Stream | None = None) -> None:
+        super().record(streams.current() if stream is None else stream)
 
 
 @contextmanager
@@ -35,9 +42,9 @@ def cuda_names_mean_npu() -> Iterator[None]:
     """While it is entered, the stream and event names of `torch.cuda` that vLLM's V1 runner uses are `torch.npu`'s."""
     replacements = {
         "Stream": npu.Stream,
-        "Event": _event,
-        "current_stream": npu.current_stream,
-        "stream": npu.stream,
+        "Event": _Event,
+        "current_stream": streams.current,
+        "stream": streams.On,
     }
     saved = {name: getattr(torch.cuda, name) for name in replacements}
     for name, value in replacements.items():

@@ -34,13 +34,15 @@ def compute_slot_mapping(
             "to 1"
         )
     requests = query_start_loc_ptr.shape[0] - 1
-    lengths = query_start_loc_ptr[1:] - query_start_loc_ptr[:-1]
-    rows = torch.arange(requests, device=positions_ptr.device)
-    row_of_token = torch.repeat_interleave(rows, lengths, output_size=num_tokens)
     column = torch.div(positions_ptr, KV_CACHE_BLOCK_SIZE, rounding_mode="floor")
-    blocks = block_table_ptr[row_of_token, column].to(torch.int64)
-    slots = blocks * KV_CACHE_BLOCK_SIZE + (positions_ptr - column * KV_CACHE_BLOCK_SIZE)
-    slot_mapping_ptr[:num_tokens].copy_(slots)
+    if num_tokens == requests:  # a request in a batch has at least one token, so each has one: all decode
+        blocks = block_table_ptr[:requests].gather(1, column.unsqueeze(1)).squeeze(1)
+    else:
+        lengths = query_start_loc_ptr[1:] - query_start_loc_ptr[:-1]
+        rows = torch.arange(requests, device=positions_ptr.device)
+        blocks = block_table_ptr[torch.repeat_interleave(rows, lengths, output_size=num_tokens), column]
+    offset = torch.sub(positions_ptr, column, alpha=KV_CACHE_BLOCK_SIZE)
+    torch.add(offset, blocks, alpha=KV_CACHE_BLOCK_SIZE, out=slot_mapping_ptr[:num_tokens])
     slot_mapping_ptr[num_tokens:max_num_tokens].fill_(PAD_ID)
 
 
