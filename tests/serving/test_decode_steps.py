@@ -55,6 +55,7 @@ class WaitsOfSteps:
         self.total += counters.read()["host_synchronizations"] - self._since
 
 
+@torch.inference_mode()
 def check_repeats(model: Any) -> None:
     """A graph replayed by itself computes again what its last replay did: inputs, cache and lengths are there."""
     descriptor = next(found for found in model.descriptors if found.num_tokens == 1)
