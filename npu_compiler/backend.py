@@ -88,15 +88,15 @@ class AscendBackend:
         names = _input_names(gm)
 
         def serve(functional: Functional) -> Callable[..., Any]:
-            if chosen.capture_with == "npugraph_ex":
-                return npugraph_ex.serve(
-                    whole(functional.graph), functional.inputs, functional.stable, chosen.npugraph_ex
-                )
             values = compiled.constants.values if compiled.constants else ()
             every_name = [*names, *(node.name for node in values)]
             replayer = Replayer(
                 functional.graph, functional.stable, chosen, compiled.name, every_name, stages=compiled.stages
             )
+            if chosen.capture_with == "npugraph_ex" and replayer.why_uncaptured is None:
+                return npugraph_ex.serve(
+                    whole(functional.graph), functional.inputs, functional.stable, chosen.npugraph_ex
+                )
             compiled.ledger = replayer.ledger
             return replayer
 

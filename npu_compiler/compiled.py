@@ -36,7 +36,7 @@ class CompiledGraph:
             gradients are needed: it is neither rewritten nor captured. `graph`: the same, written out.
         arrangement: the order of calls that was chosen; None where the option `reorder` is off or the program was
             found in a cache, in order.
-        ledger: captures and replays; None where nothing is captured (compile_fx).
+        ledger: captures and replays; None where nothing is captured (compile_fx), or by npugraph_ex.
         streams: what the streams that were planned inside of captures made by others are estimated to save, by sizes.
         weights: which of them are laid out in FRACTAL_NZ; None where the option `weight_nz` is off.
         constants: the values that are computed once, which the program has as its last inputs; None without any.
@@ -101,7 +101,7 @@ class CompiledGraph:
         ]
         if self.graph is None:
             parts.append("gradients are needed: no passes, no captures")
-        elif self.options.capture_with != "ascend":
+        elif self.options.capture_with != "ascend" and self.ledger is None:
             parts.append(f"captured by {self.options.capture_with}, which keeps no ledger")
         if self.stored:
             parts.append(f"program {self.stored}")

@@ -13,6 +13,7 @@ import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from npu_compiler.errors import OptionError
@@ -385,15 +386,18 @@ def refuse_mode(mode: str | None) -> None:
     )
 
 
-def check_names(option: str, given: Iterable[str], valid: Iterable[str]) -> None:
-    """Raises OptionError for the first given name that is not valid, with the nearest one that is."""
+def check_names(
+    option: str, given: Iterable[str], valid: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Raises OptionError for the first given name that is not valid, with the nearest one that is; or with the fix that
+    `elsewhere` has for a name of something else."""
     valid = list(dict.fromkeys(valid))  # a pass may run twice
     for name in given:
         if name not in valid:
             raise OptionError(
                 f"{option} names {name!r}, which does not exist",
                 rule=f"known: {', '.join(valid)}",
-                fix=_nearest(name, valid),
+                fix=elsewhere.get(name) or _nearest(name, valid),
             )
 
 

@@ -20,7 +20,7 @@ from npu_compiler.graph import layers
 from npu_compiler.graph.content import of_content
 from npu_compiler.graph.digest import of_text
 from npu_compiler.graph.rolled import Rolled, roll
-from npu_compiler.graph.source import TIMES, beginning, origins_kept
+from npu_compiler.graph.source import TIMES, beginning, origins_kept, raised
 from npu_compiler.graph.spec import SpecCheck, lint, refresh_aliases
 from npu_compiler.passes import (
     add_layer_norm,
@@ -165,12 +165,15 @@ def selected(options: Options) -> tuple[Pass, ...]:
     """
     rules, passes = users.rules_of(options), users.passes_of(options)
     order = users.placed(users.with_rules(PASSES, USER_RULES, rules), passes, functional_until=reinplace.NAME)
-    check_names("disabled_passes", options.disabled_passes, names(order))
     known = [rule.name for entry in order for rule in entry.rules]
+    are_rules = dict.fromkeys(known, "it is a rule: name it in disabled_rules")
+    layers_once = {LAYERS_ONCE: 'it is an option: {"layers_once": False}'}
+    check_names("disabled_passes", options.disabled_passes, names(order), are_rules | layers_once)
     twice = next((rule.name for rule in rules if known.count(rule.name) > 1), None)
     if twice:
         raise OptionError(f"rule {twice!r} exists already", rule="names are used once", fix="choose another name")
-    check_names("disabled_rules", options.disabled_rules, known)
+    are_passes = dict.fromkeys(names(order), "it is a pass: name it in disabled_passes")
+    check_names("disabled_rules", options.disabled_rules, known, are_passes)
     order = users.with_rules(order, matmul_all_reduce.NAME, matmul_all_reduce.rules(options.matmul_all_reduce))
     order = _with_rows(order, options)
     order = _with_drop(order, options.token_drop)
@@ -359,8 +362,11 @@ def run_pass(
     record.attempts = [] if attempts else None
     start = time.perf_counter()
     if entry.run is not None:
+        before = users.shape_of(module.graph) if entry.before or entry.after else []
         with contextlib.suppress(EnoughRewrites), _blamed(entry.name, module.graph):
             entry.run(module, record)
+        if before and not record.fired:
+            users.note_unrecorded(before, module.graph, record)
     else:
         if entry.name == USER_RULES:
             users.note_idle_rules(module.graph, entry.rules, record)
@@ -388,7 +394,7 @@ def _blamed(name: str, graph: fx.Graph) -> Iterator[None]:
         raise
     except Exception as error:
         raise PassError(
-            f"pass {name!r} failed: {type(error).__name__}: {error}",
+            f"pass {name!r} failed: {raised(error)}",
             where=f"the graph that begins at {place}" if place else "",
             rule="a pass takes every functional program, and leaves alone what it does not know",
             fix="correct it: in vLLM it is a pass of inductor_compile_config, or vLLM's own"

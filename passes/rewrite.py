@@ -24,7 +24,7 @@ from npu_compiler.facts.sizes import Fact, known, same_layout, same_shape
 from npu_compiler.fusion_kernels import register
 from npu_compiler.graph.build import call
 from npu_compiler.graph.effects import is_pure, storage, tensors, value, written_storages
-from npu_compiler.graph.source import where
+from npu_compiler.graph.source import raised, where
 from npu_compiler.graph.spec import infer
 from npu_compiler.graph.traffic import is_view
 from npu_compiler.passes.matching import Miss, find
@@ -215,7 +215,7 @@ def _blamed(rule: Rule, part: str, match: Match) -> Iterator[None]:
         raise
     except Exception as error:
         raise RuleError(
-            f"rule {rule.name!r}: its {part} failed: {type(error).__name__}: {error}",
+            f"rule {rule.name!r}: its {part} failed: {raised(error)}",
             where=where(match.root),
             rule=f"the pattern bound {', '.join(match.bindings) or 'nothing'}",
             fix=f'correct it, or leave it out with options={{"disabled_rules": ["{rule.name}"]}}',

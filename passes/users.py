@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import importlib
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import fx
 
@@ -87,6 +87,26 @@ def note_idle_rules(graph: fx.Graph, rules: Iterable[Rule], record: PassRecord) 
             near = difflib.get_close_matches(min(wanted), called, n=1)
             hint = f"; it calls {near[0]}" if near else ""
             record.refuse_all(rule.name, f"the program does not call {' or '.join(sorted(wanted))}{hint}")
+
+
+Shape: TypeAlias = list[tuple[fx.Node, object, list[fx.Node]]]
+
+
+def shape_of(graph: fx.Graph) -> Shape:
+    """The calls of a program with what they call and read."""
+    return [(node, node.target, node.all_input_nodes) for node in graph.nodes if node.op != "placeholder"]
+
+
+def note_unrecorded(before: Shape, graph: fx.Graph, record: PassRecord) -> None:
+    """Notes that a user's pass changed a program, where it recorded no rewrite itself (PassRecord.fire)."""
+    after = shape_of(graph)
+    if after != before:
+        old, new = ({node: rest for node, *rest in shape} for shape in (before, after))
+        gone = [node for node in old if node not in new]
+        made = [node for node, rest in new.items() if old.get(node) != rest]
+        record.fire(
+            f"{record.name}, which recorded nothing", (made or gone or [graph.output_node()])[0], gone, made=made
+        )
 
 
 def with_rules(passes: Sequence[Pass], name: str, rules: tuple[Rule, ...]) -> tuple[Pass, ...]:

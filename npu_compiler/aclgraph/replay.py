@@ -77,6 +77,9 @@ class Replayer:
         stages: what first calls and captures cost is counted here.
         streams: plans the streams of its captures; None: as the options say.
 
+    Attributes:
+        ledger: its captures and calls. `why_uncaptured`: why no call is captured; None where calls are.
+
     Raises:
         CaptureError, DeviceError: the program can't be captured (see there), unless capture is off.
     """
@@ -101,8 +104,8 @@ class Replayer:
         self._options = options
         self._name = name
         self._plan = InputPlan.of(program, stable, names)
-        self._why_not = _why_not(program.graph, self._plan, options)
-        if not self._why_not:
+        self.why_uncaptured = _why_not(program.graph, self._plan, options)
+        if self.why_uncaptured is None:
             refuse_uncapturable(program.graph)
             self._device = _device(program.graph)
         self._numbers = NumberOutputs(program.graph, set(self._plan.sizes))
@@ -124,8 +127,8 @@ class Replayer:
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any) -> Any:
-        if self._why_not:
-            return self._uncaptured(args, self._why_not)
+        if self.why_uncaptured is not None:
+            return self._uncaptured(args, self.why_uncaptured)
         if torch.npu.current_device() != self._device:
             with torch.npu.device(self._device), self._lock:
                 return self._serve(args)

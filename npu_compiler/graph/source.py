@@ -6,6 +6,7 @@ import contextlib
 import functools
 import operator
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -77,6 +78,16 @@ def _innermost(trace: str) -> tuple[str, int, str, str]:
 def where(node: Placed) -> str:
     """Module path and source line of `node` in one string, or the node's name where neither is known."""
     return str(place(node)) or f"node {node.name}"
+
+
+def raised(error: Exception) -> str:
+    """An error of a user's own function in one line: what it is, and the user's line that raised it or led to it."""
+    own = [
+        f" ({_INSTALLED.sub('', frame.f_code.co_filename)}:{line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).split(".")[0] not in ("npu_compiler", "torch", "contextlib")
+    ]
+    return f"{type(error).__name__}: {error}{own[-1] if own else ''}"
 
 
 @functools.lru_cache(maxsize=512)

@@ -93,7 +93,7 @@ def relu_rule(**changes: Any) -> Rule:
         ({"legal": lambda match: True}, "its legal returned bool\n.*fix: return a Fact"),
         (
             {"legal": lambda match: match.tensor("y").dim() == 2},
-            "its legal failed: KeyError: 'y'\n.*the pattern bound x",
+            r"its legal failed: KeyError: 'y' \(\S*test_user_rules.py:\d+\)\n.*the pattern bound x",
         ),
         ({"replacement": lambda build, match: None}, "its replacement returned NoneType"),
         ({"replacement": lambda build, match: 1 / 0}, "its replacement failed: ZeroDivisionError"),
@@ -145,6 +145,33 @@ def test_disabled_rules() -> None:
     assert "npu_fused.silu_mul.default" in targets(piece), "the next rule gets its turn"
 
 
+def tanh_for_sigmoid(module: fx.GraphModule, record: PassRecord) -> None:
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.sigmoid.default):
+        node.target = torch.ops.aten.tanh.default
+
+
+def fails(module: fx.GraphModule, record: PassRecord) -> None:
+    raise KeyError("abc")
+
+
+def test_a_change_that_a_pass_does_not_record_is_noted() -> None:
+    own = Pass("swapper", "", tanh_for_sigmoid, before="dead_code")
+    piece = compiled_by(lambda x: x.sigmoid(), torch.rand(3), options={"passes": [own]})
+    assert targets(piece) == ["aten.tanh.default"]
+    assert "fired swapper, which recorded nothing (0 nodes)" in str(piece)
+    assert "test_user_rules.py" in str(piece)
+    idle = compiled_by(lambda x: x.exp(), torch.rand(3), options={"passes": [own]})
+    assert "recorded nothing" not in str(idle)
+
+
+def test_a_pass_that_fails_is_named_with_its_line() -> None:
+    own = Pass("mine", "", fails, before="dead_code")
+    with pytest.raises(
+        BackendCompilerFailed, match=r"pass 'mine' failed: KeyError: 'abc' \(\S*test_user_rules.py:\d+\)"
+    ):
+        compiled_by(lambda x: x.exp(), torch.rand(3), options={"passes": [own]})
+
+
 def nothing(module: fx.GraphModule, record: PassRecord) -> None:
     return None
 
@@ -153,6 +180,9 @@ def nothing(module: fx.GraphModule, record: PassRecord) -> None:
     ("given", "message"),
     [
         ({"disabled_rules": ["swigul"]}, "did you mean 'swiglu'?"),
+        ({"disabled_rules": ["qk_norm_rope"]}, "it is a pass: name it in disabled_passes"),
+        ({"disabled_passes": ["rms_norm"]}, "it is a rule: name it in disabled_rules"),
+        ({"disabled_passes": ["layers_once"]}, 'it is an option: {"layers_once": False}'),
         ({"rules": ["tests.compiler.user_rules:SILLU"]}, "can't be imported"),
         ({"rules": ["no_such_module:RULE"]}, "No module named 'no_such_module'"),
         ({"rules": ["SILU"]}, "can't be imported"),

@@ -21,6 +21,7 @@ import torch_npu
 from torch import Tensor
 
 from npu_compiler.backend import ascend
+from npu_compiler.errors import CaptureError
 from npu_compiler.runtime import counters
 from tests.peers.qwen3_decode import CONFIG, DecodeStep, FusedOps, PlainOps, reference_logits
 
@@ -102,6 +103,34 @@ def check_captures_for_ascend(backend: str) -> None:
     assert handed_over["graph_nodes"] < alone["graph_nodes"], (handed_over, alone)
     (compiled,) = ascend.compiled()
     assert "captured by npugraph_ex" in str(compiled)
+
+
+def check_host_scalars_are_not_captured(backend: str) -> None:
+    """npugraph_ex replays the first value of a scalar in host memory; such a program is not handed over."""
+    others = ascend.compiled()
+    run = torch.compile(lambda x, s: x * s + 1, backend="ascend", options={"capture_with": backend})
+    x = torch.ones(3).npu()
+    with torch.no_grad():
+        for number in (1.0, 2.0, 3.0, 4.0):
+            assert run(x, torch.tensor(number)).tolist() == [number + 1] * 3
+            assert run(x, number).tolist() == [number + 1] * 3
+    made = [str(compiled) for compiled in ascend.compiled() if compiled not in others]
+    assert len(made) == 2
+    for report in made:
+        assert "uncaptured: scalar in host memory: s" in report
+        assert "captured by npugraph_ex" not in report
+
+
+def check_copies_to_the_host_are_refused(backend: str) -> None:
+    """As without npugraph_ex: before it captures, with the line."""
+    run = torch.compile(lambda x: (x + 1).cpu() * 2, backend="ascend", options={"capture_with": backend})
+    try:
+        run(torch.ones(3).npu())
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        assert isinstance(error.inner_exception, CaptureError)
+        assert "(x + 1).cpu() * 2" in error.inner_exception.where
+    else:
+        raise AssertionError("a copy to the host was handed over")
 
 
 def check_examples_of_the_page(backend: str) -> None:

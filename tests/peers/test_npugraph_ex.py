@@ -13,6 +13,8 @@ CHECKS = [
     "check_force_eager",
     "check_attention_lengths_are_updated",
     "check_captures_for_ascend",
+    "check_host_scalars_are_not_captured",
+    "check_copies_to_the_host_are_refused",
     "check_examples_of_the_page",
     "check_unknown_option_is_refused",
 ]
