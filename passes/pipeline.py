@@ -365,8 +365,8 @@ def run_pass(
         before = users.shape_of(module.graph) if entry.before or entry.after else []
         with contextlib.suppress(EnoughRewrites), _blamed(entry.name, module.graph):
             entry.run(module, record)
-        if before and not record.fired:
-            users.note_unrecorded(before, module.graph, record)
+            if before and not record.fired:
+                users.note_unrecorded(before, module.graph, record)
     else:
         if entry.name == USER_RULES:
             users.note_idle_rules(module.graph, entry.rules, record)

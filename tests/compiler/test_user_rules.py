@@ -164,6 +164,17 @@ def test_a_change_that_a_pass_does_not_record_is_noted() -> None:
     assert "recorded nothing" not in str(idle)
 
 
+def test_a_change_that_is_not_recorded_ends_a_pass_that_may_make_none() -> None:
+    """As bisecting asks for (PassRecord.most)."""
+    module = fx.symbolic_trace(torch.nn.Sequential(torch.nn.Identity()))
+    with module.graph.inserting_before(module.graph.output_node()):
+        made = module.graph.call_function(torch.ops.aten.sigmoid.default, (next(iter(module.graph.nodes)),))
+    module.graph.output_node().args = (made,)
+    own = Pass("swapper", "", tanh_for_sigmoid, before="dead_code")
+    assert not pipeline.run_pass(own, module, Options(), most=0).fired
+    assert made.target is torch.ops.aten.tanh.default
+
+
 def test_a_pass_that_fails_is_named_with_its_line() -> None:
     own = Pass("mine", "", fails, before="dead_code")
     with pytest.raises(
