@@ -28,7 +28,7 @@ def model_runner(llm: LLM) -> Any:
 
 
 class WaitsOfSteps:
-    """Counts host synchronisations from the start of each step to the copy of its sampled tokens."""
+    """Counts host synchronisations from the start of each step to the copy of its sampled tokens, or its end."""
 
     def __init__(self, runner: Any) -> None:
         self.total = 0
@@ -38,7 +38,10 @@ class WaitsOfSteps:
 
     def execute(self, *args: Any, **kwargs: Any) -> Any:
         self._since = counters.read()["host_synchronizations"]
-        return self._execute(*args, **kwargs)
+        output = self._execute(*args, **kwargs)
+        if output is not None:  # the step that only clears what has finished: nothing is sampled in it
+            self._stop()
+        return output
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         output = self._sample(*args, **kwargs)
