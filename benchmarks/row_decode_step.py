@@ -6,6 +6,7 @@ Every step of an `npu` contestant ends with a wait for the device: a server need
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,32 +77,45 @@ def read_only(name: str, case: Case, peer: peers.Peer, dtype: torch.dtype) -> Fa
     return factory
 
 
-def on_npu(name: str, case: Case, backend: str | None, bound: bool = False) -> Factory:
+def on_npu(name: str, case: Case, backend: str | None, bound: bool = False, ahead: bool = False) -> Factory:
     """Eager on the device when `backend` is None, else torch.compile with that backend.
 
-    `bound` (of "ascend"): as a server may have it that keeps its buffers and leaves its model alone. Inputs are read
-    where they lie, the output stays in the graph's memory, and what the model holds is not compared at each call.
+    `bound` and `ahead` are of "ascend". `bound`: as a server may have it that keeps its buffers and leaves its model
+    alone. Inputs are read where they lie, the output stays in the graph's memory, and what the model holds is not
+    compared at each call. `ahead`: compiled ahead of time, and called without guards, as the ahead-of-time rivals are.
     """
 
     def factory() -> Contestant:
         device = devices.npu()
         with devices.needed(name), torch.inference_mode():
-            step: Step = case.model().to(device)
-            tokens, position = (argument.to(device) for argument in decode_model.inputs(case.size))
-            options: dict[str, Any] | None = None
-            if bound:
-                torch._dynamo.mark_static_address(tokens)
-                torch._dynamo.mark_static_address(position)
-                unsafe = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-                options = {"clone_outputs": False, "guard_filter_fn": unsafe}
-            if backend is not None:
-                step = torch.compile(step, backend=backend, fullgraph=True, dynamic=False, options=options)
+            model = case.model().to(device)
+            arguments = tuple(argument.to(device) for argument in decode_model.inputs(case.size))
+            step: Step = model if backend is None else compiled(model, arguments, backend, bound, ahead)
             for _ in range(3):  # compile, warm up and capture
-                step(tokens, position)
+                step(*arguments)
             torch.npu.synchronize()
-        return contestant(name, step, (tokens, position), devices.wait())
+        return contestant(name, step, arguments, devices.wait())
 
     return factory
+
+
+def compiled(
+    model: decode_model.Decoder, arguments: tuple[torch.Tensor, ...], backend: str, bound: bool, ahead: bool
+) -> Step:
+    """What calls the compiled model; `bound` and `ahead` as in `on_npu`."""
+    options: dict[str, Any] = {}
+    if bound:
+        for argument in arguments:
+            torch._dynamo.mark_static_address(argument)
+        options["clone_outputs"] = False
+        if not ahead:
+            options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    step: Any = torch.compile(model, backend=backend, fullgraph=True, dynamic=False, options=options or None)
+    if not ahead:
+        return step  # type: ignore[no-any-return]
+    function = step.forward.aot_compile((arguments, {}))
+    function.disable_guard_check()
+    return functools.partial(function, model)
 
 
 def bytes_floor(case: Case) -> float:
@@ -139,10 +153,32 @@ def row(label: str, case: Case, goals: tuple[Goal, ...], from_memory: bool = Fal
     )
 
 
+def ahead_row(case: Case) -> Row:
+    """Programs compiled ahead of time alone: each is called by itself, and compares nothing."""
+    return Row(
+        name="decode_step_h32_ahead",
+        title=f"decode step, hidden {case.size.hidden}, compiled ahead of time and called without guards",
+        unit="us",
+        contestants={
+            "ascend ahead": on_npu("ascend ahead", case, "ascend", ahead=True),
+            "ascend ahead bound": on_npu("ascend ahead bound", case, "ascend", bound=True, ahead=True),
+            "cpu eager": on_cpu("cpu eager", case, compiled=False),
+            "aot inductor": read_only("aot inductor", case, peers.aot_inductor, case.dtype),
+            "onnx runtime": read_only("onnx runtime", case, peers.onnx_runtime, torch.float32),
+            "openvino": read_only("openvino", case, peers.openvino, torch.float32),
+        },
+        reference="cpu eager",
+        goals=(Goal(peer="ascend ahead", faster_than=1.0),),
+        tolerance=TOLERANCE[case.dtype],
+        rivals=RIVALS,
+    )
+
+
 def rows() -> list[Row]:
     beat = Goal(peer="ascend", faster_than=1.2)
     launches = (Goal(peer="npu eager", faster_than=10.0), Goal(peer="ascend", faster_than=1.0))
-    found = [row("h32", Case(decode_model.HIDDEN_32), launches)]
+    smallest = Case(decode_model.HIDDEN_32)
+    found = [row("h32", smallest, launches), ahead_row(smallest)]
     for dtype in FAMILIES:
         for batch in (1, 8, 32):
             size = dataclasses.replace(decode_model.HIDDEN_256, batch=batch)

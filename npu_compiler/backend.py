@@ -28,8 +28,10 @@ from npu_compiler.aclgraph.labels import Labels
 from npu_compiler.aclgraph.program_call import ProgramCall
 from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.aclgraph.streams import Streams
+from npu_compiler.ahead import Keep, Portable, Written, portable_is_wanted
 from npu_compiler.cache import CacheNote, Program
 from npu_compiler.compiled import CompiledGraph as CompiledGraph
+from npu_compiler.compiled import Interface
 from npu_compiler.config import WHOLE_WEIGHTS, Options, refuse_mode
 from npu_compiler.dumps import bundle_of as bundle_of  # serving adds its own captures and report to it
 from npu_compiler.errors import StoredProgramError
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 GraphHook = Callable[[fx.Graph], None]
 STORED = "stored"
 FROM_CACHE = "from the cache"
+FROM_FILE = "from a file, compiled ahead of time"
 WITHOUT_CAPTURE = Options(capture=False)
 logger = logging.getLogger(__name__)
 
@@ -79,32 +82,42 @@ class AscendBackend:
         *,
         options: Mapping[str, Any] | None = None,
         mode: str | None = None,
-    ) -> CompiledGraph:
+    ) -> CompiledGraph | Portable:
         """What torch.compile calls: lower, run the passes, serve calls by captured graphs."""
         refuse_mode(mode)
-        chosen = Options.of(options)
         specialize_module_floats(gm)
-        compiled = CompiledGraph(f"graph_{next(self._count)}", chosen)
-        names = _input_names(gm)
+        compiled = CompiledGraph(f"graph_{next(self._count)}", _checked(options))
+        found, keep = _stored(compiled, gm, example_inputs) if compiled.options.cache else (None, None)
+        interface = _interface(gm)
+        serve = _captured(compiled, interface.names)
+        portable = Portable(compiled) if portable_is_wanted() else None
+        if portable is not None:
+            keep = portable.keeping(interface, cache.symbolic_inputs(gm, example_inputs), keep)
+        if found is not None:
+            if portable is not None and keep is not None:
+                keep(found, "")
+            _take(compiled, found, interface, example_inputs, serve, captures=True)
+        else:
+            _compile(compiled, gm, example_inputs, interface, serve, keep=keep, captures=True)
+        self._add(compiled)
+        return compiled if portable is None else portable
 
-        def serve(functional: Functional) -> Callable[..., Any]:
-            values = compiled.constants.values if compiled.constants else ()
-            every_name = [*names, *(node.name for node in values)]
-            replayer = Replayer(
-                functional.graph, functional.stable, chosen, compiled.name, every_name, stages=compiled.stages
-            )
-            if chosen.capture_with == "npugraph_ex" and replayer.why_uncaptured is None:
-                return npugraph_ex.serve(
-                    whole(functional.graph), functional.inputs, functional.stable, chosen.npugraph_ex
-                )
-            compiled.ledger = replayer.ledger
-            return replayer
+    def load(self, written: Written, inputs: Sequence[Any]) -> CompiledGraph:
+        """What `Portable` wrote, in this process. `inputs`: fake ones, as cache.read takes them.
 
-        found, keep = _stored(compiled, gm, example_inputs) if chosen.cache else (None, None)
-        _compile(compiled, gm, example_inputs, serve, found=found, keep=keep, captures=True)
+        Raises:
+            StoredProgramError: an operator of the program is not there.
+        """
+        compiled = CompiledGraph(f"graph_{next(self._count)}", Options.of(written.options))
+        found = _read(written.program, inputs, written.interface.place)
+        serve = _captured(compiled, written.interface.names)
+        _take(compiled, found, written.interface, inputs, serve, captures=True, origin=FROM_FILE)
+        self._add(compiled)
+        return compiled
+
+    def _add(self, compiled: CompiledGraph) -> None:
         compiled.watch()
         self._compiled.add(compiled)
-        return compiled
 
     def compiled(self) -> list[CompiledGraph]:
         """The compiled graphs that are alive, oldest first."""
@@ -158,15 +171,14 @@ def compile_fx(
     Raises:
         OptionError: see there.
     """
-    compiled = CompiledGraph(name, Options.of(options))
+    compiled = CompiledGraph(name, _checked(options))
     compiled.batch = batch
     if before_lowering is not None:
         before_lowering(gm.graph)
         gm.recompile()
-    keep_program = None if keep is None else lambda program: keep(cache.write(program))
-    return _compile(
-        compiled, gm, example_inputs, _uncaptured(compiled), after_passes, keep=keep_program, surroundings=surroundings
-    )
+    kept = None if keep is None else _keeping(compiled, lambda program: keep(cache.write(program)))
+    serve = _uncaptured(compiled)
+    return _compile(compiled, gm, example_inputs, _interface(gm), serve, after_passes, kept, surroundings)
 
 
 def load_fx(
@@ -185,17 +197,45 @@ def load_fx(
     Raises:
         StoredProgramError: the bytes are damaged, of another version, or were made for other sizes.
     """
-    found = cache.read(data, cache.symbolic_inputs(gm, example_inputs))
-    if isinstance(found, str):
-        raise StoredProgramError(
-            found,
-            where=f"{name} ({beginning(gm.graph)})",
-            rule="a stored program is used only where it fits",
-            fix="compile again",
-        )
+    found = _read(data, cache.symbolic_inputs(gm, example_inputs), f"{name} ({beginning(gm.graph)})")
     compiled = CompiledGraph(name, options)
     compiled.batch = batch
-    return _compile(compiled, gm, example_inputs, _uncaptured(compiled), found=found)
+    return _take(compiled, found, _interface(gm), example_inputs, _uncaptured(compiled))
+
+
+def _checked(given: Mapping[str, Any] | Options | None) -> Options:
+    """The options; wrong ones, and names of passes that are not there, are refused before the work starts."""
+    options = Options.of(given)
+    pipeline.selected(options)
+    return options
+
+
+def _read(data: bytes, inputs: Sequence[Any], place: str) -> Program:
+    """The program that cache.write wrote."""
+    found = cache.read(data, inputs)
+    if isinstance(found, str):
+        raise StoredProgramError(
+            found, where=place, rule="a stored program is used only where it fits", fix="compile again"
+        )
+    return found
+
+
+def _captured(compiled: CompiledGraph, names: Sequence[str]) -> Callable[[Functional], Callable[..., Any]]:
+    """Serves calls by captured graphs. `names`: of the inputs, in the user's model."""
+
+    def serve(functional: Functional) -> Callable[..., Any]:
+        options = compiled.options
+        values = compiled.constants.values if compiled.constants else ()
+        every_name = [*names, *(node.name for node in values)]
+        replayer = Replayer(
+            functional.graph, functional.stable, options, compiled.name, every_name, stages=compiled.stages
+        )
+        if options.capture_with == "npugraph_ex" and replayer.why_uncaptured is None:
+            return npugraph_ex.serve(whole(functional.graph), functional.inputs, functional.stable, options.npugraph_ex)
+        compiled.ledger = replayer.ledger
+        return replayer
+
+    return serve
 
 
 def _uncaptured(compiled: CompiledGraph) -> Callable[[Functional], Callable[..., Any]]:
@@ -214,10 +254,10 @@ def _compile(
     compiled: CompiledGraph,
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
+    interface: Interface,
     serve: Callable[[Functional], Callable[..., Any]],
     after_passes: GraphHook | None = None,
-    found: Program | None = None,
-    keep: Callable[[Program], None] | None = None,
+    keep: Keep | None = None,
     surroundings: Noted | None = None,
     captures: bool = False,
 ) -> CompiledGraph:
@@ -225,11 +265,8 @@ def _compile(
 
     Args:
         captures: `serve` captures, and takes a rolled program.
-        found: a stored program of the same graph, which takes the place of lowering and passes.
-        keep: called with the program behind the passes, where it can be stored.
+        keep: called with the program behind the passes.
     """
-    pipeline.selected(compiled.options)  # a wrong pass name is refused before the work starts
-
     stages = compiled.stages
     mode = detect_fake_mode(list(example_inputs))
     environment = mode.shape_env if mode is not None else None
@@ -251,28 +288,43 @@ def _compile(
         if keep is not None:
             with stages.stage(STORE):
                 guards = cache.guards_since(environment, known_guards)
-                stored = Program(program, functional.stable, compiled.records, guards)
-                compiled.stored = _kept(stored, functional.convention, keep)
+                keep(Program(program, functional.stable, compiled.records, guards), functional.convention)
         return _serve_once(compiled, replace(functional, graph=program), serve, watch, dump, captures)
 
-    place = beginning(gm.graph)
-    unflatten = _return_flat_tuple(gm)
-    with _no_collections(), dumps.open_graph(compiled.name, compiled.options, _input_names(gm)) as dump:
+    with _no_collections(), dumps.open_graph(compiled.name, compiled.options, interface.names) as dump:
         watch = dumps.shown_to(compiled.name, dump)
         if dump is not None:
             dump.surround(surroundings)
-        if found is not None:
-            compiled.records, compiled.stored = found.records, FROM_CACHE
-            functional = Functional(found.graph, list(example_inputs), found.stable)
-            with stages.stage(PLAN):
-                call = _serve_once(compiled, functional, serve, watch, dump, captures)
-        else:
-            with stages.stage(LOWERING):
-                call = lower(gm, example_inputs, finish)
+        with stages.stage(LOWERING):
+            call = lower(gm, example_inputs, finish)
+    return _finished(compiled, call, interface)
+
+
+def _take(
+    compiled: CompiledGraph,
+    found: Program,
+    interface: Interface,
+    inputs: Sequence[Any],
+    serve: Callable[[Functional], Callable[..., Any]],
+    captures: bool = False,
+    origin: str = FROM_CACHE,
+) -> CompiledGraph:
+    """The road of a program that was stored: it has lowering and passes behind it."""
+    compiled.records, compiled.stored = found.records, origin
+    functional = Functional(found.graph, list(inputs), found.stable)
+    with _no_collections(), dumps.open_graph(compiled.name, compiled.options, interface.names) as dump:
+        watch = dumps.shown_to(compiled.name, dump)
+        with compiled.stages.stage(PLAN):
+            call = _serve_once(compiled, functional, serve, watch, dump, captures)
+    return _finished(compiled, call, interface)
+
+
+def _finished(compiled: CompiledGraph, call: Callable[..., Any], interface: Interface) -> CompiledGraph:
     rewrites = sum(len(record.fired) for record in compiled.records)
-    logger.info("compiled %s (%s): %d rewrites", compiled.name, place, rewrites)
+    logger.info("compiled %s (%s): %d rewrites", compiled.name, interface.place, rewrites)
     logger.debug("%s", compiled)
-    compiled._call = call if unflatten is None else lambda *args: unflatten(call(*args))
+    spec = interface.returned
+    compiled._call = call if spec is None else lambda *args: tree_unflatten(list(call(*args)), spec)
     return compiled
 
 
@@ -308,15 +360,19 @@ def _runs_rolled(program: fx.GraphModule | Rolled, options: Options, dump: Graph
     return not numbers and not any(node.meta.get(once.ONCE) for node in (*program.periods, *program.rest))
 
 
-def _kept(program: Program, convention: str, keep: Callable[[Program], None]) -> str:
-    """Keeps a program, unless it can't be stored or is not all that a call takes; what is said of it."""
-    if convention:
-        return f"not stored: {convention}"
-    try:
-        keep(program)
-    except NotStorable as reason:
-        return f"not stored: {reason}"
-    return STORED
+def _keeping(compiled: CompiledGraph, store: Callable[[Program], None]) -> Keep:
+    """Stores a program, unless it can't be stored or is not all that a call takes; the graph's report says it."""
+
+    def keep(program: Program, convention: str) -> None:
+        reason = convention
+        if not reason:
+            try:
+                store(program)
+            except NotStorable as error:
+                reason = str(error)
+        compiled.stored = f"not stored: {reason}" if reason else STORED
+
+    return keep
 
 
 def _show_code(name: str, module: fx.GraphModule) -> None:
@@ -398,7 +454,7 @@ def _no_collections() -> Iterator[None]:
 
 def _stored(
     compiled: CompiledGraph, gm: fx.GraphModule, example_inputs: Sequence[Any]
-) -> tuple[Program | None, Callable[[Program], None] | None]:
+) -> tuple[Program | None, Keep | None]:
     """The stored program of a dynamo graph, or how to store it; neither where it can't be told from another."""
     graph = cache.graph_parts(gm, example_inputs)
     if isinstance(graph, str):
@@ -413,23 +469,20 @@ def _stored(
     first = next((node for node in gm.graph.nodes if node.op.startswith("call")), None)
     name = compiled.name if first is None else where(first)
 
-    def keep(program: Program) -> None:
+    def write(program: Program) -> None:
         compiled.missed = store.store(name, parts, program)
 
-    return None, keep
+    return None, _keeping(compiled, write)
 
 
-def _return_flat_tuple(gm: fx.GraphModule) -> Callable[[Any], Any] | None:
-    """Makes `gm` return a flat tuple, which AOTAutograd wants; returns how to get back what it returned."""
+def _interface(gm: fx.GraphModule) -> Interface:
+    """How `gm` is called. It returns a flat tuple from now on, which AOTAutograd wants."""
+    names = [input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
     output = gm.graph.output_node()
     (returned,) = output.args
     leaves, spec = tree_flatten(returned)
     if isinstance(returned, (list, tuple)) and all(not isinstance(item, (list, tuple, dict)) for item in returned):
-        return None
+        return Interface(names, beginning(gm.graph), None)
     output.args = (tuple(leaves),)
     gm.recompile()
-    return lambda flat: tree_unflatten(list(flat), spec)
-
-
-def _input_names(gm: fx.GraphModule) -> list[str]:
-    return [input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
+    return Interface(names, beginning(gm.graph), spec)

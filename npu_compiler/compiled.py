@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import TreeSpec
 
 from npu_compiler.aclgraph.ledger import Ledger
 from npu_compiler.config import Options
@@ -23,6 +25,21 @@ from npu_compiler.plan.order import Arrangement
 from npu_compiler.stages import Stages
 from npu_compiler.units import in_bytes
 from npu_compiler.watching import Notes, told, warn_of_absent
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How a dynamo graph is called.
+
+    Attributes:
+        names: its inputs, in the terms of the user's model.
+        place: where the model makes the graph's first call.
+        returned: the structure of what it returns; None where that is flat.
+    """
+
+    names: Sequence[str]
+    place: str
+    returned: TreeSpec | None
 
 
 class CompiledGraph:

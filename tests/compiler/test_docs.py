@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_examples(page: str, expected: tuple[str, ...], tmp_path: Path, capsys: 
     file = tmp_path / "example.py"
     file.write_text("\n".join(blocks))  # a real file, so that messages can show its lines
     with torch.enable_grad():
-        exec(compile(file.read_text(), str(file), "exec"), {"__name__": "example"})
+        runpy.run_path(str(file), run_name="example")
     printed = capsys.readouterr().out
     for part in expected:
         assert part in printed
@@ -104,7 +105,7 @@ def test_printed_report_is_as_on_the_page(tmp_path: Path, capsys: pytest.Capture
     file = tmp_path / "example.py"
     file.write_text(code)
     with torch.enable_grad():
-        exec(compile(code, str(file), "exec"), {"__name__": "example"})
+        runpy.run_path(str(file), run_name="example")
     printed = _without_times(capsys.readouterr().out).replace(f"{tmp_path}/", "")
     for line in report.splitlines():
         assert _without_times(line).removesuffix("...") in printed

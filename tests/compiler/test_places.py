@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,12 +15,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.aot_compile import AOTCompiledFunction
 from torch._dynamo.exc import BackendCompilerFailed
 
 import npu_compiler.passes.pattern as pattern
 from npu_compiler import Pass, Rule
 from npu_compiler.backend import AscendBackend, compile_fx, load_fx
-from npu_compiler.errors import CaptureBudgetWarning, CaptureError, NpuCompilerError, TrainingWarning
+from npu_compiler.errors import (
+    CaptureBudgetWarning,
+    CaptureError,
+    NpuCompilerError,
+    StoredProgramError,
+    TrainingWarning,
+)
 from npu_compiler.graph.serialized import NotStorable, dumps
 from npu_compiler.graph.source import where
 from npu_compiler.passes import expert_communication
@@ -34,6 +42,7 @@ from tests.compiler.message_sites import sites
 COMPILER = (
     *(
         "npu_compiler/lowering",
+        "npu_compiler/ahead.py",
         "npu_compiler/backend.py",
         "npu_compiler/dumps.py",
         "npu_compiler/cache.py",
@@ -116,6 +125,8 @@ class Block(nn.Module):
             return torch.relu(x), self.held * 2
         if kind == "counts":
             return x.nonzero()
+        if kind == "views":
+            return x, self.scale[1:]
         if kind == "draws":
             x = x + torch.rand_like(x)
         if kind == "leaves":
@@ -380,7 +391,29 @@ def a_communication_of_experts_that_can_not_be_used() -> str:
     return error_of(lambda: refused("mc2", first, "no operator"), NpuCompilerError)
 
 
-@says("npu_compiler/backend.py:load_fx", "x = x * self.scale")
+def ahead_of_time(*arguments: Any) -> AOTCompiledFunction:
+    torch._dynamo.reset()
+    model = torch.compile(Model().npu(), backend="ascend", fullgraph=True, dynamic=False)
+    with torch.inference_mode():
+        return model.forward.aot_compile((arguments, {}))
+
+
+@says("npu_compiler/ahead.py:serialize_compile_artifacts", "x = x * self.scale")
+def a_program_that_can_not_be_written() -> str:
+    function = ahead_of_time(rows(), "views")
+    return error_of(lambda: function.serialize(function), StoredProgramError)
+
+
+@says("npu_compiler/ahead.py:deserialize_compile_artifacts", "x = x * self.scale")
+def a_program_of_other_sources() -> str:
+    function = ahead_of_time(rows())
+    portable = function._artifacts.compiled_fn
+    other = pickle.loads(portable.serialize_compile_artifacts(portable))
+    data = pickle.dumps(dataclasses.replace(other, made_by={**other.made_by, "sources": "others"}))
+    return error_of(lambda: portable.deserialize_compile_artifacts(data), StoredProgramError)
+
+
+@says("npu_compiler/backend.py:_read", "x = x * self.scale")
 def a_stored_program_of_another_version() -> str:
     torch._dynamo.reset()
     run = torch.compile(Model().npu(), backend=lambda graph, inputs: load_fx(b"from elsewhere", graph, inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_examples_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     file = tmp_path / "example.py"
     file.write_text("\n".join(blocks))  # a real file, so that messages can show its lines
     with torch.enable_grad():
-        exec(compile(file.read_text(), str(file), "exec"), {"__name__": "example"})
+        runpy.run_path(str(file), run_name="example")
     assert re.search(r"^  1[23] replays$", capsys.readouterr().out, flags=re.MULTILINE)
 
 
