@@ -74,12 +74,13 @@ class ACLGraphWrapper(CUDAGraphWrapper):
         """What was captured, in capture order."""
         return [entry.record for entry in self._entries.values()]
 
-    def repeat(self, descriptor: BatchDescriptor) -> None:
+    def repeat(self, descriptor: BatchDescriptor) -> Any:
         """Replays the graph of `descriptor` by itself, over the inputs and lengths of its last replay: the part of a
-        step that is the device's, to be measured."""
+        step that is the device's, to be measured. Returns what the graph writes, which its next replay overwrites."""
         entry = self._entries[descriptor]
         entry.updates.keep()
         entry.graph.replay()
+        return entry.output
 
     @property
     def descriptors(self) -> list[BatchDescriptor]:
