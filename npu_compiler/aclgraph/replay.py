@@ -52,7 +52,7 @@ class Replayable:
 
     Attributes:
         bound: positions whose address is part of the graph, and `addresses` there.
-        feeds: (argument position, the buffer to copy it to).
+        feeds: (argument position, the buffer to copy it to, the part of that to write: see `writable`).
         returns: (argument position, the buffer to copy back from).
         streams: how many it uses.
         replays: how often it was replayed.
@@ -61,7 +61,7 @@ class Replayable:
     graph: Any
     bound: list[int]
     addresses: list[int]
-    feeds: list[tuple[int, torch.Tensor]]
+    feeds: list[tuple[int, torch.Tensor, torch.Tensor]]
     returns: list[tuple[int, torch.Tensor]]
     outputs: OutputPlan
     streams: int
@@ -157,10 +157,10 @@ class Replayer:
             self._handed_out.refuse_stale()
         self._handed_out = found.outputs
         self._follow_last_stream()
-        for position, buffer in found.feeds:
+        for position, buffer, part in found.feeds:
             source = args[position]
             if source.data_ptr() != buffer.data_ptr():
-                writable(buffer).copy_(writable(source), non_blocking=True)
+                part.copy_(source if part is buffer else writable(source), non_blocking=True)
         found.graph.replay()
         for position, buffer in found.returns:
             args[position].copy_(buffer, non_blocking=True)
@@ -258,7 +258,7 @@ class Replayer:
             graph=made.graph,
             bound=bound,
             addresses=[tensor.data_ptr() for tensor in owners],
-            feeds=feeds,
+            feeds=[(position, buffer, writable(buffer)) for position, buffer in feeds],
             returns=[(position, buffer) for position, buffer in feeds if position in copied_back],
             outputs=OutputPlan(
                 made.outputs, self._returned_inputs, owners, self._options.clone_outputs, self._place_of_output
