@@ -28,7 +28,6 @@ from npu_compiler.aclgraph.labels import Labels
 from npu_compiler.aclgraph.program_call import ProgramCall
 from npu_compiler.aclgraph.replay import Replayer
 from npu_compiler.aclgraph.streams import Streams
-from npu_compiler.ahead import Keep, Portable, Written, portable_is_wanted
 from npu_compiler.cache import CacheNote, Program
 from npu_compiler.compiled import CompiledGraph as CompiledGraph
 from npu_compiler.compiled import Interface
@@ -52,6 +51,7 @@ from npu_compiler.passes import pipeline
 from npu_compiler.passes.record import PassRecord
 from npu_compiler.plan import agreement, weight_layout
 from npu_compiler.plan.order import Arrangement, arrange, arrange_rolled
+from npu_compiler.portable import Keep, Portable, Written, portable_is_wanted
 from npu_compiler.stages import LOWERING, ORDER, PASSES, PLAN, STORE
 from npu_compiler.watching import Notes
 

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "serving": {"backend", "watching", "runtime", "doctor", "inspect"},
     "backend": {
         *(
-            "ahead",
+            "portable",
             "cache",
             "compiled",
             "dumps",
@@ -37,7 +37,7 @@ MAY_IMPORT = {
             "inspect",
         )
     },
-    "ahead": {"cache", "compiled", "key", "graph"},
+    "portable": {"cache", "compiled", "key", "graph"},
     "compiled": {"watching", "passes", "plan", "aclgraph", "graph", "fusion_kernels"},
     "key": {"passes", "graph", "fusion_kernels"},
     "watching": {"passes", "aclgraph", "fusion_kernels"},

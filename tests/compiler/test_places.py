@@ -42,7 +42,7 @@ from tests.compiler.message_sites import sites
 COMPILER = (
     *(
         "npu_compiler/lowering",
-        "npu_compiler/ahead.py",
+        "npu_compiler/portable.py",
         "npu_compiler/backend.py",
         "npu_compiler/dumps.py",
         "npu_compiler/cache.py",
@@ -398,13 +398,13 @@ def ahead_of_time(*arguments: Any) -> AOTCompiledFunction:
         return model.forward.aot_compile((arguments, {}))
 
 
-@says("npu_compiler/ahead.py:serialize_compile_artifacts", "x = x * self.scale")
+@says("npu_compiler/portable.py:serialize_compile_artifacts", "x = x * self.scale")
 def a_program_that_can_not_be_written() -> str:
     function = ahead_of_time(rows(), "views")
     return error_of(lambda: function.serialize(function), StoredProgramError)
 
 
-@says("npu_compiler/ahead.py:deserialize_compile_artifacts", "x = x * self.scale")
+@says("npu_compiler/portable.py:deserialize_compile_artifacts", "x = x * self.scale")
 def a_program_of_other_sources() -> str:
     function = ahead_of_time(rows())
     portable = function._artifacts.compiled_fn

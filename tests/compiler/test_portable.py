@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch._dynamo.aot_compile import AOTCompiledFunction
 
 from npu_compiler import report
-from npu_compiler.ahead import Portable
 from npu_compiler.backend import ascend
 from npu_compiler.compiled import CompiledGraph
 from npu_compiler.errors import StoredProgramError
+from npu_compiler.portable import Portable
 from npu_compiler.stages import CAPTURE, FIRST_CALL, PLAN
 from tests.compiler.user_rules import SILU, silu_program
 
@@ -153,7 +153,7 @@ def test_another_process_takes_the_file(tmp_path: Path) -> None:
     compiled(model, *arguments(4), dynamic=True).save_compiled_function(str(file))
     code = f"""
 import torch
-from tests.compiler.test_ahead import Step, check
+from tests.compiler.test_portable import Step, check
 with open({str(file)!r}, "rb") as written, torch.inference_mode():
     function = torch.compiler.load_compiled_function(written)
 check(function, Step(), 4, 4, 6, 6)
