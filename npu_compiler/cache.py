@@ -17,6 +17,7 @@ import time
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ HASHED = {
     "sources": "the compiler's sources changed",
 }
 """Parts of a key that are hashes, and what it means that one differs."""
+OWN = ("rule ", "pass ")
+"""How the parts begin that are hashes of a user's own rules and passes."""
 KEYED = ("torch", "torch_npu", "npu_compiler")
 """Packages of which the key holds the version or the sources as a whole."""
 LITERALS = (torch.tensor, torch.as_tensor, torch.scalar_tensor)
@@ -129,13 +132,17 @@ class ProgramCache:
 
     def explain(self, parts: Mapping[str, str]) -> list[str]:
         """What differs between `parts` and the entry that is nearest to it, a line each."""
-        entries = [about["parts"] for about in self.entries()]
+        entries = [about["parts"] for about in reversed(self.entries())]  # of equally near ones the newest
         if not entries:
             return ["nothing is stored yet"]
         nearest = min(entries, key=lambda other: len(_differing(other, parts)))
+        differing = _differing(nearest, parts)
+        own = [part for part in differing if part.startswith(OWN)]
         return [
-            HASHED.get(part) or f"{part}: {nearest.get(part, 'absent')} -> {parts.get(part, 'absent')}"
-            for part in _differing(nearest, parts)
+            line
+            for part in differing
+            if not (part == "passes" and own)  # these say more
+            for line in _difference(part, nearest.get(part), parts.get(part))
         ]
 
     def entries(self) -> list[dict[str, Any]]:
@@ -271,6 +278,19 @@ def _target(node: fx.Node) -> str:
     if isinstance(target, types.FunctionType) and module.split(".")[0] not in KEYED:
         return f"{name} {of_content(target, name)}"
     return name
+
+
+def _difference(part: str, before: str | None, now: str | None) -> list[str]:
+    """What is said of a part of a key that differs; None where it was absent."""
+    if part.startswith(OWN):
+        what = "is new" if before is None else "is gone" if now is None else "has another content"
+        return [f"your {part} {what}"]
+    if part in HASHED:
+        return [HASHED[part]]
+    if part == "inputs" and before is not None and now is not None:
+        pairs = enumerate(zip_longest(before.split("; "), now.split("; "), fillvalue="absent"))
+        return [f"input {place}: {old} -> {new}" for place, (old, new) in pairs if old != new]
+    return [f"{part}: {before or 'absent'} -> {now or 'absent'}"]
 
 
 def _differing(left: Mapping[str, str], right: Mapping[str, str]) -> list[str]:

@@ -363,6 +363,13 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
                 fix="drop one side",
             )
 
+    if "stream_limit" in values and values.get("multistream", DEFAULTS.multistream) == "off":
+        raise OptionError(
+            f"stream_limit={values['stream_limit']} limits nothing",
+            rule="without multistream='auto' a captured graph has one stream",
+            fix="write multistream='auto' beside it, or leave it out",
+        )
+
 
 def _unknown_value(option: str, value: str, valid: Iterable[str]) -> OptionError:
     return OptionError(

@@ -56,6 +56,12 @@ def open_graph(
         OptionError: nothing can be written there.
     """
     folder = _folder(options)
+    if not folder and options.dump_inputs != "off":
+        raise OptionError(
+            f"dump_inputs={options.dump_inputs!r} keeps nothing",
+            rule="inputs are kept in a bundle, and none is written",
+            fix=f"name its folder with the option dump or ${DUMP}, or leave dump_inputs out",
+        )
     prints = options.print_pipeline or os.environ.get(PRINT, "0") not in ("", "0")
     if not folder and not prints:
         return contextlib.nullcontext()

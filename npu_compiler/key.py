@@ -22,6 +22,7 @@ def compiler_parts(options: Options) -> dict[str, str]:
     decisive = {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.name not in elsewhere}
     return {
         **{f"option {name}": repr(value) for name, value in decisive.items()},
+        **pipeline.own_content(options),
         "passes": pipeline.fingerprint(options),
         "versions": digest.versions(),
         "sources": digest.of_sources(folders),

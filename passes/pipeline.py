@@ -421,6 +421,17 @@ def fingerprint(options: Options) -> str:
     )
 
 
+def own_content(options: Options) -> dict[str, str]:
+    """A hash of the content of each rule and pass of the user, by its kind and name.
+
+    Raises:
+        OptionError: see `fingerprint`.
+    """
+    own = {f"rule {rule.name}": rule for rule in users.rules_of(options)}
+    own |= {f"pass {entry.name}": entry for entry in users.passes_of(options)}
+    return {name: of_content(one, f"the user's {name}") for name, one in own.items()}
+
+
 def names(passes: Sequence[Pass] = PASSES) -> list[str]:
     """The passes' names in order."""
     return [entry.name for entry in passes]

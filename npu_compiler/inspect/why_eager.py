@@ -45,7 +45,8 @@ class Eager(Data):
     def __str__(self) -> str:
         kind = "call" if self.kind == "call" else f"{self.kind} step"
         whose = f"rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))}: " if self.ranks else ""
-        lines = [f"{whose}{self.count:,} of {self.total:,} {kind}s: {self.text}"]
+        graph = f"{Path(self.where).name}: " if self.kind == "call" else ""
+        lines = [f"{whose}{graph}{self.count:,} of {self.total:,} {kind}s: {self.text}"]
         if self.kind != "call":
             most = ", ".join(f"{size} ({count:,}x)" for size, count in self.sizes)
             often = f"; most often {most}" if self.smallest != self.largest else ""

@@ -102,6 +102,19 @@ def test_user_rules_are_part_of_the_key(place: Path, inputs: tuple[Tensor, Tenso
     own = dataclasses.replace(RULES[0], name="own")
     assert compile_anew(gated, *inputs, rules=[own]) == "stored"
     assert compile_anew(gated, *inputs, rules=[own]) == "from the cache"
+    assert ProgramCache(place).entries()[-1]["missed"] == ["your rule own is new"]
+    assert compile_anew(gated, *inputs, rules=[dataclasses.replace(own, after=("aten.neg.default",))]) == "stored"
+    assert ProgramCache(place).entries()[-1]["missed"] == ["your rule own has another content"]
+
+
+def test_of_the_inputs_those_are_named_that_differ(place: Path, inputs: tuple[Tensor, Tensor]) -> None:
+    x, weight = inputs
+    compile_anew(gated, x, weight)
+    assert compile_anew(gated, torch.cat([x, x]), weight) == "stored"
+    (line,) = ProgramCache(place).entries()[-1]["missed"]
+    assert (
+        line.startswith("input 0: Tensor torch.float32 npu:0 (4, 32)") and " -> Tensor torch.float32 npu:0 (8," in line
+    )
 
 
 def test_miss_says_what_differed(

@@ -38,6 +38,8 @@ def refusal(function: Callable[..., Any], *args: Any, **kwargs: Any) -> NpuCompi
         ({"capture": False, "capture_limit": 4}, "capture=False contradicts capture_limit"),
         ({"capture": False, "capture_with": "npugraph_ex"}, "capture=False contradicts capture_with"),
         ({"capture_with": "npugraph_ex", "capture_limit": 4}, "capture_with='npugraph_ex' contradicts capture_limit"),
+        ({"stream_limit": 4}, "stream_limit=4 limits nothing"),
+        ({"dump_inputs": "call"}, "dump_inputs='call' keeps nothing"),
         ({"npugraph_ex": {"force_eager": True}}, "capture_with='ascend' contradicts npugraph_ex"),
         ({"capture_with": "npugraphs"}, "did you mean 'npugraph_ex'?"),
         ({"npugraph_ex": ["force_eager"]}, "npugraph_ex is a dict of npugraph_ex's options"),
