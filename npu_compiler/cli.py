@@ -12,6 +12,7 @@ from npu_compiler.errors import BundleError, OptionError, TraceError
 COMMANDS = (
     "doctor",
     "explain-miss",
+    "check-rule",
     "show",
     "why",
     "why-eager",

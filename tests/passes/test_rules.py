@@ -3,6 +3,7 @@ near misses, and says why."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from npu_compiler.config import Options
+from npu_compiler.inspect import check_rule
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
 from npu_compiler.passes.record import Pass, PassRecord
@@ -23,10 +25,6 @@ from tests.passes.conditions import conditions, unexplained
 from tests.passes.lowered import calls, lowered
 
 RULES = list(dict.fromkeys(rule for entry in pipeline.PASSES for rule in entry.rules))
-# Fused operators round once where the reference rounds twice: one unit in the last place of the largest value.
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
-MOST_ROUNDED_APART = 0.02
-"""Quantised results may differ by one step where the exact value lies half-way; in few places."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,24 +46,7 @@ def needs_vllm(function: Callable[..., object]) -> None:
 def rewritten(rule: Rule, function: Callable[..., object], args: tuple[Any, ...], **how: Any) -> tuple[Any, PassRecord]:
     """The lowered program of `function` after the rule, and what the rule did."""
     needs_vllm(function)
-    program = lowered(function, *args, **how)
-    record = PassRecord("rules")
-    apply(program.graph, [rule], record)
-    program.graph.graph.lint()
-    program.graph.recompile()
-    return program, record
-
-
-def assert_close(got: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
-    got, exact = got.cpu(), exact.cpu()
-    if got.numel() == 0:
-        return
-    difference = (got.double() - exact.double()).abs()
-    if not got.is_floating_point():
-        assert difference.max() <= 1
-        assert (difference > 0).double().mean() <= MOST_ROUNDED_APART
-    else:
-        assert difference.max() <= tolerance * exact.double().abs().max().clamp_min(1e-30)
+    return check_rule.rewritten(rule, function, args, **how)
 
 
 def by_dtype() -> list[Any]:
@@ -74,23 +55,10 @@ def by_dtype() -> list[Any]:
 
 @pytest.mark.parametrize(("rule", "dtype"), by_dtype())
 def test_fires_on_its_example_and_keeps_the_meaning(rule: Rule, dtype: torch.dtype) -> None:
-    torch.manual_seed(1)
-    args = rule.example(dtype)
     needs_vllm(rule.reference)
-    before = rule.reference(*args)
-    program, record = rewritten(rule, rule.reference, args)
-    assert [fired.rule for fired in record.fired] == [rule.name], str(record)
-    assert calls(program.graph) == list(rule.after or (f"npu_fused.{rule.operator}.default",))
-    wide = tree_map(lambda leaf: leaf.double() if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf, args)
-    oracle = (rule.oracle or rule.reference)(*wide)
-    tolerance = (rule.tolerance or TOLERANCE)[dtype]
-    for device in ("cpu", "npu"):  # compositions, and the kernels that the device has
-        there = tree_map(lambda leaf: leaf.to(device) if torch.is_tensor(leaf) else leaf, args)  # noqa: B023
-        for got, same, exact in zip(*map(tree_leaves, (program.graph(*there), before, oracle)), strict=True):
-            assert got.device.type == device
-            assert got.dtype == same.dtype
-            assert got.stride() == same.stride()
-            assert_close(got, exact, tolerance)
+    # On the CPU compositions run, on the device the kernels that it has.
+    found = check_rule.on_example(rule, dtype, devices=("cpu", "npu"))
+    assert not found.faults, str(found)
 
 
 def misses() -> list[Any]:
@@ -101,29 +69,17 @@ def misses() -> list[Any]:
     ]
 
 
-_missed: dict[tuple[str, NearMiss], PassRecord] = {}
-
-
+@functools.cache
 def missed(rule: Rule, miss: NearMiss) -> PassRecord:
-    """What a rule did to a near miss, which is lowered once for all tests of this file."""
-    if (rule.name, miss) not in _missed:
-        torch.manual_seed(1)
-        with torch.inference_mode(miss.inference):
-            args = (miss.example or rule.example)(rule.dtypes[0])
-        needs_vllm(miss.program)
-        program = lowered(miss.program, *args, dynamic=miss.dynamic, inference=miss.inference).graph
-        before, record = sorted(str(program.graph).splitlines()), PassRecord("rules")
-        apply(program, [rule], record)
-        assert record.fired or sorted(str(program.graph).splitlines()) == before, "a refused rewrite left a trace"
-        _missed[rule.name, miss] = record
-    return _missed[rule.name, miss]
+    """What a rule did to a near miss, which is lowered once for all conditions of a pass."""
+    return check_rule.missed(rule, miss)[0]
 
 
 @pytest.mark.parametrize(("rule", "miss"), misses())
 def test_leaves_its_near_misses_alone_and_says_why(rule: Rule, miss: NearMiss) -> None:
-    record = missed(rule, miss)
-    assert not record.fired, str(record)
-    assert any(miss.reason in reason for reason in reasons(record)) if miss.reason else not record.refused, str(record)
+    needs_vllm(miss.program)
+    found = check_rule.on_near_miss(rule, miss)
+    assert not found.faults, str(found)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name)
@@ -201,7 +157,8 @@ def test_fires_for_any_number_of_rows(rule: Rule) -> None:
             for index in dynamic:
                 torch._dynamo.mark_dynamic(given[index], 0)
             for got, expected in zip(*map(tree_leaves, (run(*given), rule.reference(*given))), strict=True):
-                assert_close(got, expected, 4 * (rule.tolerance or TOLERANCE)[rule.dtypes[0]])
+                allowed = (rule.tolerance or check_rule.TOLERANCE)[rule.dtypes[0]]
+                assert check_rule.error_of(got, expected) <= 4 * allowed
     (record,) = records
     assert [fired.rule for fired in record.fired] == [rule.name], str(record)
 
