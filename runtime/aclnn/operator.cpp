@@ -1,5 +1,6 @@
 #include "runtime/aclnn/operator.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Formatting.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
@@ -53,6 +54,9 @@ void Operator::run() {
   if (workspace_ != nullptr) host_runtime::poison(workspace_->address, workspace_bytes_);
   try {
     if (calls_aten_) {
+      // A stream's thread is none of ATen's: until it is told, its products use every core, whatever
+      // at::set_num_threads says.
+      at::internal::lazy_init_num_threads();
       // Device tensors are plain CPU tensors to ATen here: no autograd, no version counters.
       at::AutoDispatchBelowADInplaceOrView guard;
       work_();

@@ -9,11 +9,13 @@
 #include "runtime/aclnn/prepared_support.h"
 #include "runtime/kernels/fractal_product.h"
 #include "runtime/kernels/row_product.h"
+#include "runtime/kernels/row_tiles.h"
 
 namespace aclnn::prepared {
 namespace {
 
-// From more rows on, ATen's blocked products win, unless the whole product is about as small as their call.
+// From more rows on, ATen's blocked products win, unless the whole product is about as small as their call,
+// or AMX computes it (row_tiles.h).
 constexpr int64_t kMaxRows = 8;
 constexpr int64_t kSmallProduct = 32 * 1024;
 
@@ -94,13 +96,18 @@ std::optional<Product> product_of(const Tensor& self, const Tensor& mat2, const 
   g.x_row = self.stride(-2);
   g.out_row = out.stride(-2);
   if (!sets_batches(g, self, mat2, out) || g.batches == 0) return std::nullopt;
-  if (g.rows > kMaxRows && g.rows * g.inner * g.columns > kSmallProduct) return std::nullopt;
+  const bool tiles = kernels::takes_row_tiles(g, product.type, product.transposed);
+  if (g.rows > kMaxRows && !tiles && g.rows * g.inner * g.columns > kSmallProduct) return std::nullopt;
   g.alpha = 1.0f;
   g.beta = 1.0f;
   return product;
 }
 
 Work run(const Product& product) {
+  if (kernels::takes_row_tiles(product.gemv, product.type, product.transposed)) {
+    auto scratch = std::make_shared<std::vector<char>>(kernels::row_tiles_scratch(product.gemv));
+    return [gemv = product.gemv, scratch] { kernels::row_tiles(gemv, scratch->data()); };
+  }
   return bind(kernels::gemv_kernel(product.type, product.transposed), product.gemv);
 }
 

@@ -19,40 +19,9 @@ namespace {
 #include "runtime/kernels/simd.inc"
 #undef KERNEL_LANES
 
-constexpr int64_t kRows = 16;              // of a tile
+#include "runtime/kernels/tiles.inc"
+
 constexpr int64_t kDepth = kFractalWidth;  // of x and w that one instruction sums over
-constexpr int64_t kRowBytes = 64;          // of a tile
-/// Below that many rows the product waits for its weights, and the vector kernels need no x in tiles.
-constexpr int64_t kLeastRows = 5;
-
-/// What ldtilecfg reads: rows and bytes a row of each tile.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-/// The tiles of the calling thread, for as long as this lives: 0 to 3 sums of 16 x 16 floats, 4 and 5 the
-/// first operand (16 rows of 16 halves), 6 and 7 the second (8 pairs of rows, 16 columns).
-class Tiles {
- public:
-  Tiles() {
-    TileConfig config;
-    for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = i == 4 || i == 5 ? kDepth * sizeof(BFloat) : kRowBytes;
-      config.rows[i] = i < 6 ? kRows : kDepth / 2;
-    }
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
-
-/// The intrinsics that load tiles do not tell the compiler which memory they read.
-inline void written() { __asm__ volatile("" ::: "memory"); }
 
 /// Two rows of 16 halves in turn, as the second operand of a product wants them.
 KERNEL_INLINE void interleave(const BFloat* first, const BFloat* second, BFloat* to) {
@@ -150,7 +119,7 @@ void store_columns(const Arguments& a, const float* sums, int64_t column) {
 template <bool kTwo>
 void columns_of(const Arguments& a, int64_t begin, int64_t end) {
   alignas(64) float sums[2 * kRows * kFractalWidth];
-  const Tiles tiles;
+  const Tiles tiles(kDepth);
   for (int64_t column = begin; column < end; column += kFractalWidth) {
     a.p.by_rows ? packed_rows<kTwo>(a, column, sums) : packed_columns<kTwo>(a, column, sums);
     store_columns(a, sums, column);

@@ -1,5 +1,6 @@
 #include "runtime/kernels/row_product.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>

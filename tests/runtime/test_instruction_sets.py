@@ -18,8 +18,8 @@ SELECTION = (
     " or test_queries_and_caches or test_caches_are_quantised or (test_products and 130)"
     " or (test_product_with_packed_weight and 40)"
 )
-# Only products have code for the dot products of bfloat16, which `avx512` goes without, and only those with packed
-# weights for AMX, which all go without.
+# Only products have code for the dot products of bfloat16, which `avx512` goes without, and for AMX, which all go
+# without.
 CASES = [
     ("avx2", SELECTION),
     ("baseline", SELECTION),

@@ -374,7 +374,7 @@ def test_reductions_with_special_values(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rows", [1, 2, 7, 32, 40])
+@pytest.mark.parametrize("rows", [1, 2, 7, 32, 40, 64])
 @pytest.mark.parametrize(("inner", "columns"), [(1, 1), (7, 5), (32, 96), (130, 67), (256, 300)])
 def test_products(dtype: torch.dtype, rows: int, inner: int, columns: int) -> None:
     def matrix(*shape: int) -> Tensor:
@@ -391,7 +391,7 @@ def test_products(dtype: torch.dtype, rows: int, inner: int, columns: int) -> No
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 def test_batched_products(dtype: torch.dtype, rows: int) -> None:
     def matrix(*shape: int) -> Tensor:
         return torch.randn(shape).div(4).to(dtype)
@@ -401,6 +401,8 @@ def test_batched_products(dtype: torch.dtype, rows: int) -> None:
     check(torch.matmul, lambda: [matrix(2, 3, rows, 16), matrix(2, 3, 21, 16).transpose(2, 3)], scale=4)
     check(torch.matmul, lambda: [matrix(2, 3, rows, 16), matrix(16, 21)], scale=4)
     check(torch.bmm, lambda: [matrix(rows, 4, 16).transpose(0, 1), matrix(4, 16, 33)], scale=4)
+    check(torch.bmm, lambda: [matrix(rows, 4, 48).transpose(0, 1), matrix(4, 35, 48).transpose(1, 2)], scale=8)
+    check(torch.bmm, lambda: [matrix(4, rows, 20), matrix(4, 20, 150)], scale=4)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -430,7 +432,11 @@ def test_addmm_scales_and_ignores_the_bias_without_beta() -> None:
     def inputs() -> list[Tensor]:
         return [torch.randn(20), torch.randn(2, 30), torch.randn(30, 20)]
 
+    def many() -> list[Tensor]:
+        return [tensor.bfloat16() for tensor in (torch.randn(9, 40), torch.randn(9, 50), torch.randn(40, 50))]
+
     check(lambda c, a, b: torch.addmm(c, a, b, beta=0.5, alpha=2), inputs, scale=8)
+    check(lambda c, a, b: torch.addmm(c, a, b.t(), beta=0.5, alpha=2), many, scale=8)
     check(
         lambda c, a, b: torch.addmm(c, a, b, beta=0),
         lambda: [torch.full((20,), float("nan")), *inputs()[1:]],

@@ -114,3 +114,20 @@ def test_all_modes_of_the_task_queue_work(mode: str) -> None:
         output_of(source, TASK_QUEUE_ENABLE=mode, ASCEND_LAUNCH_BLOCKING="1" if mode == "0" else "0").splitlines()[-1]
         == "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]"
     )
+
+
+def test_products_use_as_many_threads_as_asked_for() -> None:
+    """ATen's blocked products run on a stream's thread, which is none of ATen's own."""
+    program = """
+    import os
+    torch.set_num_threads(1)
+    stream = torch.npu.Stream()
+    with torch.npu.stream(stream):
+        x, weight = torch.randn(512, 512, device="npu"), torch.randn(512, 512, device="npu")
+        stream.synchronize()
+        before = set(os.listdir("/proc/self/task"))
+        product = x @ weight
+        stream.synchronize()
+    print(len(set(os.listdir("/proc/self/task")) - before))
+    """
+    assert output_of(program, OMP_NUM_THREADS="2").splitlines()[-1] == "0"
