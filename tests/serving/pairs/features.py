@@ -9,6 +9,8 @@ from typing import Any
 from npu_compiler.serving.expert_maps import ExpertMap, recorded
 
 KINDS = ("dense", "moe")
+EXPERTS, LAYERS = 4, 2
+"""Experts of a layer of the model that has some, and how many layers a model has where no feature needs more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +49,11 @@ class Feature:
         settings: of the engine.
         compile: options of the compiler. `plugin`: other keys of additional_config.
         axis: features of one axis exclude each other by their nature ("graphs", "tensor"); empty: it has none.
-        needs_ranks: whether it needs tensor parallelism.
+        needs: axes of which one has to be chosen from, as it divides something over their ranks; empty: none.
         kinds: models that have what it works on.
         half: whether it works on half precision only.
         ranks: by how many it multiplies the number of ranks.
+        layers: how many the model has to have.
         refused_with: features that start-up refuses beside it, with a part of the message; `moe:NAME` for one kind of
             models only.
         only_with: the features it is tried with; empty: all.
@@ -62,10 +65,11 @@ class Feature:
     compile: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     plugin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     axis: str = ""
-    needs_ranks: bool = False
+    needs: tuple[str, ...] = ()
     kinds: tuple[str, ...] = KINDS
     half: bool = False
     ranks: int = 1
+    layers: int = LAYERS
     refused_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
     only_with: tuple[str, ...] = ()
 
@@ -90,15 +94,29 @@ def _fired(name: str) -> Shows:
     return lambda ranks: all(rank.fired.get(name, 0) > 0 for rank in ranks)
 
 
+def _fired_in_the_last_stage(name: str) -> Shows:
+    """On all ranks of it. Other stages give the next one the residual as well: all that is whole behind a sum, plus
+    one, is more bytes than the sums are, and sequence_parallel leaves such a stage."""
+
+    def shows(ranks: Sequence[Rank]) -> bool:
+        last = max(rank.stage for rank in ranks)
+        return all(rank.fired.get(name, 0) > 0 for rank in ranks if rank.stage == last)
+
+    return shows
+
+
+def _engines(count: int) -> Shows:
+    return lambda ranks: len(ranks) % count == 0 and all(rank.decode["total"] > 0 for rank in ranks)
+
+
+_GRAPHS = ("eager", "NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY")
 _COMPILES = {"eager": "contradict --enforce-eager"}
 _OF_EXPERTS = (
-    *("eager", "NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY"),
+    *_GRAPHS,
     *("tensor_parallel=2", "pipeline_parallel=2", "data_parallel=2", "expert_parallel", "expert_map"),
     *("expert_rebalance", "sequence_parallel", "attention_exchange", "matmul_all_reduce", "weight_nz"),
 )
 """What maps of experts, which are for two ranks here, are tried with."""
-EXPERTS, LAYERS = 4, 2
-"""Experts of a layer of the model that has some, and how many such layers."""
 MAP = ExpertMap(((0, 2, 1), (3, 1, 0)), EXPERTS)
 """For two ranks: two experts have a replica, and neither rank its slots in the order of the experts."""
 
@@ -135,34 +153,53 @@ FEATURES = (
         "pipeline_parallel=2",
         _each(lambda rank: rank.stage, 2),
         settings={"pipeline_parallel_size": 2},
+        axis="pipeline",
         ranks=2,
         refused_with={"moe:data_parallel=2": "whose engines take every step together"},
     ),
     Feature(
+        "pipeline_parallel=4",
+        _each(lambda rank: rank.stage, 4),
+        settings={"pipeline_parallel_size": 4},
+        axis="pipeline",
+        ranks=4,
+        layers=4,
+        only_with=(*_GRAPHS, "weight_nz"),
+    ),
+    Feature(
         "data_parallel=2",
-        lambda ranks: len(ranks) >= 2 and all(rank.decode["total"] > 0 for rank in ranks),
+        _engines(2),
         settings={"data_parallel_size": 2},
+        axis="data",
         ranks=2,
+    ),
+    Feature(
+        "data_parallel=4",
+        _engines(4),
+        settings={"data_parallel_size": 4},
+        axis="data",
+        ranks=4,
+        only_with=(*_GRAPHS, "expert_parallel", "weight_nz"),
     ),
     Feature(
         "expert_parallel",
         lambda ranks: all(0 < rank.experts < EXPERTS for rank in ranks),
         settings={"enable_expert_parallel": True},
-        needs_ranks=True,
+        needs=("tensor", "data"),
         kinds=("moe",),
     ),
     Feature(
         "sequence_parallel",
-        _fired("sequence_parallel"),
+        _fired_in_the_last_stage("sequence_parallel"),
         compile={"sequence_parallel": 1},
-        needs_ranks=True,
+        needs=("tensor",),
         refused_with={**_COMPILES, "matmul_all_reduce": "both want the sums over the ranks"},
     ),
     Feature(
         "attention_exchange",
         _fired("attention_exchange"),
         compile={"attention_exchange": 1},
-        needs_ranks=True,
+        needs=("tensor",),
         refused_with={**_COMPILES, "matmul_all_reduce": "both want the sums over the ranks"},
         only_with=(
             *("eager", "FULL", "FULL_DECODE_ONLY"),  # elsewhere programs end at attention, and it has nothing to do
@@ -174,7 +211,7 @@ FEATURES = (
         "matmul_all_reduce",
         _fired("matmul_all_reduce"),
         compile={"matmul_all_reduce": 1},
-        needs_ranks=True,
+        needs=("tensor",),
         half=True,
         refused_with=_COMPILES,
     ),
@@ -190,7 +227,7 @@ FEATURES = (
         lambda ranks: all(rank.experts == MAP.each for rank in ranks),
         settings={"enable_expert_parallel": True},
         plugin={"expert_map": recorded([MAP] * LAYERS)},
-        needs_ranks=True,
+        needs=("tensor",),
         kinds=("moe",),
         refused_with={
             "pipeline_parallel=2": "expert_map and --pipeline-parallel-size exclude each other",
@@ -203,7 +240,7 @@ FEATURES = (
         lambda ranks: all(rank.moved > 0 for rank in ranks),
         settings={"enable_expert_parallel": True},
         plugin={"expert_rebalance": {"interval": 4, "least_gain": 0.0}},
-        needs_ranks=True,
+        needs=("tensor",),
         kinds=("moe",),
         refused_with={"data_parallel=2": "expert_rebalance and --data-parallel-size exclude each other"},
         only_with=_OF_EXPERTS,

@@ -28,8 +28,10 @@ that fired, experts and weights as they lie.
 - a reason: it does not work.
 - **not run**: nothing is known.
 
-Two choices of one thing (graph modes, numbers of tensor-parallel ranks) are no pair. `tensor_parallel=4` is tried with
-some features only. Where no graph mode is named, it is FULL_DECODE_ONLY.
+Two choices of one thing (graph modes, numbers of ranks of one kind) are no pair. What has 4 ranks by itself is tried
+with some features only. Where no graph mode is named, it is FULL_DECODE_ONLY. The model has 2 layers, with
+`pipeline_parallel=4` it has 4. In the table of starts, `compiler` begins its fingerprint: starts with different ones
+were made with different states of the compiler, and `--again stale` makes those anew that are not of the present one.
 """
 
 
@@ -60,10 +62,17 @@ def page(rows: Sequence[Row], refusals: Mapping[Pair, str], compiler: str) -> st
         lines += _table(kind, {pair: state for pair, state in found.items() if pair.kind == kind}, numbers)
         lines.append("")
     lines += _reasons(found)
-    lines += ["## Starts", "", "| number | features | seconds | compiler |", "| --- | --- | --- | --- |"]
+    now = sum(row["compiler"] == compiler for row in equal)
+    lines += [
+        "## Starts",
+        "",
+        f"{now} of {len(equal)} were made with the compiler as it is now (`{compiler[:6]}`).",
+        "",
+    ]
+    lines += ["| number | features | seconds | compiler |", "| --- | --- | --- | --- |"]
     for row in equal:
-        now = "this" if row["compiler"] == compiler else "an earlier one"
-        lines.append(f"| {numbers[row['start']]} | {row['start']} | {row['seconds']:.0f} | {now} |")
+        cells = (numbers[row["start"]], row["start"], f"{row['seconds']:.0f}", row["compiler"][:6] or "not noted")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, ""])
 
 

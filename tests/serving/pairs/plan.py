@@ -23,7 +23,8 @@ class Start:
     def of(cls, kind: str, features: Iterable[Feature]) -> Start:
         """A start with these features and what they need."""
         chosen = set(features)
-        if any(feature.needs_ranks for feature in chosen) and not any(one.axis == "tensor" for one in chosen):
+        axes = {feature.axis for feature in chosen}
+        if any(feature.needs and axes.isdisjoint(feature.needs) for feature in chosen):
             chosen.add(RANKS_DEFAULT)
         return cls(kind, frozenset(feature.name for feature in chosen))
 
@@ -48,6 +49,11 @@ class Start:
         for feature in self.features:
             count *= feature.ranks
         return count
+
+    @property
+    def layers(self) -> int:
+        """How many the model has."""
+        return max(feature.layers for feature in self.features)
 
     @property
     def dtype(self) -> str:

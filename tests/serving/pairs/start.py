@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sweep.worker import ROW
+from npu_compiler.backend import bundle_of
 from npu_compiler.inspect import bundle
 from npu_compiler.plan.weight_layout import FRACTAL_NZ
+from npu_compiler.serving.dump import options_of
 from tests.serving import engine
 from tests.serving.pairs import texts
 from tests.serving.pairs.features import Rank
@@ -44,7 +46,7 @@ def row(start: Start) -> dict[str, Any]:
 
 def judged(start: Start) -> tuple[str, str]:
     """Serves the start's model; the outcome, and what is wrong where it is not "equal"."""
-    prompts, expected = texts.of(start.kind, start.dtype)
+    prompts, expected = texts.of(start.kind, start.dtype, start.layers)
     tokens, ranks = served(start, prompts, [len(answer) for answer in expected])
     for index, (got, right) in enumerate(zip(tokens, expected, strict=True)):
         if got != right:
@@ -63,14 +65,12 @@ def served(start: Start, prompts: Tokens, counts: Sequence[int]) -> tuple[Tokens
     """
     with tempfile.TemporaryDirectory() as dump, tempfile.TemporaryDirectory() as facts:
         settings = start.settings()
-        compiles = not settings.get("enforce_eager")
-        if compiles:
+        if not settings.get("enforce_eager"):
             settings["compilation_config"] = {**settings.get("compilation_config", {}), "debug_dump_path": dump}
         run = _replicated if "data_parallel_size" in settings else _one_engine
-        tokens = run(texts.folder(start.kind), settings, prompts, counts, facts)
-        said = [json.loads(file.read_text()) for file in Path(facts).iterdir()]
-        fired = [_fired(item) for item in bundle.all_of(dump)] if compiles else [{}] * len(said)
-        return tokens, [Rank(fired=one, **fact) for one, fact in zip(fired, said, strict=True)]
+        tokens = run(texts.folder(start.kind, start.layers), settings, prompts, counts, facts)
+        said = [json.loads(file.read_text()) for file in sorted(Path(facts).iterdir())]
+        return tokens, [Rank(fired=_fired(fact.pop("bundle")), **fact) for fact in said]
 
 
 def _one_engine(folder: Path, settings: dict[str, Any], prompts: Tokens, counts: Sequence[int], facts: str) -> Tokens:
@@ -112,7 +112,9 @@ def note_facts(worker: Any, folder: str) -> None:
     report, model = worker.report(), worker.model_runner.get_model()
     experts = [parameter.shape[0] for name, parameter in model.named_parameters() if name.endswith("w13_weight")]
     formats = [int(torch.ops.npu.get_npu_format(parameter)) for parameter in model.parameters()]
+    written = bundle_of(options_of(worker.vllm_config))
     facts = {
+        "bundle": str(written or ""),
         "decode": report["decode_steps"],
         "other": report["other_steps"],
         "experts": experts[0] if experts else 0,
@@ -124,10 +126,10 @@ def note_facts(worker: Any, folder: str) -> None:
     Path(folder, f"{os.getpid()}.json").write_text(json.dumps(facts))
 
 
-def _fired(item: bundle.Bundle) -> dict[str, int]:
-    """How often each pass rewrote something in the programs of a rank."""
+def _fired(folder: str) -> dict[str, int]:
+    """How often each pass rewrote something in the programs of a rank: of those in its bundle, if it has one."""
     found: Counter[str] = Counter()
-    for graph in item.graphs:
+    for graph in bundle.open(folder).graphs if folder else ():
         for stage in graph.stages:
             found[stage.name] += len(stage.fired)
     return dict(found)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.models import checkpoints, tokenizer
 from tests.serving import oracle
-from tests.serving.pairs.features import EXPERTS
+from tests.serving.pairs.features import EXPERTS, LAYERS
 
 TOKENS = 16
 MARGIN = 0.25
@@ -23,15 +23,16 @@ CANDIDATES, PER_LENGTH = 32, 2
 Texts = tuple[list[list[int]], list[list[int]]]
 
 
-def folder(kind: str) -> Path:
+def folder(kind: str, layers: int = LAYERS) -> Path:
     """A checkpoint of this kind, written on first use."""
+    shape = checkpoints.Shape(family="qwen3", layers=layers)
     if kind == "dense":
-        return checkpoints.cached(checkpoints.Shape(family="qwen3"))
-    return checkpoints.cached_as("qwen3-moe", (Path(__file__),), _mixture)
+        return checkpoints.cached(shape)
+    return checkpoints.cached_as(f"qwen3-moe-{layers}", (Path(__file__),), functools.partial(_mixture, shape))
 
 
-def _mixture() -> PreTrainedModel:
-    dense = checkpoints.configuration(checkpoints.Shape(family="qwen3")).to_dict()
+def _mixture(shape: checkpoints.Shape) -> PreTrainedModel:
+    dense = checkpoints.configuration(shape).to_dict()
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     config = Qwen3MoeConfig(
         **{name: dense[name] for name in names},
@@ -51,13 +52,13 @@ def _mixture() -> PreTrainedModel:
 
 
 @functools.cache
-def of(kind: str, dtype: str) -> Texts:
+def of(kind: str, dtype: str, layers: int = LAYERS) -> Texts:
     """Prompts, and what follows them greedily. For float16: prompts whose answer half precision can't change, because
     every token of it is chosen by a margin, and transformers in float16 gives the same one."""
     if dtype == "float32":
         prompts = oracle.prompts()
-        return prompts, [oracle.greedy(folder(kind), prompt, TOKENS) for prompt in prompts]
-    model = oracle.model(folder(kind))
+        return prompts, [oracle.greedy(folder(kind, layers), prompt, TOKENS) for prompt in prompts]
+    model = oracle.model(folder(kind, layers))
     found = [text for length in LENGTHS for text in _decided(model, length)]
     assert len(found) >= len(LENGTHS), f"{kind}: only {len(found)} answers are decided by {MARGIN}"
     return [prompt for prompt, _ in found], [answer for _, answer in found]
