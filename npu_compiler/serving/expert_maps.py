@@ -188,13 +188,19 @@ def settle(config: VllmConfig) -> None:
             "that have experts, and a stage does not know how many lie in front of its own; leave one of the two out"
         )
     found = dict(content(additional["expert_map"]))
-    maps_of(found, config.model_config.get_num_experts(), config.parallel_config.tensor_parallel_size)
+    maps_of(found, config.model_config.get_num_experts(), _ranks(config))
     additional["expert_map"] = found
 
 
 def _check_rebalance(config: VllmConfig, options: Mapping[str, Any]) -> None:
     refuse_without_ranks(config, "expert_rebalance")
-    redundant = options["expert_rebalance"].get("redundant", 0)
+    redundant, parallel = options["expert_rebalance"].get("redundant", 0), config.parallel_config
+    if parallel.data_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher":
+        raise ValueError(
+            "additional_config: expert_rebalance and --distributed-executor-backend external_launcher exclude each "
+            "other with several data-parallel ranks: one without tokens then takes part in a step unseen, and would "
+            "not move its experts; leave the backend out, and vLLM starts the ranks"
+        )
     if options.get("compile", {}).get("freeze"):
         raise ValueError(
             "additional_config: expert_rebalance and the compile option freeze exclude each other: programs would keep "
@@ -207,7 +213,7 @@ def _check_rebalance(config: VllmConfig, options: Mapping[str, Any]) -> None:
                 "many slots there are; leave redundant out"
             )
         return
-    experts, ranks = config.model_config.get_num_experts(), config.parallel_config.tensor_parallel_size
+    experts, ranks = config.model_config.get_num_experts(), _ranks(config)
     if (experts + redundant) % ranks or redundant > experts * (ranks - 1):
         raise ValueError(
             f"additional_config: expert_rebalance: {experts} experts and {redundant} redundant ones can't be spread "
@@ -222,7 +228,7 @@ def refuse_without_ranks(config: VllmConfig, option: str) -> None:
     lacks = [
         (model is None or not model.is_moe, "a mixture of experts"),
         (not parallel.enable_expert_parallel, "--enable-expert-parallel"),
-        (parallel.tensor_parallel_size < 2, "--tensor-parallel-size of at least 2"),
+        (_ranks(config) < 2, "--tensor-parallel-size or --data-parallel-size of at least 2"),
         (parallel.expert_placement_strategy != "linear", "--expert-placement-strategy linear, which is the default"),
     ]
     missing = [what for absent, what in lacks if absent]
@@ -231,12 +237,11 @@ def refuse_without_ranks(config: VllmConfig, option: str) -> None:
             f"additional_config: {option} needs {' and '.join(missing)}: it says which rank has which whole experts; "
             f"give that, or leave {option} out"
         )
-    if parallel.data_parallel_size > 1:
-        raise ValueError(
-            f"additional_config: {option} and --data-parallel-size exclude each other: the rows of data-parallel ranks "
-            "are gathered with padding in between, which the counts of what experts get do not tell apart; leave one "
-            "of the two out"
-        )
+
+
+def _ranks(config: VllmConfig) -> int:
+    """How many ranks the experts are spread over."""
+    return config.parallel_config.tensor_parallel_size * config.parallel_config.data_parallel_size
 
 
 def recorded(maps: Sequence[ExpertMap]) -> dict[str, Any]:

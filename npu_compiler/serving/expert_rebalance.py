@@ -31,6 +31,7 @@ class Rebalancer:
 
     Args:
         group: the ranks that experts are spread over; its device group may have other collectives in it.
+            Engines of data parallelism run the same steps: one that has no tokens for a step takes part in it.
     """
 
     def __init__(self, settings: ExpertRebalance, loads: ExpertLoads, group: GroupCoordinator) -> None:

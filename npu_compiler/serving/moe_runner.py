@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from vllm.distributed import GroupCoordinator, get_dp_group, get_ep_group
+from vllm.distributed import GroupCoordinator, get_dp_group, get_ep_group, get_tensor_model_parallel_rank
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from npu_compiler.serving.moe_router import NPUGroupedTopKRouter
+from npu_compiler.serving.routed_experts import NPURoutedExperts
 
 
 @MoERunner.register_oot
@@ -25,8 +26,14 @@ class NPUMoERunner(MoERunner):
     def __init__(self, *arguments: Any, router: FusedMoERouter, **settings: Any) -> None:
         super().__init__(*arguments, router=NPUGroupedTopKRouter.of(router), **settings)
         self._token_group = _token_group(self.moe_config)
+        self._tensor_rank = get_tensor_model_parallel_rank()
         # vLLM's choice of operator. As a method it is not in the way of the module paths that Dynamo notes.
         del self._forward_entry
+
+    @property
+    def _is_placed(self) -> bool:
+        """Whether the layer has a map of its experts."""
+        return isinstance(self.routed_experts, NPURoutedExperts) and self.routed_experts.placement is not None
 
     def _forward_entry(
         self,
@@ -64,6 +71,9 @@ class NPUMoERunner(MoERunner):
         )
         rows, group = hidden_states, self._token_group
         if group is not None:
+            if self._is_placed:
+                first = self._tensor_rank * experts.shape[0] if self.moe_config.is_sequence_parallel else 0
+                experts = self.routed_experts.marked(experts, first)
             rows, weights, experts = (group.all_gather(own, dim=0) for own in (rows, weights, experts))
         routed = self.routed_experts.forward_modular(
             x=rows, topk_weights=weights, topk_ids=experts, shared_experts=None, shared_experts_input=None

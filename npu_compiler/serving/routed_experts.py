@@ -29,15 +29,17 @@ class NPURoutedExperts(RoutedExperts):
     Attributes:
         placement: None: vLLM's own. `slots_here`: the first slot of this rank, and the one behind its last.
         slots, columns: of all ranks; of the table.
+        gathered: whether its rows are gathered of ranks that have tokens of their own, padding behind each rank's.
         replica_table: int32 [experts * columns] (ExpertMap.table).
         slot_rows: int64 [slots + 1], rows that each slot of all ranks got since it was cleared; behind them padding.
-        real_rows: int32 [1], how many of a step's rows are no padding; 0 outside of steps. One for all layers.
+        real_rows: int32 [1], how many rows of this engine's step are no padding; 0 outside. One for all layers.
     """
 
     placement: ExpertMap | None = None
     slots_here: tuple[int, int]
     slots: int
     columns: int
+    gathered: bool
     replica_table: Tensor
     slot_rows: Tensor
     real_rows: Tensor
@@ -60,10 +62,11 @@ class NPURoutedExperts(RoutedExperts):
         )
         self.local_num_experts = moe_config.num_local_experts
         if placement is not None:
-            self._place(placement, expert_map_manager.ep_rank)
+            self._place(placement, expert_map_manager.ep_rank, gathered=moe_config.dp_size > 1)
 
-    def _place(self, placement: ExpertMap, rank: int) -> None:
-        self.slots, self.columns = len(placement.slots), placement.columns
+    def _place(self, placement: ExpertMap, rank: int, gathered: bool = False) -> None:
+        self.slots, self.columns, self._experts = len(placement.slots), placement.columns, placement.experts
+        self.gathered = gathered
         self.slots_here, self._rank = (rank * placement.each, (rank + 1) * placement.each), rank
         self._note(placement)
         for name, value in (
@@ -96,13 +99,28 @@ class NPURoutedExperts(RoutedExperts):
         self.replica_table.copy_(table, non_blocking=True)
         self.slot_rows.zero_()
 
+    def marked(self, experts: Tensor, first: int) -> Tensor:
+        """Experts [rows, k] of this rank's own rows, those of padding with numbers behind the model's: once rows are
+        gathered, nothing else tells it apart.
+
+        Args:
+            first: number of the first row in this engine's step.
+        """
+        row = torch.arange(experts.shape[0], device=experts.device, dtype=torch.int32) + first
+        return torch.where((row < self.real_rows).unsqueeze(1), experts, experts + self._experts)
+
     def slots_of(self, experts: Tensor) -> Tensor:
-        """The slot that each of a token's experts is computed in: int32 [tokens, k], of experts [tokens, k]. Counts
-        them, without padding."""
+        """The slot that each of a token's experts is computed in: int32 [tokens, k], of experts [tokens, k], which are
+        `marked` where they are gathered. Counts them, without padding."""
         token = torch.arange(experts.shape[0], device=experts.device, dtype=torch.int32)
+        if self.gathered:
+            real = experts < self._experts
+            experts = torch.where(real, experts, experts - self._experts)
+        else:
+            real = (token < self.real_rows).unsqueeze(1)
         places = experts.to(torch.int32) * self.columns + (token % self.columns).unsqueeze(1)
         slots = self.replica_table.index_select(0, places.view(-1)).view_as(places)
-        counted = torch.where((token < self.real_rows).unsqueeze(1), slots, self.slots).view(-1).long()
+        counted = torch.where(real, slots, self.slots).view(-1).long()
         self.slot_rows.scatter_add_(0, counted, torch.ones_like(counted))
         return slots
 

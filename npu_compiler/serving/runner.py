@@ -15,7 +15,7 @@ from vllm.compilation.counter import compilation_counter
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.compilation.monitor import set_cudagraph_capturing_enabled
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.distributed import get_tp_group
+from vllm.distributed import get_ep_group, get_tp_group
 from vllm.forward_context import BatchDescriptor, get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -88,7 +88,9 @@ class NPUModelRunner(GPUModelRunner):
         self.expert_loads.find(self.vllm_config, self.get_model())
         settings = ExpertRebalance.of(self._options.expert_rebalance)
         if settings is not None and self.expert_loads.layers:
-            self._rebalancer = Rebalancer(settings, self.expert_loads, get_tp_group())
+            # Of one engine, ranks of the experts' group may exchange tokens without HCCL (dump.EXPERT_GROUP).
+            group = get_ep_group() if self.parallel_config.data_parallel_size > 1 else get_tp_group()
+            self._rebalancer = Rebalancer(settings, self.expert_loads, group)
 
     def initialize_kv_cache_tensors(
         self,
@@ -217,7 +219,15 @@ class NPUModelRunner(GPUModelRunner):
             self.async_output_copy_stream = npu.Stream()
         return self.async_output_copy_stream
 
+    @torch.inference_mode()
+    def between_steps(self) -> None:
+        """What all ranks do in front of each step, also one that takes part in it without tokens of its own."""
+        if self._rebalancer is not None:
+            self._rebalancer.between_steps()
+
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        if scheduler_output.total_num_scheduled_tokens:
+            self.between_steps()  # before ranks agree on the step's size: one without tokens can't be asked later
         output = super().execute_model(scheduler_output, *args, **kwargs)
         # The step that only clears what has finished: nothing is left to do, and Ctrl-C may kill this process next.
         if scheduler_output.total_num_scheduled_tokens == 0 and self.report_file is not None:
@@ -248,8 +258,6 @@ class NPUModelRunner(GPUModelRunner):
         get_forward_context().additional_kwargs[STEP_KEY] = True
         assert self._step is not None, "vLLM decides about a step before it runs it"
         noted = self._noted.step(self.report.steps.total, self._step.tokens) if self._noted else nullcontext()
-        if self._rebalancer is not None:
-            self._rebalancer.between_steps()
         with noted, self.expert_loads.step(self._step.tokens):
             output = super()._model_forward(*args, **kwargs)
         if self._drops is not None:

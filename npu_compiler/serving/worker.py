@@ -175,6 +175,13 @@ class NPUWorker(Worker):
                 fix=f"leave {' and '.join(holds)} out, or start the engine again with the new weights",
             )
 
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def execute_dummy_batch(self) -> None:
+        """The step of a data-parallel engine that has no tokens for it, while others do."""
+        self.model_runner.between_steps()
+        super().execute_dummy_batch()
+
     # -- the run report -----------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from npu_compiler.serving.steps import Step
 from tests.models import checkpoints
 from tests.serving import oracle
 from tests.serving.engine import engine, generate, graphs
+from tests.serving.pairs import start
 from tests.serving.pairs.features import EXPERTS, MAP
 from tests.serving.test_moe import folder  # noqa: F401  # the same model
 
@@ -65,10 +66,10 @@ def test_a_step_of_one_token_uses_several_ranks() -> None:
     assert [slot // MAP.each for slot in first] == [0, 1, 0, 1]  # of experts 0 and 1, whose replicas are on both
 
 
-def layer(one: ExpertMap, rank: int) -> NPURoutedExperts:
+def layer(one: ExpertMap, rank: int, gathered: bool = False) -> NPURoutedExperts:
     made = object.__new__(NPURoutedExperts)
     torch.nn.Module.__init__(made)
-    made._place(one, rank)
+    made._place(one, rank, gathered)
     return made.npu()
 
 
@@ -83,6 +84,25 @@ def test_slots_and_their_rows() -> None:
     assert found[0, 0] != found[1, 0], "two tokens, two replicas"
     assert made.slot_rows[:-1].cpu().equal(torch.bincount(found[:3].view(-1), minlength=6)), "of real rows only"
     assert made.slot_rows[-1].item() == 2
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gathered_rows_without_their_padding(parts: int) -> None:
+    """Rows of two engines with 5 and 0 real ones of 6; where an engine's ranks share them, each has its part."""
+    generator = torch.Generator().manual_seed(parts)
+    own = [torch.randint(EXPERTS, (6, 2), generator=generator, dtype=torch.int32) for _ in range(2)]
+    gathered, each = [], 6 // parts
+    for experts, real in zip(own, (5, 0), strict=True):
+        for part in range(parts):
+            made = layer(MAP, 0, gathered=True)
+            made.real_rows.fill_(real)
+            rows = experts[part * each : (part + 1) * each]
+            gathered.append(made.marked(rows.npu(), part * each))
+    found = made.slots_of(torch.cat(gathered)).cpu()
+    rows = torch.arange(12).unsqueeze(1) % MAP.columns
+    assert found.equal(torch.tensor(MAP.table()).view(EXPERTS, -1)[torch.cat(own).long(), rows].int())
+    assert made.slot_rows[:-1].cpu().equal(torch.bincount(found[:5].view(-1), minlength=6)), "of real rows only"
+    assert made.slot_rows[-1].item() == 2 * 7
 
 
 # -- what is counted ---------------------------------------------------------------------------------------------------
@@ -162,6 +182,7 @@ def configuration(**parallel: Any) -> Any:
     """The part of VllmConfig that `settle` reads."""
     sizes = {f"{kind}_parallel_size": 1 for kind in ("pipeline", "data")} | {"tensor_parallel_size": 2}
     usual = {"enable_expert_parallel": True, "expert_placement_strategy": "linear", **sizes}
+    usual["distributed_executor_backend"] = "mp"
     return SimpleNamespace(
         additional_config={"expert_map": recorded([MAP])},
         model_config=SimpleNamespace(is_moe=True, get_num_experts=lambda: EXPERTS),
@@ -173,9 +194,9 @@ def configuration(**parallel: Any) -> Any:
     ("parallel", "message"),
     [
         ({"enable_expert_parallel": False}, "needs --enable-expert-parallel"),
-        ({"tensor_parallel_size": 1}, "needs --tensor-parallel-size of at least 2"),
+        ({"tensor_parallel_size": 1}, "needs --tensor-parallel-size or --data-parallel-size of at least 2"),
         ({"expert_placement_strategy": "round_robin"}, "needs --expert-placement-strategy linear"),
-        ({"data_parallel_size": 2}, "expert_map and --data-parallel-size exclude each other"),
+        ({"data_parallel_size": 2}, "for 4 ranks"),
         ({"pipeline_parallel_size": 2}, "expert_map and --pipeline-parallel-size exclude each other"),
         ({"tensor_parallel_size": 4}, "for 4 ranks"),
     ],
@@ -220,3 +241,19 @@ def test_tokens_with_redundant_experts(communication: str, folder: Path, tmp_pat
         assert all(1 <= entry["imbalance"] <= 2 and 1 <= entry["linear"] <= 2 for entry in data["experts"])
         names = [f"model.layers.{number}.mlp.experts" for number in range(LAYERS)]
         assert [entry["layer"].removesuffix(".routed_experts") for entry in data["experts"]] == names
+
+
+@pytest.mark.full
+def test_rows_of_two_engines(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """An engine pads its steps to those of the other one, and takes part without requests: neither is counted."""
+    for key, value in start.ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    prompts, counts = oracle.prompts()[:5], [20, 3, 9, 1, 5]
+    expected = [oracle.greedy(folder, prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
+    settings = {"data_parallel_size": 2, "enable_expert_parallel": True, "enable_prefix_caching": False}
+    options = {"expert_map": recorded([MAP] * LAYERS)}
+    settings |= {"additional_config": options, **graphs("FULL_DECODE_ONLY")}
+    assert start.replicated(folder, settings, prompts, counts, str(tmp_path)) == expected
+    rows = 2 * (sum(map(len, prompts)) + sum(counts) - len(counts))  # two experts a token; the last token is not read
+    said = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
+    assert [fact["rows"] for fact in said] == [[rows] * LAYERS] * RANKS

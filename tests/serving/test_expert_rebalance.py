@@ -256,6 +256,13 @@ def test_what_does_not_go_with_it(options: dict[str, Any], message: str) -> None
         settle(config)
 
 
+def test_ranks_that_take_part_unseen_are_refused() -> None:
+    config = configuration(data_parallel_size=2, distributed_executor_backend="external_launcher")
+    config.additional_config = {"expert_rebalance": {"interval": 5}}
+    with pytest.raises(ValueError, match="external_launcher exclude each other"):
+        settle(config)
+
+
 # -- a model -----------------------------------------------------------------------------------------------------------
 
 

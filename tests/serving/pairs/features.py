@@ -21,6 +21,7 @@ class Rank:
         decode, other: steps by what they were (docs/serving.md, the run report).
         experts: how many experts of a layer it has; 0 for a dense model.
         fractal: how many of its parameters lie in FRACTAL_NZ.
+        rows: of each layer with a map of its experts, how many were counted since it changed.
         moved: how many experts were given to another slot.
         fired: how often each pass rewrote something, over all its programs.
         tensor, stage: its numbers among the ranks of tensor and of pipeline parallelism.
@@ -30,6 +31,7 @@ class Rank:
     other: Mapping[str, int]
     experts: int
     fractal: int
+    rows: Sequence[int]
     moved: int
     fired: Mapping[str, int]
     tensor: int
@@ -47,7 +49,7 @@ class Feature:
         name: as in docs/parallel_pairs.md.
         shows: whether what the ranks say proves that it was on.
         settings: of the engine.
-        compile: options of the compiler. `plugin`: other keys of additional_config.
+        compile: options of the compiler. `plugin`: other keys of additional_config, for so many ranks.
         axis: features of one axis exclude each other by their nature ("graphs", "tensor"); empty: it has none.
         needs: axes of which one has to be chosen from, as it divides something over their ranks; empty: none.
         kinds: models that have what it works on.
@@ -63,7 +65,7 @@ class Feature:
     shows: Shows
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     compile: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    plugin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    plugin: Callable[[int], Mapping[str, Any]] = lambda _: {}
     axis: str = ""
     needs: tuple[str, ...] = ()
     kinds: tuple[str, ...] = KINDS
@@ -113,12 +115,15 @@ _GRAPHS = ("eager", "NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY")
 _COMPILES = {"eager": "contradict --enforce-eager"}
 _OF_EXPERTS = (
     *_GRAPHS,
-    *("tensor_parallel=2", "pipeline_parallel=2", "data_parallel=2", "expert_parallel", "expert_map"),
-    *("expert_rebalance", "sequence_parallel", "attention_exchange", "matmul_all_reduce", "weight_nz"),
+    *("tensor_parallel=2", "tensor_parallel=4", "pipeline_parallel=2", "data_parallel=2", "data_parallel=4"),
+    *("expert_parallel", "expert_map", "expert_rebalance", "sequence_parallel", "attention_exchange"),
+    *("matmul_all_reduce", "weight_nz"),
 )
-"""What maps of experts, which are for two ranks here, are tried with."""
+"""What maps of experts are tried with."""
 MAP = ExpertMap(((0, 2, 1), (3, 1, 0)), EXPERTS)
 """For two ranks: two experts have a replica, and neither rank its slots in the order of the experts."""
+MAPS = {2: MAP, 4: ExpertMap(((0, 2, 1), (3, 1, 0), (2, 3, 0), (1, 3, 2)), EXPERTS)}
+"""By the number of ranks; on 4 all experts have replicas."""
 
 FEATURES = (
     Feature(
@@ -146,7 +151,7 @@ FEATURES = (
         ranks=4,
         only_with=(
             *("FULL_DECODE_ONLY", "expert_parallel", "sequence_parallel", "attention_exchange"),
-            *("weight_nz", "matmul_all_reduce"),
+            *("weight_nz", "matmul_all_reduce", "expert_map", "expert_rebalance"),
         ),
     ),
     Feature(
@@ -179,7 +184,7 @@ FEATURES = (
         settings={"data_parallel_size": 4},
         axis="data",
         ranks=4,
-        only_with=(*_GRAPHS, "expert_parallel", "weight_nz"),
+        only_with=(*_GRAPHS, "expert_parallel", "weight_nz", "expert_map", "expert_rebalance"),
     ),
     Feature(
         "expert_parallel",
@@ -204,7 +209,7 @@ FEATURES = (
         only_with=(
             *("eager", "FULL", "FULL_DECODE_ONLY"),  # elsewhere programs end at attention, and it has nothing to do
             *("tensor_parallel=2", "tensor_parallel=4", "pipeline_parallel=2", "data_parallel=2", "expert_parallel"),
-            *("sequence_parallel", "matmul_all_reduce", "weight_nz"),
+            *("sequence_parallel", "matmul_all_reduce", "weight_nz", "expert_map", "expert_rebalance"),
         ),
     ),
     Feature(
@@ -224,25 +229,21 @@ FEATURES = (
     ),
     Feature(
         "expert_map",
-        lambda ranks: all(rank.experts == MAP.each for rank in ranks),
+        lambda ranks: all(rank.experts == MAP.each and rank.rows == ranks[0].rows for rank in ranks),
         settings={"enable_expert_parallel": True},
-        plugin={"expert_map": recorded([MAP] * LAYERS)},
-        needs=("tensor",),
+        plugin=lambda ranks: {"expert_map": recorded([MAPS[ranks]] * LAYERS)},
+        needs=("tensor", "data"),
         kinds=("moe",),
-        refused_with={
-            "pipeline_parallel=2": "expert_map and --pipeline-parallel-size exclude each other",
-            "data_parallel=2": "expert_map and --data-parallel-size exclude each other",
-        },
+        refused_with={"pipeline_parallel=2": "expert_map and --pipeline-parallel-size exclude each other"},
         only_with=_OF_EXPERTS,
     ),
     Feature(
         "expert_rebalance",
         lambda ranks: all(rank.moved > 0 for rank in ranks),
         settings={"enable_expert_parallel": True},
-        plugin={"expert_rebalance": {"interval": 4, "least_gain": 0.0}},
-        needs=("tensor",),
+        plugin=lambda _: {"expert_rebalance": {"interval": 4, "least_gain": 0.0}},
+        needs=("tensor", "data"),
         kinds=("moe",),
-        refused_with={"data_parallel=2": "expert_rebalance and --data-parallel-size exclude each other"},
         only_with=_OF_EXPERTS,
     ),
 )

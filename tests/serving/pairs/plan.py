@@ -68,7 +68,7 @@ class Start:
         for feature in self.features:
             found |= feature.settings
             options |= feature.compile
-            plugin |= feature.plugin
+            plugin |= feature.plugin(self.ranks)
         if self.ranks > 1 and "data_parallel_size" not in found:
             found["distributed_executor_backend"] = "mp"
         plugin |= {"compile": options} if options else {}

@@ -67,7 +67,7 @@ def served(start: Start, prompts: Tokens, counts: Sequence[int]) -> tuple[Tokens
         settings = start.settings()
         if not settings.get("enforce_eager"):
             settings["compilation_config"] = {**settings.get("compilation_config", {}), "debug_dump_path": dump}
-        run = _replicated if "data_parallel_size" in settings else _one_engine
+        run = replicated if "data_parallel_size" in settings else _one_engine
         tokens = run(texts.folder(start.kind, start.layers), settings, prompts, counts, facts)
         said = [json.loads(file.read_text()) for file in sorted(Path(facts).iterdir())]
         return tokens, [Rank(fired=_fired(fact.pop("bundle")), **fact) for fact in said]
@@ -80,7 +80,7 @@ def _one_engine(folder: Path, settings: dict[str, Any], prompts: Tokens, counts:
         return tokens
 
 
-def _replicated(folder: Path, settings: dict[str, Any], prompts: Tokens, counts: Sequence[int], facts: str) -> Tokens:
+def replicated(folder: Path, settings: dict[str, Any], prompts: Tokens, counts: Sequence[int], facts: str) -> Tokens:
     """Several engines behind one front, which is how vLLM does data parallelism."""
     from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -119,6 +119,7 @@ def note_facts(worker: Any, folder: str) -> None:
         "other": report["other_steps"],
         "experts": experts[0] if experts else 0,
         "fractal": formats.count(FRACTAL_NZ),
+        "rows": [layer["rows"] for layer in report["experts"]],
         "moved": sum(layer["moved"] for layer in report["experts"]),
         "tensor": get_tp_group().rank_in_group,
         "stage": get_pp_group().rank_in_group,
