@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.serving.pairs import page, plan, refusals, start
+from tests.serving.pairs import page, plan, refusals, start, texts
 from tests.serving.pairs.__main__ import waiting
+from tests.serving.pairs.features import BY_NAME, Rank
 from tests.serving.pairs.plan import Pair, Start
 
 IN_DEFAULT_RUN = ("dense:FULL_DECODE_ONLY+pipeline_parallel=2",)
@@ -48,7 +49,8 @@ def row(name: str, outcome: str) -> dict[str, object]:
 
 def test_after_a_failure_pairs_are_tried_one_by_one() -> None:
     """A start that failed says nothing of its pairs; one that was equal shows all of them."""
-    good, bad = map(str, list(plan.covering(plan.pairs()))[3:5])
+    several = [one for one in plan.covering(plan.pairs()) if len(plan.pairs_of(one)) > 1]
+    good, bad = map(str, several[3:5])
     rows = {good: row(good, "equal"), bad: row(bad, "different")}
     known = page.states(list(rows.values()), {})
     assert {known[pair] for pair in plan.pairs_of(Start.parse(good))} == {"equal"}
@@ -66,6 +68,41 @@ def test_the_page_tells_a_pair_that_fails_by_itself() -> None:
     text = page.page([row(str(pair.start), "different")], {}, "now")
     assert f"- {pair.left} with {pair.right} ({pair.kind}): different: why" in text
     assert "1 different" in text
+
+
+def test_the_page_says_which_starts_are_of_the_compiler_as_it_is() -> None:
+    pairs = [pair for pair in plan.pairs() if not plan.refusal(pair.start)]
+    text = page.page([row(str(pairs[0].start), "equal"), row(str(pairs[1].start), "equal")], {}, "now")
+    assert "2 of 2 were made with the compiler as it is now (`now`)" in text
+    assert "0 of 2 were made" in page.page([row(str(pair.start), "equal") for pair in pairs[:2]], {}, "later")
+    assert f"| 1 | {pairs[0].start} | 1 | now |" in text
+
+
+def test_four_stages_have_a_layer_each() -> None:
+    assert Start.parse("dense:FULL+pipeline_parallel=2").layers == 2
+    four = Start.parse("dense:FULL+pipeline_parallel=4")
+    assert (four.layers, four.ranks) == (4, 4)
+    assert texts.folder("dense", 4) != texts.folder("dense")
+
+
+def test_experts_are_spread_over_engines_too() -> None:
+    """Where engines share them, tensor parallelism is not needed."""
+    assert Pair("moe", "data_parallel=2", "expert_map").start.ranks == 2
+    assert Pair("moe", "FULL", "expert_map").start.names == {"FULL", "tensor_parallel=2", "expert_map"}
+    both = Start.parse("moe:tensor_parallel=2+data_parallel=2+expert_map").settings()["additional_config"]
+    assert len(both["expert_map"]["layer_list"][0]["device_list"]) == 4
+
+
+def ranks(*fired: int) -> list[Rank]:
+    """Of stages that follow one another: how often sequence_parallel rewrote something."""
+    steps = {"total": 1}
+    return [Rank(steps, steps, 0, 0, [], 0, {"sequence_parallel": one}, 0, stage) for stage, one in enumerate(fired)]
+
+
+def test_sequence_parallel_has_to_show_in_the_last_stage() -> None:
+    shows = BY_NAME["sequence_parallel"].shows
+    assert shows(ranks(2)) and shows(ranks(0, 1))
+    assert not shows(ranks(0)) and not shows(ranks(1, 0))
 
 
 def full() -> Iterator[object]:
