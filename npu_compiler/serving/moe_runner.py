@@ -26,7 +26,8 @@ class NPUMoERunner(MoERunner):
     def __init__(self, *arguments: Any, router: FusedMoERouter, **settings: Any) -> None:
         super().__init__(*arguments, router=NPUGroupedTopKRouter.of(router), **settings)
         self._token_group = _token_group(self.moe_config)
-        self._tensor_rank = get_tensor_model_parallel_rank()
+        # Which part of its engine's tokens this rank has.
+        self._part = get_tensor_model_parallel_rank() if self.moe_config.is_sequence_parallel else 0
         # vLLM's choice of operator. As a method it is not in the way of the module paths that Dynamo notes.
         del self._forward_entry
 
@@ -72,8 +73,7 @@ class NPUMoERunner(MoERunner):
         rows, group = hidden_states, self._token_group
         if group is not None:
             if self._is_placed:
-                first = self._tensor_rank * experts.shape[0] if self.moe_config.is_sequence_parallel else 0
-                experts = self.routed_experts.marked(experts, first)
+                experts = self.routed_experts.marked(experts, first=self._part * experts.shape[0])
             rows, weights, experts = (group.all_gather(own, dim=0) for own in (rows, weights, experts))
         routed = self.routed_experts.forward_modular(
             x=rows, topk_weights=weights, topk_ids=experts, shared_experts=None, shared_experts_input=None

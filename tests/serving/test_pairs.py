@@ -70,10 +70,10 @@ def test_the_page_tells_a_pair_that_fails_by_itself() -> None:
     assert "1 different" in text
 
 
-def test_the_page_says_which_starts_are_of_the_compiler_as_it_is() -> None:
+def test_the_page_says_which_starts_are_of_the_present_compiler() -> None:
     pairs = [pair for pair in plan.pairs() if not plan.refusal(pair.start)]
     text = page.page([row(str(pairs[0].start), "equal"), row(str(pairs[1].start), "equal")], {}, "now")
-    assert "2 of 2 were made with the compiler as it is now (`now`)" in text
+    assert "2 of 2 were made with the compiler as it was when this page was written (`now`)" in text
     assert "0 of 2 were made" in page.page([row(str(pair.start), "equal") for pair in pairs[:2]], {}, "later")
     assert f"| 1 | {pairs[0].start} | 1 | now |" in text
 

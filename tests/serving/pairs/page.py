@@ -66,7 +66,7 @@ def page(rows: Sequence[Row], refusals: Mapping[Pair, str], compiler: str) -> st
     lines += [
         "## Starts",
         "",
-        f"{now} of {len(equal)} were made with the compiler as it is now (`{compiler[:6]}`).",
+        f"{now} of {len(equal)} were made with the compiler as it was when this page was written (`{compiler[:6]}`).",
         "",
     ]
     lines += ["| number | features | seconds | compiler |", "| --- | --- | --- | --- |"]
