@@ -14,9 +14,7 @@
 namespace aclnn::prepared {
 namespace {
 
-// From more rows on, ATen's blocked products win, unless the whole product is about as small as their call,
-// or AMX computes it (row_tiles.h).
-constexpr int64_t kMaxRows = 8;
+// As small as a call of ATen's blocked products.
 constexpr int64_t kSmallProduct = 32 * 1024;
 
 /// The batch dimensions of an operand as one: how far its matrices lie apart.
@@ -97,7 +95,8 @@ std::optional<Product> product_of(const Tensor& self, const Tensor& mat2, const 
   g.out_row = out.stride(-2);
   if (!sets_batches(g, self, mat2, out) || g.batches == 0) return std::nullopt;
   const bool tiles = kernels::takes_row_tiles(g, product.type, product.transposed);
-  if (g.rows > kMaxRows && !tiles && g.rows * g.inner * g.columns > kSmallProduct) return std::nullopt;
+  const bool few = g.rows <= kernels::gemv_rows(product.type, product.transposed);
+  if (!few && !tiles && g.rows * g.inner * g.columns > kSmallProduct) return std::nullopt;
   g.alpha = 1.0f;
   g.beta = 1.0f;
   return product;

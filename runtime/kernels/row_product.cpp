@@ -35,4 +35,10 @@ GemvKernel gemv_kernel(Type type, bool transposed) {
   });
 }
 
+int64_t gemv_rows(Type type, bool transposed) {
+  // Sixteen sums in registers keep pace with a blocked product, which has to pack the weights first.
+  const bool keeps_pace = type == Type::kFloat && transposed && this_machine() >= InstructionSet::kAvx512;
+  return keeps_pace ? 64 : 8;
+}
+
 }  // namespace host_runtime::kernels

@@ -29,4 +29,7 @@ struct Gemv {
 using GemvKernel = void (*)(const Gemv&);
 GemvKernel gemv_kernel(Type type, bool transposed);
 
+/// From more rows on, ATen's blocked products win.
+int64_t gemv_rows(Type type, bool transposed);
+
 }  // namespace host_runtime::kernels
