@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "runtime/kernels/attention_amx.h"
 #include "runtime/kernels/attention_tile.h"
 
 namespace host_runtime::kernels {
@@ -29,12 +30,18 @@ void check_compressed_mask(const uint8_t* mask) {
           std::to_string(row) + " is not");
 }
 
+/// The scratch of one worker.
+int64_t scratch_floats(const Attention& a) {
+  return std::max(TileScratch::floats(a), takes_amx(a) ? amx_scratch(a) : 0);
+}
+
 }  // namespace
 
 void Attention::plan() {
   const int64_t group = heads / key_heads;
-  const int64_t tile_heads = std::min(group, kQueryTile);
-  const int64_t tile_tokens = std::max<int64_t>(1, kQueryTile / tile_heads);
+  const int64_t rows = takes_amx(*this) ? kAmxQueryTile : kQueryTile;
+  const int64_t tile_heads = std::min(group, rows);
+  const int64_t tile_tokens = std::max<int64_t>(1, rows / tile_heads);
   tiles.clear();
   work = 0;
   for (int64_t i = 0; i < static_cast<int64_t>(sequences.size()); ++i) {
@@ -49,17 +56,22 @@ void Attention::plan() {
 }
 
 size_t attention_scratch(const Attention& arguments) {
-  return static_cast<size_t>(TileScratch::floats(arguments) * at::get_num_threads()) * sizeof(float);
+  return static_cast<size_t>(scratch_floats(arguments) * at::get_num_threads()) * sizeof(float);
 }
 
 void attention(const Attention& arguments, void* scratch) {
   if (arguments.causal_probe != nullptr) check_compressed_mask(arguments.causal_probe);
-  const int64_t floats = TileScratch::floats(arguments);
+  const int64_t floats = scratch_floats(arguments);
+  const bool amx = takes_amx(arguments);
   const auto run = [&](int64_t begin, int64_t end) {
     float* memory = static_cast<float*>(scratch) + at::get_thread_num() * floats;
     visit(arguments.type, [&](auto zero) {
       const auto attend_tile = PER_ISA(attend<decltype(zero)>);
-      for (int64_t i = begin; i < end; ++i) attend_tile(arguments, arguments.tiles[i], memory);
+      for (int64_t i = begin; i < end; ++i) {
+        const Tile& tile = arguments.tiles[i];
+        amx&& tile.rows() > kDirectRows ? attend_amx(arguments, tile, memory)
+                                        : attend_tile(arguments, tile, memory);
+      }
     });
   };
   const auto count = static_cast<int64_t>(arguments.tiles.size());

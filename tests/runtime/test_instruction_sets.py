@@ -16,10 +16,10 @@ SELECTION = (
     "test_rms_norm or test_swiglu or test_rope_from_a_cache or test_head_groups or (test_paged_attention and BSH)"
     " or test_layer_norm or test_add_rms_norm_dynamic_quant or test_swiglu_quant or test_head_groups_with_keys"
     " or test_queries_and_caches or test_caches_are_quantised or (test_products and 130)"
-    " or (test_product_with_packed_weight and 40)"
+    " or (test_product_with_packed_weight and 40) or (test_chunks_of_paged_prompts and BSH)"
 )
-# Only products have code for the dot products of bfloat16, which `avx512` goes without, and for AMX, which all go
-# without.
+# Only products have code for the dot products of bfloat16, which `avx512` goes without; products and attention have
+# code for AMX, which all go without.
 CASES = [
     ("avx2", SELECTION),
     ("baseline", SELECTION),
@@ -43,7 +43,14 @@ def best() -> str:
 
 @pytest.mark.parametrize(("narrower", "selection"), CASES)
 def test_narrower_instruction_sets_agree_with_the_references(narrower: str, selection: str) -> None:
-    names = ["norm_rope_operators", "attention_operators", "qkv_operators", "quant_operators", "prepared_operators"]
+    names = [
+        "norm_rope_operators",
+        "attention_operators",
+        "prefill_attention",
+        "qkv_operators",
+        "quant_operators",
+        "prepared_operators",
+    ]
     files = [f"tests/runtime/test_{name}.py" for name in (*names, "operators_format")]
     files.append("tests/runtime/test_instruction_sets.py::test_no_more_than_asked_for_is_used")  # not this one again
     selection += " or test_no_more_than_asked_for_is_used"
