@@ -97,8 +97,8 @@ def _fired(name: str) -> Shows:
 
 
 def _fired_in_the_last_stage(name: str) -> Shows:
-    """On all ranks of it. Other stages give the next one the residual as well: all that is whole behind a sum, plus
-    one, is more bytes than the sums are, and sequence_parallel leaves such a stage."""
+    """On all ranks of it. A stage in front of another would have to gather the residual too, one result more than it
+    has sums, so sequence_parallel leaves it (docs/parallel.md)."""
 
     def shows(ranks: Sequence[Rank]) -> bool:
         last = max(rank.stage for rank in ranks)
