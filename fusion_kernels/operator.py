@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +73,18 @@ class FusedOperator:
 
 def missing_kernel(provider: Provider, args: Sequence[Any]) -> str:
     """Which operator that `provider` calls has no kernel for these tensors; empty if all have one."""
-    device = next(arg for arg in args if isinstance(arg, torch.Tensor)).device.type
+    device = next(_tensors(args)).device.type
     reasons = (_missing(name, device) for name in provider.needs)
     return next(filter(None, reasons), "")
+
+
+def _tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, those in lists too."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg)
 
 
 def _missing(name: str, device: str) -> str:

@@ -71,6 +71,17 @@ def all_gather_columns_reference(x: Tensor, group: str, ranks: int) -> Tensor:
     return _side_by_side(whole, ranks)
 
 
+def own_layer_reference(layers: list[Tensor], group: str) -> Tensor:
+    """A copy of the one of `layers` that is this rank's: rank r has the r-th; ranks beyond them have the last.
+
+    Args:
+        layers: of one shape, dtype and device; all ranks have them all.
+        group: name of a process group. Nothing is communicated.
+    """
+    rank = _resolve_process_group(group).rank()
+    return layers[min(rank, len(layers) - 1)].clone(memory_format=torch.contiguous_format)
+
+
 def part_of(rows: int, ranks: int) -> int:
     """How many rows a rank has."""
     return (rows + ranks - 1) // ranks
@@ -101,6 +112,10 @@ def _fake_exchanged(x: Tensor, group: str, ranks: int) -> Tensor:
 
 def _fake_columns(x: Tensor, group: str, ranks: int) -> Tensor:
     return torch.empty((x.shape[0], ranks * x.shape[1]), dtype=x.dtype, device=x.device)
+
+
+def _fake_own(layers: list[Tensor], group: str) -> Tensor:
+    return torch.empty_like(layers[0], memory_format=torch.contiguous_format)
 
 
 def _example(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -148,4 +163,11 @@ ALL_GATHER_COLUMNS = FusedOperator(
     fake=_fake_columns,
     providers=(Provider("composition", all_gather_columns_reference),),
     example=_example,
+)
+OWN_LAYER = FusedOperator(
+    "own_layer(Tensor[] layers, str group) -> Tensor",
+    reference=own_layer_reference,
+    fake=_fake_own,
+    providers=(Provider("composition", own_layer_reference),),
+    example=lambda dtype: ([torch.randn(5, 32, dtype=dtype), torch.randn(5, 32, dtype=dtype)], "0"),
 )

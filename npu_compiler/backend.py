@@ -50,6 +50,7 @@ from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
 from npu_compiler.passes.record import PassRecord
 from npu_compiler.plan import agreement, weight_layout
+from npu_compiler.plan.ahead import begin_early
 from npu_compiler.plan.order import Arrangement, arrange, arrange_rolled
 from npu_compiler.portable import Keep, Portable, Written, portable_is_wanted
 from npu_compiler.stages import LOWERING, ORDER, PASSES, PLAN, STORE
@@ -395,6 +396,9 @@ def _serve_once(
     plans = agreement.planned(program.graph)
     compiled.weights = weight_layout.planned(program.graph, compiled.options.weight_nz)
     part = compiled.constants = once.split(program)
+    if part is not None:
+        compiled.ahead = begin_early(program.graph, part.values)
+        program.recompile()
     compiled.program = (
         replace(chosen) if isinstance(chosen, Rolled) else chosen
     )  # what was written out had the constants

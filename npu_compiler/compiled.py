@@ -20,6 +20,7 @@ from npu_compiler.graph import once
 from npu_compiler.graph.rolled import Rolled, whole
 from npu_compiler.passes.record import PassRecord, report_lines
 from npu_compiler.plan import memory, weight_layout
+from npu_compiler.plan.ahead import Ahead
 from npu_compiler.plan.memory import MemoryPlan
 from npu_compiler.plan.order import Arrangement
 from npu_compiler.stages import Stages
@@ -57,6 +58,7 @@ class CompiledGraph:
         streams: what the streams that were planned inside of captures made by others are estimated to save, by sizes.
         weights: which of them are laid out in FRACTAL_NZ; None where the option `weight_nz` is off.
         constants: the values that are computed once, which the program has as its last inputs; None without any.
+        ahead: the broadcasts that were begun early; None where the program has none of what it keeps.
         stored: what the cache did for it, as text; empty without a cache.
         key: what decides about the result, part by part: the key of the cache. Empty without a cache.
         missed: what differed from the nearest program that was stored before, where this one had to be stored.
@@ -76,6 +78,7 @@ class CompiledGraph:
         self.ledger: Ledger | None = None
         self.streams: Mapping[str, str] = {}
         self.constants: once.Split | None = None
+        self.ahead: Ahead | None = None
         self.weights: weight_layout.Layout | None = None
         self.stored = ""
         self.key: dict[str, str] = {}
@@ -135,6 +138,7 @@ class CompiledGraph:
         order = [f"order: {self.arrangement}"] if self.arrangement else []
         if self.constants:
             order.append(f"constants: {len(self.constants.values)} computed once, {in_bytes(self.constants.size)}")
+        order += [str(self.ahead)] if self.ahead else []
         weights = [str(self.weights)] if self.weights else []
         peak = [f"memory: {self.memory.summary}"] if self.memory else []
         return [*order, *weights, *peak, *(f"captured {sizes}: {saved}" for sizes, saved in self.streams.items())]

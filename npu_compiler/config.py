@@ -150,6 +150,9 @@ class Options:
     """Fewest rows at which a shared expert, where sequence_parallel gathers its rows, is computed on a rank's own rows
     with whole weights, which each rank then keeps beside its part. 1: always. 0: never. Give all ranks the same
     number."""
+    layer_sharding: bool = False
+    """Of the whole weights that attention_exchange and shared_expert_rows keep, each rank keeps those of every n-th
+    layer; a layer's are broadcast to the others before it runs. For all ranks alike."""
     expert_communication: str = "auto"
     """How tokens get to the ranks of their experts, with expert parallelism: "allgather", "alltoall", "mc2" or
     "fused_mc2"; "auto": what a table says for the chip and the sizes (docs/moe.md). Give all ranks the same."""
@@ -344,6 +347,12 @@ OF_STREAMS = ("multistream", "stream_limit")
 
 
 def _refuse_contradictions(values: Mapping[str, Any]) -> None:
+    if values.get("layer_sharding") and not any(values.get(name) for name in WHOLE_WEIGHTS):
+        raise OptionError(
+            "layer_sharding has no weights to spread over the ranks",
+            rule=f"it spreads the whole weights that {' and '.join(WHOLE_WEIGHTS)} keep",
+            fix='add for example {"attention_exchange": 1000}, or leave it out',
+        )
     sides: list[tuple[str, tuple[str, ...], str]] = []
     if values.get("capture") is False:
         sides.append(("capture=False", (*OF_CAPTURES, "capture_with", "npugraph_ex"), "capture=False makes none"))

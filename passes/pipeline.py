@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module
 
-from npu_compiler.config import Options, TokenDrop, check_names
+from npu_compiler.config import WHOLE_WEIGHTS, Options, TokenDrop, check_names
 from npu_compiler.errors import NpuCompilerError, OptionError, PassError
 from npu_compiler.graph import layers
 from npu_compiler.graph.content import of_content
@@ -35,6 +35,7 @@ from npu_compiler.passes import (
     geglu_quant,
     gelu,
     gemma_rms_norm,
+    layer_sharding,
     masked_embedding,
     matmul_all_reduce,
     matmul_bias,
@@ -135,6 +136,12 @@ PASSES: tuple[Pass, ...] = (
         shared_expert_rows.run,
     ),
     Pass(
+        layer_sharding.NAME,
+        "behind attention_exchange and shared_expert_rows, whose whole weights it spreads; only with the option of its "
+        "name and one of theirs",
+        layer_sharding.run,
+    ),
+    Pass(
         token_drop.NAME,
         "behind sequence_parallel, whose part of a sum it then gives; only with the option of its name",
         token_drop.run,
@@ -176,6 +183,8 @@ def selected(options: Options) -> tuple[Pass, ...]:
     check_names("disabled_rules", options.disabled_rules, known, are_passes)
     order = users.with_rules(order, matmul_all_reduce.NAME, matmul_all_reduce.rules(options.matmul_all_reduce))
     order = _with_rows(order, options)
+    if not _spreads_layers(options):
+        order = [entry for entry in order if entry.name != layer_sharding.NAME]
     order = _with_drop(order, options.token_drop)
     order = _with_communication(order, options)
     return tuple(entry for entry in order if entry.name not in options.disabled_passes)
@@ -193,6 +202,12 @@ def _with_rows(passes: Sequence[Pass], options: Options) -> tuple[Pass, ...]:
         elif rows:
             found.append(dataclasses.replace(entry, run=functools.partial(run, rows=rows)))
     return tuple(found)
+
+
+def _spreads_layers(options: Options) -> bool:
+    """Whether layer_sharding runs, which tells the layers of a model apart."""
+    has_whole_weights = any(getattr(options, name) for name in WHOLE_WEIGHTS)
+    return options.layer_sharding and has_whole_weights and layer_sharding.NAME not in options.disabled_passes
 
 
 def _with_drop(passes: Sequence[Pass], given: Mapping[str, Any]) -> tuple[Pass, ...]:
@@ -305,9 +320,10 @@ def _run_all(
 
 
 def _is_local(options: Options, after_rules: Hook | None) -> bool:
-    """Whether a program of a few layers shows what happens to all: not where a user's code may tell them apart."""
-    whole = options.rules or not all(entry.local for entry in users.passes_of(options))
-    return options.layers_once and not whole and (after_rules is None or getattr(after_rules, "local", False))
+    """Whether a program of a few layers shows what happens to all: not where a pass or a user's code tells them
+    apart."""
+    apart = options.rules or not all(entry.local for entry in users.passes_of(options)) or _spreads_layers(options)
+    return options.layers_once and not apart and (after_rules is None or getattr(after_rules, "local", False))
 
 
 def _run_once(

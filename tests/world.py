@@ -109,6 +109,15 @@ def _gather_columns(each: Each) -> list[Tensor]:
     return [whole.clone() for _ in each]
 
 
+def _own_layer(each: Each) -> list[Tensor]:
+    return [args[0][min(rank, len(args[0]) - 1)].clone() for rank, args in enumerate(each)]
+
+
+def _broadcast(each: Each) -> list[Tensor]:
+    owner = each[0][1]
+    return [each[owner][0].clone() for _ in each]
+
+
 def _total(terms: Sequence[Tensor]) -> Tensor:
     total = terms[0]
     for term in terms[1:]:
@@ -130,6 +139,8 @@ COLLECTIVES: dict[str, Callable[[Each], list[Any]]] = {
     "npu_fused.shard_rows.default": _shard,
     "npu_fused.all_to_all_rows.default": _all_to_all,
     "npu_fused.all_gather_columns.default": _gather_columns,
+    "npu_fused.own_layer.default": _own_layer,
+    "_c10d_functional.broadcast.default": _broadcast,
 }
 
 

@@ -16,7 +16,7 @@ from npu_compiler.inspect.program import Call
 SEVERAL = 3
 """How many names a sentence lists."""
 OPTIONS = {
-    **{name: name for name in ("matmul_all_reduce", *BY_ROWS)},
+    **{name: name for name in ("matmul_all_reduce", "layer_sharding", *BY_ROWS)},
     "user_rules": "rules",
 }
 """The passes that run only with an option, and that option."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import sys
 import tempfile
@@ -160,8 +161,8 @@ def attended(rows: int, models: list[Attention]) -> tuple[list[Tensor], Tensor]:
     """x and the norm's weight, and what comes out, in float64."""
     draw = torch.Generator().manual_seed(7)
     x, weight = torch.randn(rows, WIDTH, generator=draw), torch.rand(WIDTH, generator=draw)
-    terms = torch.stack([model.double().partial(x.double()) for model in models])
-    return [x.npu(), weight.npu()], norm(terms.sum(0) + x.double(), weight.double())
+    terms = [model.double().partial(x.double()) for model in models]
+    return [x.npu(), weight.npu()], norm(sum(terms, x.double()), weight.double())
 
 
 def check_attention_is_exchanged_and_its_projection_whole() -> None:
@@ -182,6 +183,59 @@ def check_attention_is_exchanged_and_its_projection_whole() -> None:
         assert [found.count(f"npu_fused.{name}.default") for name in names] == [1, 1, 0, 0], found
         assert entry.ledger.replays > 0
         assert "a whole weight of 4.0 KiB beside the part of 2.0 KiB" in str(entry), entry
+
+
+class Layers(torch.nn.Module):
+    """Layers of attention, of which each adds to what the one before gives."""
+
+    def __init__(self, rank: int = RANK, count: int = 5) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Attention(rank + 10 * index) for index in range(count))
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As of Attention."""
+        for entry in self.layers:
+            x = entry(x, weight)
+        return x
+
+
+def check_each_layer_is_kept_on_one_rank() -> None:
+    """Captured and replayed at several sizes, twice with other weights, to the bits of the program that keeps all."""
+    model = Layers().npu()
+    options: dict[str, Any] = {"attention_exchange": 1, "sequence_parallel": 1}
+    kept, plain = compiled(model, **options)
+    spread, backend = compiled(model, **options, layer_sharding=True)
+    with torch.no_grad():
+        for _ in range(2):
+            for rows in (4, 5, 4, 5, 4):
+                given, _ = attended(rows, [])
+                assert torch.equal(spread(*given), kept(*given))
+            for entry in model.layers:
+                entry.out.mul_(1.5)
+    for entry in backend.compiled():
+        assert entry.graph is not None and entry.ledger is not None and entry.ledger.replays > 0
+        found = [str(node.target) for node in entry.graph.graph.nodes]
+        assert found.count("_c10d_functional.broadcast.default") == 5, found
+        assert "5 weights of 4.0 KiB spread over 2 ranks, 16.0 KiB on each instead of 20.0 KiB" in str(entry), entry
+        assert "constants: 3 computed once, 12.0 KiB" in str(entry), entry
+        assert "ahead: 5 broadcasts" in str(entry), entry
+    assert all("constants: 5 computed once, 20.0 KiB" in str(entry) for entry in plain.compiled())
+
+
+def check_a_broadcast_holds_nothing_up() -> None:
+    """What stands between a broadcast and the wait for it runs before the broadcast's owner has come to it."""
+    store, owner = torch.distributed.distributed_c10d._get_default_store(), RANKS - 1
+    x, kept = torch.arange(4.0).npu(), torch.full((8,), float(RANK)).npu()
+    if owner == RANK:
+        store.wait(["computed"], datetime.timedelta(seconds=60))
+    sent = torch.ops._c10d_functional.broadcast(kept, owner, "0")
+    y = x * 2
+    if RANK == 0:
+        torch.npu.current_stream().synchronize()
+        store.set("computed", "")
+    came = torch.ops._c10d_functional.wait_tensor(sent)
+    assert torch.equal(came.cpu(), torch.full((8,), float(owner))) and torch.equal(y.cpu(), torch.arange(4.0) * 2)
+    assert torch.equal(kept.cpu(), torch.full((8,), float(RANK)))
 
 
 def check_a_part_in_fractals_becomes_whole() -> None:

@@ -78,6 +78,30 @@ def test_shared_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("mode", ["FULL_DECODE_ONLY", "FULL"])
+def test_layer_sharding(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer's whole output projection is kept on one of two ranks; decode steps with broadcasts are replays."""
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    layers = 6
+    folder, prompts = checkpoints.cached(checkpoints.Shape(family="llama", layers=layers)), oracle.prompts()
+    expected = [oracle.greedy(folder, prompt, TOKENS) for prompt in prompts]
+    options = {"dump": str(tmp_path), "attention_exchange": 1, "sequence_parallel": 1, "layer_sharding": True}
+    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **graphs(mode)}
+    with engine(folder, additional_config={"compile": options}, **settings) as llm:
+        assert generate(llm, prompts, TOKENS) == expected
+        shortened = [tokens[:count] for tokens, count in zip(expected, ENDING_ONE_BY_ONE, strict=True)]
+        assert generate(llm, prompts, ENDING_ONE_BY_ONE) == shortened
+        reports = llm.collective_rpc("report")
+    for data in reports:
+        check_steps(mode, data)
+    for item in bundle.all_of(tmp_path):
+        for graph in item.graphs:
+            found = [call.target for call in graph.program(graph.stage("final")).calls]
+            assert found.count("_c10d_functional.broadcast.default") == found.count(EXCHANGE) == layers
+            assert graph.plan is not None and len(graph.plan.once) == layers // 2
+
+
+@pytest.mark.full
 def test_prompts_alone_are_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three programs share the weights; that of prompts alone reads some of them whole."""
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
