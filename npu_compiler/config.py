@@ -27,8 +27,8 @@ WATCHES = ("stats", "values", "nan", "inf")
 WATCH = "NPU_COMPILER_WATCH"
 """Environment variable with entries of the option `watch`, separated by commas; the option comes first."""
 DROP_BY = ("score", "arrival")
-BY_ROWS = ("sequence_parallel", "attention_exchange", "shared_expert_rows")
-"""Options that are the fewest rows at which a rank's own rows are worked on (docs/parallel.md)."""
+BY_ROWS = ("sequence_parallel", "attention_exchange", "shared_expert_rows", "dual_batch_overlap")
+"""Options that are the fewest rows at which rows are worked on in parts (docs/parallel.md)."""
 CAPTURE_ERROR_MODES = ("global", "thread_local", "relaxed")
 
 
@@ -150,6 +150,10 @@ class Options:
     """Fewest rows at which a shared expert, where sequence_parallel gathers its rows, is computed on a rank's own rows
     with whole weights, which each rank then keeps beside its part. 1: always. 0: never. Give all ranks the same
     number."""
+    dual_batch_overlap: int = 0
+    """Fewest rows at which what is between attentions is computed in two halves of the rows, so that one half's sums
+    over the ranks run beside what is computed of the other. 2: wherever there are two. 0: never. Give all ranks the
+    same number."""
     layer_sharding: bool = False
     """Of the whole weights that attention_exchange and shared_expert_rows keep, each rank keeps those of every n-th
     layer; a layer's are broadcast to the others before it runs. For all ranks alike."""
@@ -227,11 +231,12 @@ class Options:
                 fix="use for example 256, or leave the option out",
             )
         for name in BY_ROWS:
-            if getattr(self, name) < 0:
+            least = 2 if name == "dual_batch_overlap" else 1  # one row has no halves
+            if getattr(self, name) and getattr(self, name) < least:
                 raise OptionError(
                     f"{name}={getattr(self, name)} is no number of rows",
-                    rule=f"{name} is the fewest rows at which it is worth it, or 0",
-                    fix="use for example 1000, 1 for all programs, or leave the option out",
+                    rule=f"{name} is the fewest rows at which it is worth it, {least} or more, or 0",
+                    fix=f"use for example 1000, {least} for all programs, or leave the option out",
                 )
             if getattr(self, name) and self.matmul_all_reduce:
                 raise OptionError(

@@ -30,6 +30,7 @@ from npu_compiler.passes import (
     common,
     constant_folding,
     dead_code,
+    dual_batch_overlap,
     expert_communication,
     geglu,
     geglu_quant,
@@ -80,7 +81,10 @@ LAYERS_ONCE = "layers_once"
 LOWERED, SHORTENED, AFTER_RULES = "lowered", "shortened", "after_rules"
 """Stages besides those that the passes leave: before all, without most of the equal layers, behind the last rule."""
 USER_RULES = "user_rules"
-BY_ROWS = {module.NAME: module.run for module in (sequence_parallel, attention_exchange, shared_expert_rows)}
+BY_ROWS = {
+    module.NAME: module.run
+    for module in (sequence_parallel, attention_exchange, shared_expert_rows, dual_batch_overlap)
+}
 """Passes that the number of rows in the option of their name switches on."""
 PASSES: tuple[Pass, ...] = (
     Pass(noop.NAME, "first: patterns need not look through clones and views that do nothing", noop.run),
@@ -140,6 +144,11 @@ PASSES: tuple[Pass, ...] = (
         "behind attention_exchange and shared_expert_rows, whose whole weights it spreads; only with the option of its "
         "name and one of theirs",
         layer_sharding.run,
+    ),
+    Pass(
+        dual_batch_overlap.NAME,
+        "behind sequence_parallel and attention_exchange, which take sums away; only with the option of its name",
+        dual_batch_overlap.run,
     ),
     Pass(
         token_drop.NAME,

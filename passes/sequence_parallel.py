@@ -119,7 +119,7 @@ def _regions(graph: fx.Graph, record: PassRecord) -> list[Region]:
 
 def _join(node: fx.Node, region_of: dict[fx.Node, Region], record: PassRecord) -> None:
     """Puts a call that works on each row by itself into the region of its rows."""
-    rows = _row_arguments(node)
+    rows = row_arguments(node)
     regions = list({id(region_of[item]): region_of[item] for item in rows if item in region_of}.values())
     if not regions:
         return
@@ -141,7 +141,7 @@ def _join(node: fx.Node, region_of: dict[fx.Node, Region], record: PassRecord) -
     region_of[node] = first
 
 
-def _row_arguments(node: fx.Node) -> list[fx.Node]:
+def row_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments of a call that has a row for each of theirs; empty if it does anything else with them."""
     if node.op != "call_function":
         return []
@@ -162,7 +162,7 @@ def _row_arguments(node: fx.Node) -> list[fx.Node]:
 
 def works_by_row(node: fx.Node) -> bool:
     """Whether a call computes each row of its result from the same row of its arguments, and weights."""
-    return bool(_row_arguments(node))
+    return bool(row_arguments(node))
 
 
 def _has_rows_of(item: fx.Node, result: torch.Tensor) -> bool:
@@ -186,11 +186,11 @@ def _can_join(node: fx.Node, rows: list[fx.Node], regions: list[Region], region_
             verdict = verdict & _is_replicated(item)
     if isinstance(node.target, torch._ops.OpOverload):
         for item in (item for item in node.all_input_nodes if item not in rows):
-            verdict = verdict & _is_weight(item, node)
+            verdict = verdict & is_weight(item, node)
     return verdict
 
 
-def _is_weight(item: fx.Node, node: fx.Node) -> Fact:
+def is_weight(item: fx.Node, node: fx.Node) -> Fact:
     """Whether an argument without rows is one for all rows, and an input of the program or a view or cast of one."""
     found, result = value(item), value(node)
     if isinstance(found, torch.Tensor) and isinstance(result, torch.Tensor):
@@ -216,7 +216,7 @@ def _is_replicated(item: fx.Node) -> Fact:
             continue
         seen.add(node)
         looked_up = str(node.target) == "aten.embedding.default"
-        if not (looked_up or is_view(node) or _row_arguments(node)):
+        if not (looked_up or is_view(node) or row_arguments(node)):
             return known(False, f"{node.name} may differ between the ranks")
         todo += node.all_input_nodes
     return known(True, f"{item.name} is the same on all ranks")
@@ -238,7 +238,7 @@ def _retreat(region: Region) -> None:
             or any(user in inside for user in node.users)
         ):
             continue
-        rows = [item for item in _row_arguments(node) if item in inside or item in sums]
+        rows = [item for item in row_arguments(node) if item in inside or item in sums]
         elsewhere = [item for item in rows if not any(user not in inside for user in item.users)]
         if _less(elsewhere, node):
             inside.discard(node)

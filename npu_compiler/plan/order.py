@@ -173,6 +173,7 @@ def _needs(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     effect: fx.Node | None = None
     inputs = [node for node in nodes if node.op == "placeholder"]
     needs: dict[fx.Node, list[fx.Node]] = {}
+    beside = _beside_collectives(nodes)
     for node in nodes:
         before = set(node.all_input_nodes)
         if node.op == "placeholder":
@@ -192,9 +193,25 @@ def _needs(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
             if _has_effect(node, touched):
                 before.update([effect] if effect is not None else [])
                 effect = node
+        before.update(beside.get(node, ()))
         before.discard(node)
         needs[node] = sorted(before, key=position.__getitem__)
     return needs
+
+
+def _beside_collectives(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For what stands between the beginning of a functional collective and the wait for it: the beginning; for the wait
+    what stands there. It stands there to run meanwhile, so it stays."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    position = {node: index for index, node in enumerate(nodes)}
+    for wait in nodes:
+        if str(wait.target) != "_c10d_functional.wait_tensor.default" or not isinstance(wait.args[0], fx.Node):
+            continue
+        between = [node for node in nodes[position[wait.args[0]] + 1 : position[wait]] if launches(node)]
+        for node in between:
+            found.setdefault(node, []).append(wait.args[0])
+        found.setdefault(wait, []).extend(between)
+    return found
 
 
 def _has_effect(node: fx.Node, touched: Accesses) -> bool:

@@ -171,6 +171,7 @@ def for_range(options: Options, tokens: Range) -> Options:
     """The options for a range of token counts, which a program's sizes do not show: the passes that ask for a number of
     rows are on where there are always as many, and experts' communication is chosen for the most that there can be."""
     changed: dict[str, Any] = {name: int(0 < getattr(options, name) <= max(tokens.start, 2)) for name in BY_ROWS}
+    changed["dual_batch_overlap"] = 2 * (0 < options.dual_batch_overlap <= tokens.start)
     return dataclasses.replace(options, **changed, expert_tokens=options.expert_tokens or tokens.end)
 
 

@@ -209,7 +209,10 @@ class NPUPlatform(Platform):
         from npu_compiler.serving.options import ServingOptions
 
         options = ServingOptions.of(vllm_config).compile
-        _split_compile_ranges(vllm_config, {options.get(name, 0) for name in BY_ROWS})
+        rows = {options.get(name, 0) for name in BY_ROWS}
+        if options.get("dual_batch_overlap") == 2:
+            rows.add(3)  # vLLM makes no range of one token alone (vllm/config/vllm.py, _set_compile_ranges)
+        _split_compile_ranges(vllm_config, rows)
         _refuse_unserved(vllm_config)
         _refuse_placements(vllm_config)
         expert_maps.settle(vllm_config)

@@ -97,6 +97,24 @@ def check_equal_to_the_program_with_sums() -> None:
     assert torch.equal(whole.cpu(), parts.cpu())
 
 
+def check_two_halves_of_the_rows_captured() -> None:
+    """Called, captured and replayed: sums of halves, of which each is on its way while the other half is computed."""
+    run, backend = compiled(layer, dual_batch_overlap=2)
+    with torch.no_grad():
+        for _ in range(3):
+            for rows in (4, 5, 7):
+                same(run(*(item.npu() for item in operands(rows))), rows)
+    (entry,) = backend.compiled()
+    assert entry.graph is not None and entry.ledger is not None and entry.ledger.replays > 0
+    nodes = list(entry.graph.graph.nodes)
+    starts = [node for node in nodes if "_c10d_functional.all_reduce" in str(node.target)]
+    assert len(starts) == 4, nodes
+    for start in starts[:-1]:  # behind the last one there is a norm alone
+        (wait,) = start.users
+        between = nodes[nodes.index(start) + 1 : nodes.index(wait)]
+        assert any("aten.matmul" in str(node.target) for node in between), (start, between)
+
+
 def check_a_weight_that_differs_is_refused() -> None:
     run, _ = compiled(layer, sequence_parallel=1)
     x, row, column, weight = operands(4)

@@ -99,10 +99,12 @@ def test_operator_leaves_its_arguments_alone_and_its_fake_is_true(entry: FusedOp
     for a, b in zip(tree_leaves(args), tree_leaves(before), strict=True):
         assert torch.equal(a.cpu(), b.cpu()) if isinstance(a, torch.Tensor) else a == b
     with FakeTensorMode() as mode:
-        fake = operator(*(mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+        fake = operator(
+            *tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf, args)
+        )
     for a, b in zip(tree_leaves(result), tree_leaves(fake), strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
-    inputs = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+    inputs = {arg.untyped_storage().data_ptr() for arg in tree_leaves(args) if isinstance(arg, torch.Tensor)}
     assert not inputs & {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(result)}
 
 

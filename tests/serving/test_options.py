@@ -44,3 +44,14 @@ def test_rows_in_parts_where_a_range_has_as_many_tokens(name: str) -> None:
         return [getattr(for_range(Options(**{name: rows}), tokens), name) for tokens in ranges]
 
     assert [chosen(rows) for rows in (1000, 1, 0)] == [[0, 1], [1, 1], [0, 0]]
+
+
+def test_halves_where_a_range_has_two_tokens_or_more() -> None:
+    from vllm.config.utils import Range
+
+    from npu_compiler.config import Options
+    from npu_compiler.serving.compiler import for_range
+
+    ranges = (Range(1, 1), Range(1, 999), Range(2, 999), Range(1000, 8192))
+    for rows, expected in ((2, [0, 0, 2, 2]), (1000, [0, 0, 0, 2]), (0, [0, 0, 0, 0])):
+        assert [for_range(Options(dual_batch_overlap=rows), one).dual_batch_overlap for one in ranges] == expected

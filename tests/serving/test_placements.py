@@ -102,6 +102,29 @@ def test_layer_sharding(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("mode", ["FULL_DECODE_ONLY", "PIECEWISE"])
+def test_dual_batch_overlap(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is between attentions in two halves, from three tokens on, since vLLM has no range of one token alone. A
+    piece between two attentions has it too."""
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    folder, prompts = checkpoints.cached(checkpoints.Shape(family="llama")), oracle.prompts()
+    expected = [oracle.greedy(folder, prompt, TOKENS) for prompt in prompts]
+    options = {"dump": str(tmp_path), "dual_batch_overlap": 2}
+    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **graphs(mode)}
+    with engine(folder, additional_config={"compile": options}, **settings) as llm:
+        assert generate(llm, prompts, TOKENS) == expected
+        shortened = [tokens[:count] for tokens, count in zip(expected, ENDING_ONE_BY_ONE, strict=True)]
+        assert generate(llm, prompts, ENDING_ONE_BY_ONE) == shortened
+        reports = llm.collective_rpc("report")
+    for data in reports:
+        check_steps(mode, data)
+    for item in bundle.all_of(tmp_path):
+        found = [call.target for graph in item.graphs for call in graph.program(graph.stage("final")).calls]
+        halves = sum("_c10d_functional.all_reduce" in target for target in found)
+        assert halves == 2 * (2 * LAYERS + 1) == 2 * found.count("vllm.all_reduce.default")
+
+
+@pytest.mark.full
 def test_prompts_alone_are_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three programs share the weights; that of prompts alone reads some of them whole."""
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
