@@ -114,10 +114,11 @@ class AscendCompiler(CompilerInterface):
     ) -> tuple[Callable[..., Any] | None, Any | None]:
         """See CompilerInterface. `graph` is left as it is: vLLM compiles it once a range."""
         name = key or f"vllm_{compile_range.start}_{compile_range.end}"
+        options = for_range(self._options, compile_range)
         try:
             own = self._options.token_drop or any(getattr(self._options, name) for name in OF_WEIGHTS)
             if not (own or is_watched(graph.graph, self._options)):
-                tell_vllm_the_key(graph, example_inputs)
+                tell_vllm_the_key(graph, example_inputs, options)
         except StopCompiling:
             if name not in self._unusable:
                 raise
@@ -125,7 +126,7 @@ class AscendCompiler(CompilerInterface):
         compiled = compile_fx(
             copy.deepcopy(graph),
             example_inputs,
-            for_range(self._options, compile_range),
+            options,
             before_lowering=compiler_config["pre_grad_custom_pass"],
             after_passes=compiler_config[current_platform.pass_key],
             keep=None if file is None else functools.partial(_write, file),
@@ -189,12 +190,13 @@ def _write(file: Path, data: bytes) -> None:
     file.write_bytes(data)
 
 
-def tell_vllm_the_key(graph: fx.GraphModule, example_inputs: list[Any]) -> None:
-    """Asks for torch's cache key of the graph, which is where vLLM finds out that it has compiled an equal one.
+def tell_vllm_the_key(graph: fx.GraphModule, example_inputs: list[Any], options: Options) -> None:
+    """Asks for torch's cache key of the graph, which is where vLLM finds out that it has compiled an equal one. The
+    options go into it as one more input: one graph becomes another program where a range of tokens has others.
 
     vLLM's CompilerManager.compile listens to `autograd_cache_key` and, at a key it knows, takes the earlier result.
     Graphs that torch has no key for are compiled one by one.
     """
     config = AOTConfig(None, None, None, {}, 0, 0, keep_inference_input_mutations=True)
     with contextlib.suppress(autograd_cache.BypassAOTAutogradCache):
-        autograd_cache.autograd_cache_key(graph, example_inputs, config)
+        autograd_cache.autograd_cache_key(graph, [*example_inputs, repr(options)], config)

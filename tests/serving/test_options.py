@@ -1,6 +1,7 @@
 """Unknown, malformed and contradictory options are refused with what to write instead."""
 
 import pytest
+import torch
 
 from npu_compiler.serving.options import ServingOptions
 
@@ -55,3 +56,28 @@ def test_halves_where_a_range_has_two_tokens_or_more() -> None:
     ranges = (Range(1, 1), Range(1, 999), Range(2, 999), Range(1000, 8192))
     for rows, expected in ((2, [0, 0, 2, 2]), (1000, [0, 0, 0, 2]), (0, [0, 0, 0, 0])):
         assert [for_range(Options(dual_batch_overlap=rows), one).dual_batch_overlap for one in ranges] == expected
+
+
+def test_equal_pieces_are_compiled_once_where_their_options_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM takes the earlier result at a key it knows; the ranges of tokens of one piece are one graph."""
+    from torch import fx
+    from torch._functorch._aot_autograd import autograd_cache
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from vllm.config.utils import Range
+
+    from npu_compiler.config import Options
+    from npu_compiler.serving.compiler import for_range, tell_vllm_the_key
+
+    graph = fx.symbolic_trace(lambda x: torch.relu(x))
+    keys: list[str] = []
+    ask = autograd_cache.autograd_cache_key
+    monkeypatch.setattr(autograd_cache, "autograd_cache_key", lambda *args: keys.append(ask(*args)[0]))
+    options = Options(sequence_parallel=1000, expert_tokens=8192)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with tracing(TracingContext(mode)):
+        for tokens in (Range(1, 999), Range(1, 999), Range(1000, 8192)):
+            tell_vllm_the_key(graph, [mode.from_tensor(torch.rand(2, 2))], for_range(options, tokens))
+    first, again, more = keys
+    assert first == again != more
