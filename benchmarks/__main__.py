@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "bundle costs), `instructions` (of a replay, counted by valgrind), `parallel` (several ranks, token drop, "
         "weights in FRACTAL_NZ, streams); each has its --help.",
     )
-    parser.add_argument("--rows", help=f"comma-separated rows; default all: {', '.join(all_rows())}")
+    parser.add_argument("--rows", metavar="ROW[,ROW...]", help=f"rows; default all: {', '.join(all_rows())}")
     parser.add_argument(
         "--quick", action="store_true", help="few short rounds: shows that it runs, the figures are rough"
     )

@@ -85,6 +85,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
     options = parser.parse_args(arguments)
     floors = tomllib.loads(options.floors.read_text())
+    if not any((options.results / f"{row}.json").exists() for row in floors):
+        print(f"nothing is measured yet in {options.results}; run `make bench`, or `python -m benchmarks --rows ROW`")
+        return 1
     wrong, notes = check(floors, options.results)
     for note in notes:
         print(f"note: {note}")

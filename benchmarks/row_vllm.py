@@ -173,7 +173,7 @@ def in_transformers(batch: int, configuration: PreTrainedConfig) -> Factory:
         @torch.inference_mode()
         def step(tokens: torch.Tensor) -> None:
             nonlocal last
-            last = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            last = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
         def prepare() -> None:
             nonlocal cache

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from torch import fx
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from npu_compiler.config import Options, check_names
 from npu_compiler.errors import OptionError
@@ -136,7 +138,8 @@ def _resolved(option: str, given: Iterable[Any], kind: type[Wanted]) -> tuple[Wa
 def _imported(option: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        with unset_fake_temporarily(), tracing(None):  # a module makes real tensors, whatever is compiled meanwhile
+            return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise OptionError(
             f"option {option}: {name!r} can't be imported: {error}",

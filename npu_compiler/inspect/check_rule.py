@@ -18,7 +18,7 @@ from npu_compiler.inspect.program import Data
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes.record import PassRecord
 from npu_compiler.passes.rewrite import NearMiss, Rule, apply
-from npu_compiler.passes.users import rules_of
+from npu_compiler.passes.users import note_idle_rules, rules_of
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 """Of a rule that names none: a fused operator rounds once where the reference rounds twice, which is one unit in the
@@ -135,6 +135,7 @@ def rewritten(
     """The lowered program of `function` after the rule, and what the rule did. `how`: see `lowered`."""
     program = lowered(function, *args, **how)
     record = PassRecord("rules")
+    note_idle_rules(program.graph.graph, [rule], record)
     apply(program.graph, [rule], record)
     program.graph.graph.lint()
     written_out(program).recompile()

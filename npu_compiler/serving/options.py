@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from npu_compiler.config import Options
+from npu_compiler.config import OF_CAPTURES, Options
 from npu_compiler.errors import OptionError
 
 if TYPE_CHECKING:
@@ -108,6 +108,9 @@ class ServingOptions:
                 raise ValueError(f"additional_config: unknown option {name!r}; {_nearest(str(name), known)}")
         options = cls(**given)
         options._check_values()
+        for name, needed in (("report_interval", "report_path"), ("trace_steps", "trace_dir")):
+            if name in given and not getattr(options, needed):
+                raise ValueError(f"additional_config: {name} does nothing without {needed}; add that, or leave it out")
         return options
 
     @classmethod
@@ -126,6 +129,12 @@ class ServingOptions:
             raise ValueError(
                 f"additional_config: compile options {sorted(options.compile)} contradict {cause}, which compiles "
                 "nothing; drop one of the two"
+            )
+        between_ranks = [name for name in ("token_drop", "expert_communication") if options.compile.get(name)]
+        if between_ranks and not config.parallel_config.enable_expert_parallel:
+            raise ValueError(
+                f"additional_config: compile: {', '.join(between_ranks)} say how tokens get to experts on other ranks, "
+                "and without --enable-expert-parallel each rank has a part of every expert; add that, or leave them out"
             )
         return options
 
@@ -174,6 +183,13 @@ def compile_options(given: Mapping[str, Any]) -> Options:
     Raises:
         ValueError: an option is unknown, ill-typed, or describes the backend's own capture.
     """
+    captures = [name for name in OF_CAPTURES if name in given]
+    if captures:
+        raise ValueError(
+            f"additional_config: compile: {', '.join(captures)} describe captures of torch.compile's backend, and here "
+            "vLLM captures; leave them out, and use --compilation-config's cudagraph_mode and cudagraph_capture_sizes, "
+            "or additional_config's capture_budget_seconds and capture_budget_mib"
+        )
     try:
         return Options.of({"capture": False, **given, "passes": [*given.get("passes", ()), QKV_ATTENTION]})
     except OptionError as error:

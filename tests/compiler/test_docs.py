@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from npu_compiler import cli
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "compiler.md"
@@ -109,6 +112,23 @@ def test_printed_report_is_as_on_the_page(tmp_path: Path, capsys: pytest.Capture
     printed = _without_times(capsys.readouterr().out).replace(f"{tmp_path}/", "")
     for line in report.splitlines():
         assert _without_times(line).removesuffix("...") in printed
+
+
+def test_the_rule_of_the_page_is_checked_as_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (DOCS / "passes.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0]
+    (said,) = re.findall(r"```console\n\$ npu-compiler check-rule gates:SILU\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "gates.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "gates", raising=False)  # another page's
+    with torch.enable_grad():
+        assert cli.main(["check-rule", "gates:SILU"]) == 0
+    printed = capsys.readouterr().out
+    errors = re.compile(r"error [\d.e-]+ of")
+    assert errors.sub("error", said) in errors.sub("error", printed)
 
 
 def _without_times(text: str) -> str:

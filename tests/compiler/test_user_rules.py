@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import npu_compiler
 from npu_compiler import Pass, Rule
-from npu_compiler.backend import compile_fx, fingerprint
+from npu_compiler.backend import ascend, compile_fx, fingerprint
 from npu_compiler.config import Options
 from npu_compiler.errors import OptionError, RuleError
 from npu_compiler.passes import pipeline
@@ -22,6 +23,7 @@ from npu_compiler.passes.pattern import Call, Number
 from npu_compiler.passes.record import PassRecord
 from tests.compiler import user_rules
 from tests.compiler.test_compile_fx import compiled_by
+from tests.compiler.user_rules import silu_program
 
 
 def targets(piece: Any) -> list[str]:
@@ -223,6 +225,24 @@ def test_fingerprint_follows_the_content_of_rules() -> None:
     assert fingerprint({"disabled_rules": ["swiglu"]}) != fingerprint()
     by_name, by_value = fingerprint({"rules": ["tests.compiler.user_rules:SILU"]}), {"rules": [user_rules.SILU]}
     assert by_name == fingerprint(by_value)
+
+
+def test_a_module_with_a_replacement_is_imported_while_compiling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import torch
+from npu_compiler.passes.replacements import from_replacement
+
+GATE = from_replacement("gate", lambda x: x * torch.sigmoid(x), torch.ops.aten.silu.default, (torch.empty(2, 4),))
+"""
+    (tmp_path / "replacement_by_name.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    compiled = torch.compile(silu_program, backend="ascend", options={"rules": ["replacement_by_name:GATE"]})
+    x = torch.randn(2, 4).npu()
+    torch.testing.assert_close(compiled(x), silu_program(x))
+    (graph,) = ascend.compiled()
+    assert [fired.rule for record in graph.records for fired in record.fired] == ["gate"]
 
 
 def test_fingerprint_refuses_what_it_cannot_read() -> None:

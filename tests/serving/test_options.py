@@ -25,7 +25,12 @@ def test_defaults() -> None:
         ({"compile": ["fast"]}, "compile must be a JSON object"),
         (["report_path"], "expected a JSON object, got list"),
         ({"compile": {"disable_passes": []}}, "(?s)compile: unknown option 'disable_passes'.*disabled_passes"),
-        ({"compile": {"capture_limit": 3}}, "(?s)compile: capture=False contradicts capture_limit"),
+        (
+            {"compile": {"capture_limit": 3}},
+            "capture_limit describe captures of torch.compile's backend",
+        ),
+        ({"report_interval": 3}, "report_interval does nothing without report_path"),
+        ({"trace_steps": [1, 2]}, "trace_steps does nothing without trace_dir"),
     ],
 )
 def test_refused(given: object, message: str) -> None:
