@@ -86,8 +86,8 @@ class AscendBackend:
     ) -> CompiledGraph | Portable:
         """What torch.compile calls: lower, run the passes, serve calls by captured graphs."""
         refuse_mode(mode)
-        specialize_module_floats(gm)
         compiled = CompiledGraph(f"graph_{next(self._count)}", _checked(options))
+        specialize_module_floats(gm)
         found, keep = _stored(compiled, gm, example_inputs) if compiled.options.cache else (None, None)
         interface = _interface(gm)
         serve = _captured(compiled, interface.names)

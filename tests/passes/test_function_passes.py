@@ -19,7 +19,9 @@ from npu_compiler.passes import (
     common,
     constant_folding,
     dead_code,
+    dual_batch_overlap,
     expert_communication,
+    layer_sharding,
     noop,
     pipeline,
     qk_norm_rope,
@@ -368,6 +370,8 @@ REASONS_ELSEWHERE = {
         sequence_parallel,
         attention_exchange,
         shared_expert_rows,
+        layer_sharding,
+        dual_batch_overlap,
         token_drop,
         expert_communication,
     )
