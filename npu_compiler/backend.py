@@ -95,7 +95,7 @@ class AscendBackend:
         if portable is not None:
             keep = portable.keeping(interface, cache.symbolic_inputs(gm, example_inputs), keep)
         if found is not None:
-            if portable is not None and keep is not None:
+            if keep is not None:  # the portable graph's: a cache keeps nothing that it gave
                 keep(found, "")
             _take(compiled, found, interface, example_inputs, serve, captures=True)
         else:

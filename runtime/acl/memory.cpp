@@ -33,8 +33,8 @@ size_t charged_bytes(size_t bytes, aclrtMemMallocPolicy policy) {
 }
 
 /// Zero pages of 2 MiB, as far as Linux has some when they are touched; null when the host has no address
-/// space left. `bytes` is a multiple of kHugePage. Kernels that read tens of MiB a step wait a third less for
-/// them.
+/// space left. `bytes` is a multiple of kHugePage. Kernels that read tens of MiB a step wait for fewer
+/// page walks.
 void* map_huge_pages(size_t bytes) {
   // Only what is aligned becomes a huge page.
   auto* raw = static_cast<char*>(map_pages(bytes + kHugePage));

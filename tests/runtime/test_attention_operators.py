@@ -319,10 +319,10 @@ def test_latent_attention_with_rope_parts() -> None:
         reference.assert_close(output[i], expected, torch.float32, factor=4)
 
 
-def test_learnable_sink_joins_the_denominator() -> None:
-    case = Paged([2, 1], [30, 9], torch.float32)
+def check_sink(case: Paged, dtype: torch.dtype) -> None:
+    """A learnable sink joins each head's denominator."""
     a = case.arguments()
-    sink = torch.randn(4)
+    sink = torch.randn(4).to(dtype)
     output, _ = torch_npu.npu_fused_infer_attention_score_v2(
         a["query"], a["key"], a["value"], atten_mask=a["atten_mask"], actual_seq_qlen=a["actual_seq_lengths"],
         actual_seq_kvlen=a["actual_seq_lengths_kv"], block_table=a["block_table"], learnable_sink=sink.npu(),
@@ -331,7 +331,11 @@ def test_learnable_sink_joins_the_denominator() -> None:
     )  # fmt: skip
     plain, lse = case.expected()
     share = torch.exp(lse) / (torch.exp(lse) + torch.exp(sink.double()))
-    reference.assert_close(output, plain * share[..., None], torch.float32)
+    reference.assert_close(output, plain * share[..., None], dtype)
+
+
+def test_learnable_sink_joins_the_denominator() -> None:
+    check_sink(Paged([2, 1], [30, 9], torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("masked", ["none", "causal", "bool"])

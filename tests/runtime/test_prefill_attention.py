@@ -12,7 +12,7 @@ import torch_npu
 from torch import Tensor
 
 from tests.runtime import reference
-from tests.runtime.test_attention_operators import BLOCK, COMPRESSED, DTYPES, Paged
+from tests.runtime.test_attention_operators import BLOCK, COMPRESSED, DTYPES, Paged, check_sink
 
 
 @pytest.fixture(autouse=True)
@@ -107,18 +107,7 @@ def test_scores_far_apart(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sinks_of_many_rows(dtype: torch.dtype) -> None:
-    case = Paged([150, 40], [300, 40], dtype)
-    a = case.arguments()
-    sink = torch.randn(4).to(dtype)
-    output, _ = torch_npu.npu_fused_infer_attention_score_v2(
-        a["query"], a["key"], a["value"], atten_mask=a["atten_mask"], actual_seq_qlen=a["actual_seq_lengths"],
-        actual_seq_kvlen=a["actual_seq_lengths_kv"], block_table=a["block_table"], learnable_sink=sink.npu(),
-        num_query_heads=4, num_key_value_heads=2, softmax_scale=case.scale, input_layout="TND", sparse_mode=3,
-        block_size=BLOCK,
-    )  # fmt: skip
-    plain, lse = case.expected()
-    share = torch.exp(lse) / (torch.exp(lse) + torch.exp(sink.double()))
-    reference.assert_close(output, plain * share[..., None], dtype)
+    check_sink(Paged([150, 40], [300, 40], dtype), dtype)
 
 
 def test_latent_attention_of_many_heads() -> None:

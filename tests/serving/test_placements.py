@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm import LLM
 
 from npu_compiler.inspect import bundle
 from tests.models import checkpoints
 from tests.serving import oracle
 from tests.serving.engine import engine, generate, graphs
 from tests.serving.test_moe import saved
-from tests.serving.test_tokens import ENDING_ONE_BY_ONE, TOKENS, check_steps
+from tests.serving.test_tokens import TOKENS
+from tests.serving.two_ranks import check_served
 
 LAYERS = checkpoints.Shape().layers
 EXCHANGE, SCATTER, GATHER, COLUMNS = (
@@ -28,19 +30,13 @@ def test_attention_exchange(mode: str, rows: int, tmp_path: Path, monkeypatch: p
     """With the sums scattered and without. A piece between two attentions has no attention."""
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")  # a program that is loaded is not dumped
     folder = checkpoints.cached(checkpoints.Shape(family="llama"))
-    prompts = oracle.prompts()
-    expected = [oracle.greedy(folder, prompt, TOKENS) for prompt in prompts]
-    options = {"dump": str(tmp_path), "attention_exchange": 1, "sequence_parallel": rows}
-    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **graphs(mode)}
-    with engine(folder, additional_config={"compile": options}, **settings) as llm:
-        assert generate(llm, prompts, TOKENS) == expected
-        shortened = [tokens[:count] for tokens, count in zip(expected, ENDING_ONE_BY_ONE, strict=True)]
-        assert generate(llm, prompts, ENDING_ONE_BY_ONE) == shortened
-        reports = llm.collective_rpc("report")
+
+    def refuses_other_weights(llm: LLM) -> None:
         with pytest.raises(Exception, match="attention_exchange"):
             llm.collective_rpc("reload_weights")
-    for data in reports:
-        check_steps(mode, data)
+
+    options = {"attention_exchange": 1, "sequence_parallel": rows}
+    check_served(folder, mode, behind=refuses_other_weights, dump=str(tmp_path), **options)
     exchanged = 0 if mode == "PIECEWISE" else LAYERS
     for item in bundle.all_of(tmp_path):
         calls = [call for graph in item.graphs for call in graph.program(graph.stage("final")).calls]
@@ -83,17 +79,9 @@ def test_layer_sharding(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Each layer's whole output projection is kept on one of two ranks; decode steps with broadcasts are replays."""
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     layers = 6
-    folder, prompts = checkpoints.cached(checkpoints.Shape(family="llama", layers=layers)), oracle.prompts()
-    expected = [oracle.greedy(folder, prompt, TOKENS) for prompt in prompts]
-    options = {"dump": str(tmp_path), "attention_exchange": 1, "sequence_parallel": 1, "layer_sharding": True}
-    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **graphs(mode)}
-    with engine(folder, additional_config={"compile": options}, **settings) as llm:
-        assert generate(llm, prompts, TOKENS) == expected
-        shortened = [tokens[:count] for tokens, count in zip(expected, ENDING_ONE_BY_ONE, strict=True)]
-        assert generate(llm, prompts, ENDING_ONE_BY_ONE) == shortened
-        reports = llm.collective_rpc("report")
-    for data in reports:
-        check_steps(mode, data)
+    folder = checkpoints.cached(checkpoints.Shape(family="llama", layers=layers))
+    options = {"attention_exchange": 1, "sequence_parallel": 1, "layer_sharding": True}
+    check_served(folder, mode, dump=str(tmp_path), **options)
     for item in bundle.all_of(tmp_path):
         for graph in item.graphs:
             found = [call.target for call in graph.program(graph.stage("final")).calls]
@@ -107,17 +95,8 @@ def test_dual_batch_overlap(mode: str, tmp_path: Path, monkeypatch: pytest.Monke
     """What is between attentions in two halves, from three tokens on, since vLLM has no range of one token alone. A
     piece between two attentions has it too."""
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
-    folder, prompts = checkpoints.cached(checkpoints.Shape(family="llama")), oracle.prompts()
-    expected = [oracle.greedy(folder, prompt, TOKENS) for prompt in prompts]
-    options = {"dump": str(tmp_path), "dual_batch_overlap": 2}
-    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **graphs(mode)}
-    with engine(folder, additional_config={"compile": options}, **settings) as llm:
-        assert generate(llm, prompts, TOKENS) == expected
-        shortened = [tokens[:count] for tokens, count in zip(expected, ENDING_ONE_BY_ONE, strict=True)]
-        assert generate(llm, prompts, ENDING_ONE_BY_ONE) == shortened
-        reports = llm.collective_rpc("report")
-    for data in reports:
-        check_steps(mode, data)
+    folder = checkpoints.cached(checkpoints.Shape(family="llama"))
+    check_served(folder, mode, dump=str(tmp_path), dual_batch_overlap=2)
     for item in bundle.all_of(tmp_path):
         found = [call.target for graph in item.graphs for call in graph.program(graph.stage("final")).calls]
         halves = sum("_c10d_functional.all_reduce" in target for target in found)

@@ -10,7 +10,8 @@ from npu_compiler.inspect import bundle
 from tests.models import checkpoints
 from tests.serving import oracle
 from tests.serving.engine import engine, generate, graphs
-from tests.serving.test_tokens import ENDING_ONE_BY_ONE, MODES, TOKENS, check_steps
+from tests.serving.test_tokens import MODES, TOKENS
+from tests.serving.two_ranks import check_served
 
 IN_DEFAULT_RUN = {("qwen3", "FULL_DECODE_ONLY"), ("llama", "PIECEWISE")}
 
@@ -25,17 +26,7 @@ def cases() -> list[object]:
 
 @pytest.mark.parametrize(("family", "mode"), cases())
 def test_tokens(family: checkpoints.Family, mode: str) -> None:
-    folder: Path = checkpoints.cached(checkpoints.Shape(family=family))
-    prompts = oracle.prompts()
-    expected = [oracle.greedy(folder, prompt, TOKENS) for prompt in prompts]
-    with engine(folder, tensor_parallel_size=2, distributed_executor_backend="mp", **graphs(mode)) as llm:
-        assert generate(llm, prompts, TOKENS) == expected
-        shortened = [tokens[:count] for tokens, count in zip(expected, ENDING_ONE_BY_ONE, strict=True)]
-        assert generate(llm, prompts, ENDING_ONE_BY_ONE) == shortened
-        reports = llm.collective_rpc("report")
-    assert len(reports) == 2
-    for data in reports:
-        check_steps(mode, data)
+    check_served(checkpoints.cached(checkpoints.Shape(family=family)), mode)
 
 
 @pytest.mark.full
@@ -75,17 +66,7 @@ def test_rows_in_parts_give_the_same_tokens(mode: str, tmp_path: Path, monkeypat
     between attentions only the last is rewritten: at the end of the others the residual would have to be gathered."""
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")  # a program that is loaded is not dumped
     folder = checkpoints.cached(checkpoints.Shape(family="llama"))
-    prompts = oracle.prompts()
-    expected = [oracle.greedy(folder, prompt, TOKENS) for prompt in prompts]
-    options = {"dump": str(tmp_path), "sequence_parallel": 1}
-    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **graphs(mode)}
-    with engine(folder, additional_config={"compile": options}, **settings) as llm:
-        assert generate(llm, prompts, TOKENS) == expected
-        shortened = [tokens[:count] for tokens, count in zip(expected, ENDING_ONE_BY_ONE, strict=True)]
-        assert generate(llm, prompts, ENDING_ONE_BY_ONE) == shortened
-        reports = llm.collective_rpc("report")
-    for data in reports:
-        check_steps(mode, data)
+    check_served(folder, mode, dump=str(tmp_path), sequence_parallel=1)
     expected_sums = 2 if mode == "PIECEWISE" else 2 * checkpoints.Shape().layers + 1  # the first is the embedding's
     names = [f"npu_fused.{name}_rows.default" for name in ("reduce_scatter", "all_gather")]
     for item in bundle.all_of(tmp_path):
