@@ -83,8 +83,8 @@ def own_layer_reference(layers: list[Tensor], group: str) -> Tensor:
 
 
 def part_of(rows: int, ranks: int) -> int:
-    """How many rows a rank has."""
-    return (rows + ranks - 1) // ranks
+    """How many rows a rank has: rounded up. Written as vLLM does (cdiv), so that symbols are the same expression."""
+    return -(rows // -ranks)
 
 
 def _filled_up(x: Tensor, ranks: int) -> Tensor:

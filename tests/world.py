@@ -89,6 +89,11 @@ def _reduce_scatter(each: Each) -> list[Tensor]:
     return _parts(_total([args[0] for args in each]), len(each))
 
 
+def _gather_all(each: Each) -> list[Tensor]:
+    whole = torch.cat([args[0] for args in each])
+    return [whole.clone() for _ in each]
+
+
 def _all_gather(each: Each) -> list[Tensor]:
     whole = torch.cat([args[0] for args in each])
     return [whole[: args[3]].clone() for args in each]
@@ -134,6 +139,7 @@ def _parts(whole: Tensor, ranks: int) -> list[Tensor]:
 COLLECTIVES: dict[str, Callable[[Each], list[Any]]] = {
     "_c10d_functional.all_reduce.default": _all_reduce,
     "_c10d_functional.wait_tensor.default": _wait,
+    "_c10d_functional.all_gather_into_tensor.default": _gather_all,
     "npu_fused.reduce_scatter_rows.default": _reduce_scatter,
     "npu_fused.all_gather_rows.default": _all_gather,
     "npu_fused.shard_rows.default": _shard,

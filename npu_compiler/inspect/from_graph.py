@@ -15,13 +15,14 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from npu_compiler.graph import groups
 from npu_compiler.graph.constants import constant_of, is_kept
+from npu_compiler.graph.device import Device
 from npu_compiler.graph.effects import storage, value, written_storages
 from npu_compiler.graph.once import LASTING, ONCE
 from npu_compiler.graph.source import TIMES, operator_name, place
 from npu_compiler.inspect.names import is_size, names_in
 from npu_compiler.inspect.program import Argument, Call, Cost, Items, Named, Program, Result, SizeValue, TensorValue
 from npu_compiler.plan.engines import Engine
-from npu_compiler.plan.estimate import Device, Sizes, estimate
+from npu_compiler.plan.estimate import Sizes, estimate
 
 
 def program_of(graph: fx.Graph) -> Program:

@@ -30,7 +30,7 @@ PARTS = frozenset(
     f"npu_fused::{name}"
     for name in ("reduce_scatter_rows", "shard_rows", "all_to_all_combine", "all_to_all_rows", "mc2_combine")
 )
-WHOLE = frozenset(f"npu_fused::{name}" for name in ("all_gather_rows", "all_gather_columns", "unshard_rows"))
+FILLED_UP = "npu_fused::unshard_rows"
 ALONE = ("npu_fused.mc2_dispatch", "npu_fused.mc2_combine")
 """Whose group may have nothing else communicate in it."""
 
@@ -174,23 +174,28 @@ def _beside_parts(graph: fx.Graph, group: str) -> set[fx.Node]:
             parts.add(node)
             if name == "npu_fused::shard_rows":
                 found |= set(_inputs(node.all_input_nodes, parts))
-        elif name not in WHOLE and parts.intersection(node.all_input_nodes):
+        elif not _ends_parts(node) and parts.intersection(node.all_input_nodes):
             parts.add(node)
             found |= set(_inputs([item for item in node.all_input_nodes if item not in parts], parts))
     return found
 
 
 def _inputs(nodes: Sequence[fx.Node], parts: set[fx.Node]) -> Iterator[fx.Node]:
-    """The tensors among a program's inputs that `nodes` are made of, but for what is gathered from all ranks."""
+    """The tensors among a program's inputs that `nodes` are made of, but for what came from other ranks."""
     todo, seen = list(nodes), set()
     while todo:
         node = todo.pop()
-        if node in seen or node in parts or _name(node) in WHOLE:
+        if node in seen or node in parts or _ends_parts(node):
             continue
         seen.add(node)
         if node.op == "placeholder" and isinstance(value(node), torch.Tensor):
             yield node
         todo += node.all_input_nodes
+
+
+def _ends_parts(node: fx.Node) -> bool:
+    """Whether a call's result is no part of the rows any more: what is sent is the business of who receives it."""
+    return _name(node) == FILLED_UP or bool(_collective(node))
 
 
 def _name(node: fx.Node) -> str:

@@ -31,12 +31,13 @@ import torch
 from torch import fx
 
 from npu_compiler.facts.sizes import expression
+from npu_compiler.graph.device import Device
 from npu_compiler.graph.effects import tensors, value
 from npu_compiler.graph.groups import group_of
 from npu_compiler.graph.traffic import is_view, launches
 from npu_compiler.plan.amounts import TYPICAL
 from npu_compiler.plan.engines import Engine, engine_of
-from npu_compiler.plan.estimate import Device, Sizes, estimate
+from npu_compiler.plan.estimate import Sizes, estimate
 
 BROADCAST, WAIT = "_c10d_functional.broadcast.default", "_c10d_functional.wait_tensor.default"
 

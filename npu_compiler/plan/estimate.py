@@ -1,7 +1,7 @@
 """How long a call takes: estimates from bytes and floating-point operations, to compare plans with one another.
 
-The constants are published ones of an Ascend 910B3, and assumptions where nothing is published; nothing was measured
-on a card. A plan's estimate is good for "is this better than that", not for a figure to quote.
+With the constants of graph/device.py. A plan's estimate is good for "is this better than that", not for a figure to
+quote.
 """
 
 from __future__ import annotations
@@ -14,32 +14,12 @@ import torch
 from torch import fx
 
 from npu_compiler.facts.sizes import expression
+from npu_compiler.graph.device import Device
 from npu_compiler.graph.effects import tensors
 from npu_compiler.graph.traffic import Amount, moved_bytes
 from npu_compiler.plan.engines import Engine, engine_of
 
 Sizes = Mapping[sympy.Symbol, int]
-
-
-@dataclass(frozen=True)
-class Device:
-    """Constants of a device. Microseconds, bytes a microsecond, operations a microsecond.
-
-    Attributes:
-        memory: device memory bandwidth. `matrix`: half-precision multiply-adds count as two. `link`: one direction.
-        launch: from one kernel of a captured graph to the next on a stream (assumption).
-        event: recording or awaiting an event in a captured graph (assumption).
-        share: bytes that one vector core works on before a second one helps (assumption), of `cores` cores.
-    """
-
-    name: str = "910B3"
-    memory: float = 1.15e6
-    matrix: float = 295e6
-    link: float = 25e3
-    launch: float = 1.5
-    event: float = 1.0
-    share: int = 16 << 10
-    cores: int = 40
 
 
 @dataclass(frozen=True)

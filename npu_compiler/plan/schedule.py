@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from npu_compiler.graph.device import Device
 from npu_compiler.graph.effects import storage, tensors
 from npu_compiler.plan.dependencies import Dependencies
 from npu_compiler.plan.engines import Engine
-from npu_compiler.plan.estimate import Device, Estimate, Sizes, estimate
+from npu_compiler.plan.estimate import Estimate, Sizes, estimate
 
 MAIN = 0
 FORK = 0

@@ -28,13 +28,13 @@ from npu_compiler.errors import (
     StoredProgramError,
     TrainingWarning,
 )
+from npu_compiler.graph.device import Device
 from npu_compiler.graph.serialized import NotStorable, dumps
 from npu_compiler.graph.source import where
 from npu_compiler.passes import expert_communication
 from npu_compiler.passes.record import PassRecord
 from npu_compiler.plan import agreement
 from npu_compiler.plan.dependencies import Dependencies
-from npu_compiler.plan.estimate import Device
 from npu_compiler.plan.happens_before import verify
 from npu_compiler.plan.schedule import StreamPlan, place
 from tests.compiler.message_sites import sites

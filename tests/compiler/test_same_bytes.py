@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from npu_compiler.backend import AscendBackend
 from npu_compiler.graph import serialized
+from npu_compiler.graph.device import Device
 from npu_compiler.passes.record import PassRecord
 from npu_compiler.plan.dependencies import Dependencies
-from npu_compiler.plan.estimate import Device
 from npu_compiler.plan.schedule import place
 
 ROOT = Path(__file__).parents[2]

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from npu_compiler import fusion_kernels
 from npu_compiler.config import Options
 from npu_compiler.errors import OptionError
+from npu_compiler.graph.device import Device
 from npu_compiler.inspect import bundle, collectives, partly, reference, undefined
 from npu_compiler.inspect.from_graph import program_of
 from npu_compiler.inspect.judge import Expected, Seen, judge
@@ -26,7 +27,6 @@ from npu_compiler.inspect.values import Values
 from npu_compiler.passes import pipeline, sequence_parallel
 from npu_compiler.passes.record import PassRecord
 from npu_compiler.plan.dependencies import Dependencies
-from npu_compiler.plan.estimate import Device
 from npu_compiler.plan.happens_before import verify
 from npu_compiler.plan.schedule import place
 from tests import world

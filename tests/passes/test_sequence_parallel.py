@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from npu_compiler import fusion_kernels
 from npu_compiler.config import Options
 from npu_compiler.errors import OptionError
+from npu_compiler.graph.source import TIMES
 from npu_compiler.passes import pipeline, sequence_parallel
 from npu_compiler.passes.record import Pass, PassRecord
 from tests import world
@@ -180,6 +181,105 @@ def a_vector(x, row, weight):  # type: ignore[no-untyped-def]
 
 def per_row_factor(x, row, embedded):  # type: ignore[no-untyped-def]
     return summed(x @ row)[None] * embedded
+
+
+def stage(layers: int) -> Callable[..., Any]:
+    """So many layers of a pipeline, in front of another stage, which wants the residual too."""
+
+    def function(x, row, column, weight, embedded):  # type: ignore[no-untyped-def]
+        residual = embedded
+        for _ in range(2 * layers):
+            normed, residual = add_norm(summed(x @ row), residual, weight)
+            x = (normed @ column).relu()
+        return summed(x @ row), residual
+
+    return function
+
+
+def test_a_stage_of_many_layers_gathers_its_residual_at_the_end() -> None:
+    """One result more than it has sums, which is worth it from a number of norms on."""
+    program, record = rewritten(stage(6))
+    (fired,) = record.fired
+    assert fired.rule == "sequence_parallel: 12 sums, 13 gathers over 2 ranks, no padding"
+    assert [calls(program).count(name) for name in (SCATTER, SHARD, GATHER)] == [12, 1, 13]
+    normed, residual = program.graph.output_node().args[0]
+    assert str(normed.target) == SUM[1], "nothing is normed behind the last sum"
+    assert str(residual.target) == GATHER
+
+
+def test_a_stage_of_few_layers_stays() -> None:
+    program, record = rewritten(stage(2))
+    (refused,) = record.refused
+    assert refused.reason.startswith("5 results would be gathered for 4 sums: 384 bytes more, which are estimated")
+    assert SCATTER not in calls(program)
+
+
+def test_a_layer_counts_as_often_as_it_is_repeated() -> None:
+    """Of equal layers the pass sees a few; they stand for all."""
+    names = ("x", "row", "column", "weight", "embedded")
+    short = make_fx(stage(2), tracing_mode="fake")(*(inputs(0)[name] for name in names))
+    norms = short.graph.find_nodes(op="call_function", target=torch.ops.npu_fused.add_rms_norm.default)
+    for node in norms[1:3]:
+        for of_layer in (node, *node.users, *(item for item in node.all_input_nodes if item.op == "call_function")):
+            of_layer.meta[TIMES] = 6
+    assert apply(Pass("sequence_parallel", "", sequence_parallel.run), short).fired
+
+
+def gathered_rows(part: Tensor) -> Tensor:
+    whole = torch.ops._c10d_functional.all_gather_into_tensor(part, RANKS, "0")
+    return torch.ops._c10d_functional.wait_tensor(whole)
+
+
+def experts_of_own_rows(x, row, column, weight, other):  # type: ignore[no-untyped-def]
+    """As vLLM has a mixture of experts whose tokens it divides over the ranks."""
+    residual = summed(x @ row)
+    normed, residual = add_norm(summed((norm(residual, weight) @ column).relu() @ row), residual, other)
+    own = torch.ops.npu_fused.shard_rows(normed, "0", RANKS).sigmoid() * other
+    normed, residual = add_norm(gathered_rows(own)[: x.shape[0]], residual, weight)
+    return normed @ column
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_what_the_program_cuts_and_gathers_stays_in_parts(dynamic: bool) -> None:
+    program, record = rewritten(experts_of_own_rows, dynamic=dynamic, sizes=(6, 7, 2, 1) if dynamic else (ROWS,))
+    (fired,) = record.fired
+    assert fired.rule.startswith(
+        "sequence_parallel: 2 sums and 1 gather of the program, 2 gathers over 2 ranks, 1 cut left out, "
+    )
+    found = calls(program)
+    assert [found.count(name) for name in (SCATTER, GATHER, SHARD, *SUM)] == [2, 2, 0, 0, 0]
+    assert not any("all_gather_into_tensor" in name or "slice" in name for name in found)
+
+
+def other_rows_gathered(x, row, column, weight, other):  # type: ignore[no-untyped-def]
+    """The ranks' parts are not the rows' in their order: the last row of each is nobody's."""
+    residual = summed(x @ row)
+    own = torch.cat([torch.ops.npu_fused.shard_rows(residual, "0", RANKS), residual[:1]])
+    return add_norm(gathered_rows(own)[: x.shape[0]], residual, weight)[0]
+
+
+def gather_is_read(x, row, column, weight, other):  # type: ignore[no-untyped-def]
+    residual = summed(x @ row)
+    whole = gathered_rows(torch.ops.npu_fused.shard_rows(residual, "0", RANKS))
+    return add_norm(whole[: x.shape[0]], residual, weight)[0], whole.sum(0)
+
+
+def only_gathered(x, row, column, weight, other):  # type: ignore[no-untyped-def]
+    return norm(gathered_rows(x @ row), weight)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (other_rows_gathered, "parts of 4 rows are not known to be 6 divided by 2, rounded up"),
+        (gather_is_read, "what is gathered is read before filled-up rows are cut off"),
+        (only_gathered, ""),
+    ],
+)
+def test_gathers_that_no_region_goes_on_from(function: Callable[..., Any], reason: str) -> None:
+    program, record = rewritten(function, dynamic=function is gather_is_read)
+    assert any("all_gather_into_tensor" in name for name in calls(program))
+    assert not reason or [entry.reason for entry in record.refused if entry.reason == reason], record
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ import npu_compiler
 from npu_compiler.aclgraph.capture import capture
 from npu_compiler.aclgraph.streams import Streams
 from npu_compiler.backend import CompiledGraph, ascend, compile_fx
+from npu_compiler.graph.device import Device
 from npu_compiler.plan.dependencies import Dependencies
-from npu_compiler.plan.estimate import Device
 from npu_compiler.plan.happens_before import verify
 from npu_compiler.plan.schedule import StreamPlan, place
 from npu_compiler.runtime import counters

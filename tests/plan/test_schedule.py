@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import fx
 
 from npu_compiler.errors import PlanError
+from npu_compiler.graph.device import Device
 from npu_compiler.graph.traffic import launches
 from npu_compiler.plan.dependencies import Dependencies
 from npu_compiler.plan.engines import Engine, engine_of
-from npu_compiler.plan.estimate import Device, estimate
+from npu_compiler.plan.estimate import estimate
 from npu_compiler.plan.happens_before import verify
 from npu_compiler.plan.schedule import FORK, MAIN, StreamPlan, place, schedule
 from tests.plan.programs import IN_PLACE, SIDE, Program, programs, two_branches

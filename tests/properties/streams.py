@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 from torch import fx
 
+from npu_compiler.graph.device import Device
 from npu_compiler.plan.dependencies import Dependencies
-from npu_compiler.plan.estimate import Device
 from npu_compiler.plan.happens_before import verify
 from npu_compiler.plan.schedule import MAIN, StreamPlan, place
 

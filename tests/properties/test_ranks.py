@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
@@ -40,6 +41,14 @@ def linear(x: Tensor, column: Tensor, row: Tensor) -> Tensor:
     return summed((x @ column).relu() @ row)
 
 
+def divided(x: Tensor, own: Tensor) -> Tensor:
+    """Each rank's rows times a number of its own, put together again."""
+    ranks = dist.get_world_size()
+    part = torch.ops.npu_fused.shard_rows(x, "0", ranks) * own
+    whole = torch.ops._c10d_functional.all_gather_into_tensor(part, ranks, "0")
+    return torch.ops._c10d_functional.wait_tensor(whole)[: x.shape[0]]
+
+
 Made = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]]
 STEPS: dict[str, Made] = {
     "linear": lambda x, y, column, row, weight: [linear(x, column, row)],
@@ -51,6 +60,7 @@ STEPS: dict[str, Made] = {
     "narrow": lambda x, y, column, row, weight: [x.float()],
     "across": lambda x, y, column, row, weight: [x.softmax(0)],
     "turned": lambda x, y, column, row, weight: [x.flip(0)],
+    "divided": lambda x, y, column, row, weight: [divided(x, row.sum())],
     "own": lambda x, y, column, row, weight: [x * row.sum()],
 }
 
@@ -95,7 +105,7 @@ def check(steps: Sequence[Step], returned: int, ranks: int, rows: int, dynamic: 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_all_ranks_compute_the_same_before_and_after(ranks: int) -> None:
-    names = st.sampled_from([*STEPS, "linear", "norm", "add_norm"])
+    names = st.sampled_from([*STEPS, "linear", "norm", "add_norm", "divided"])
     earlier = st.sampled_from([-1, -1, -1, -1, -2, -2, -3, -4])
     step = st.tuples(names, earlier, earlier)
 
