@@ -146,11 +146,6 @@ PASSES: tuple[Pass, ...] = (
         layer_sharding.run,
     ),
     Pass(
-        dual_batch_overlap.NAME,
-        "behind sequence_parallel and attention_exchange, which take sums away; only with the option of its name",
-        dual_batch_overlap.run,
-    ),
-    Pass(
         token_drop.NAME,
         "behind sequence_parallel, whose part of a sum it then gives; only with the option of its name",
         token_drop.run,
@@ -159,6 +154,12 @@ PASSES: tuple[Pass, ...] = (
         expert_communication.NAME,
         "in the place of token_drop, which is an all-to-all of its own; without that option",
         expert_communication.run,
+    ),
+    Pass(
+        dual_batch_overlap.NAME,
+        "behind sequence_parallel, attention_exchange, token_drop and expert_communication, which take sums away; only "
+        "with the option of its name",
+        dual_batch_overlap.run,
     ),
     Pass(masked_embedding.NAME, "before mul_add, which would take its arithmetic apart", rules=masked_embedding.RULES),
     Pass(mul_add.NAME, "last of the rules: it would take arithmetic apart that others look for", rules=mul_add.RULES),

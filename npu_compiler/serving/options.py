@@ -120,7 +120,7 @@ class ServingOptions:
         Raises:
             ValueError: as `parse`, or compile options together with a mode that compiles nothing.
         """
-        from vllm.config import CompilationMode
+        from vllm.config import CompilationMode, CUDAGraphMode
 
         options = cls.parse(config.additional_config)
         eager = config.model_config is not None and config.model_config.enforce_eager
@@ -130,11 +130,24 @@ class ServingOptions:
                 f"additional_config: compile options {sorted(options.compile)} contradict {cause}, which compiles "
                 "nothing; drop one of the two"
             )
+        on_streams = options.compile.get("multistream") == "auto"
+        if on_streams and config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
+            raise ValueError(
+                "additional_config: compile: multistream puts calls on side streams of captured graphs, and "
+                "cudagraph_mode NONE captures nothing; leave one of the two out"
+            )
         between_ranks = [name for name in ("token_drop", "expert_communication") if options.compile.get(name)]
         if between_ranks and not config.parallel_config.enable_expert_parallel:
             raise ValueError(
                 f"additional_config: compile: {', '.join(between_ranks)} say how tokens get to experts on other ranks, "
                 "and without --enable-expert-parallel each rank has a part of every expert; add that, or leave them out"
+            )
+        exchanges = [name for name in between_ranks if options.compile[name] not in ("auto", "allgather")]
+        if exchanges and config.parallel_config.data_parallel_size > 1:
+            raise ValueError(
+                f"additional_config: compile: {', '.join(exchanges)} and --data-parallel-size exclude each other: "
+                "layers of experts gather the tokens of all engines, and no part of them is exchanged between ranks; "
+                "leave one of the two out"
             )
         return options
 

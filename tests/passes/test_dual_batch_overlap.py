@@ -25,6 +25,8 @@ from npu_compiler.passes import dual_batch_overlap, pipeline
 from npu_compiler.passes.record import Pass, PassRecord
 from npu_compiler.plan.order import arrange
 from tests import world
+from tests.experts import Case
+from tests.passes import test_token_drop as experts
 from tests.passes.lowered import apply, calls
 from tests.properties.seeded import PHASES, SEED
 from tests.properties.test_ranks import INNER, STEPS, WIDTH, Step, inputs, program, summed
@@ -173,6 +175,33 @@ def test_fewer_rows_than_asked_for(ranks: int) -> None:
     assert "option dual_batch_overlap=7" in refused.reason
     assert apply(halved(ROWS), traced(layers)).fired
     assert not apply(halved(5), traced(layers, dynamic=True)).fired, "5 rows can't be proven"
+
+
+@pytest.mark.parametrize("exchange", [{"token_drop": {"max_drop_ratio": 0.0}}, {"expert_communication": "alltoall"}])
+def test_the_sum_of_experts_is_left_to_what_exchanges_their_tokens(exchange: dict[str, Any]) -> None:
+    """And the others are halved."""
+
+    def made(rank: int) -> Callable[..., Any]:
+        def block(x, ids, weights, w13, w2, own, *_):  # type: ignore[no-untyped-def]
+            whole = summed(x @ own).relu()
+            return summed(experts.own_results(whole, ids, weights, w13, w2, rank, 2)) @ own
+
+        return block
+
+    case = Case(2, experts.EXPERTS, experts.K, 12, "random", 1.0)
+    options = Options.of({"dual_batch_overlap": 2, **exchange})
+    before, after = [], []
+    for rank in range(2):
+        with world.group_of(2, rank), torch.no_grad():
+            before.append(make_fx(made(rank), tracing_mode="fake")(*experts.inputs(case, rank)))
+            after.append(copy.deepcopy(before[-1]))
+            for entry in pipeline.selected(options):
+                if entry.name in {"dual_batch_overlap", *exchange}:
+                    apply(entry, after[-1])
+    found = calls(after[0])
+    assert [found.count(name) for name in (experts.DISPATCH, experts.COMBINE, SUM)] == [1, 1, 2]
+    for got, exact in zip(experts.run(after, case), experts.run(before, case), strict=True):
+        torch.testing.assert_close(got, exact)
 
 
 def test_the_option_switches_it_on() -> None:

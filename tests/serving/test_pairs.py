@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.serving.pairs import page, plan, refusals, start, texts
 from tests.serving.pairs.__main__ import waiting
-from tests.serving.pairs.features import BY_NAME, Rank
+from tests.serving.pairs.features import BY_NAME, FEATURES, Rank
 from tests.serving.pairs.plan import Pair, Start
 
 IN_DEFAULT_RUN = ("dense:FULL_DECODE_ONLY+pipeline_parallel=2",)
@@ -93,16 +94,68 @@ def test_experts_are_spread_over_engines_too() -> None:
     assert len(both["expert_map"]["layer_list"][0]["device_list"]) == 4
 
 
+def test_layers_are_enough_for_each_stage_to_spread_them() -> None:
+    assert Start.parse("dense:tensor_parallel=2+attention_exchange+layer_sharding").layers == 4
+    assert Start.parse("dense:tensor_parallel=2+pipeline_parallel=2+attention_exchange+layer_sharding").layers == 8
+
+
+def test_a_feature_brings_what_it_works_behind() -> None:
+    alone = Pair("dense", "tensor_parallel=2", "layer_sharding").start
+    assert alone.names == {"tensor_parallel=2", "attention_exchange", "layer_sharding"}
+    shared = Pair("shared", "layer_sharding", "shared_expert_rows").start
+    assert shared.names == {"tensor_parallel=2", "sequence_parallel", "layer_sharding", "shared_expert_rows"}
+
+
+def test_options_beside_other_features() -> None:
+    """dual_batch_overlap would find no sums if sequence_parallel took those of all steps."""
+
+    def compiled(name: str) -> object:
+        return Start.parse(name).settings()["additional_config"]["compile"]
+
+    assert compiled("dense:tensor_parallel=2+sequence_parallel") == {"sequence_parallel": 1}
+    both = compiled("dense:tensor_parallel=2+sequence_parallel+dual_batch_overlap")
+    assert both == {"sequence_parallel": 16, "dual_batch_overlap": 2}
+
+
+def test_mc2_is_served_on_the_chip_and_the_sizes_that_it_takes() -> None:
+    start = Pair("moe", "tensor_parallel=2", "expert_communication=mc2").start
+    assert (start.environment, start.hidden, start.dtype) == (
+        {"NPU_COMPILER_HOST": "soc=Ascend910_9391"},
+        1024,
+        "float16",
+    )
+    assert not Start.parse("moe:FULL+tensor_parallel=2").environment
+    assert texts.folder("moe", hidden=1024) != texts.folder("moe")
+
+
+def test_the_model_with_a_shared_expert_is_for_what_works_on_it() -> None:
+    own = {feature.name for feature in FEATURES if feature.kinds == ("shared",)}
+    found = [pair for pair in plan.pairs() if pair.kind == "shared"]
+    assert own and found and all({pair.left, pair.right} & own for pair in found)
+
+
 def ranks(*fired: int) -> list[Rank]:
     """Of stages that follow one another: how often sequence_parallel rewrote something."""
     steps = {"total": 1}
-    return [Rank(steps, steps, 0, 0, [], 0, {"sequence_parallel": one}, 0, stage) for stage, one in enumerate(fired)]
+    nothing = Rank(steps, steps, 0, 0, [], 0, 0, 0, 0, {}, {}, 0, 0)
+    return [
+        dataclasses.replace(nothing, fired={"sequence_parallel": one}, stage=stage) for stage, one in enumerate(fired)
+    ]
 
 
 def test_sequence_parallel_has_to_show_in_the_last_stage() -> None:
     shows = BY_NAME["sequence_parallel"].shows
     assert shows(ranks(2)) and shows(ranks(0, 1))
     assert not shows(ranks(0)) and not shows(ranks(1, 0))
+
+
+def test_token_drop_has_to_send_rows_and_drop_none() -> None:
+    (silent,) = ranks(0)
+    sent = dataclasses.replace(silent, fired={"token_drop": 2}, routed=8)
+    shows = BY_NAME["token_drop"].shows
+    assert shows([sent, sent])
+    for wrong in ({"fired": {}}, {"left": {"token_drop": 1}}, {"routed": 0}, {"dropped": 1}):
+        assert not shows([sent, dataclasses.replace(sent, **wrong)]), wrong
 
 
 def full() -> Iterator[object]:

@@ -17,11 +17,12 @@ HEAD = """# Features of several ranks, pair by pair
 Written by `python -m tests.serving.pairs` (`make pairs`); its `--help` says how to run a part, or go on.
 
 Each pair of features was served together with vLLM on the host runtime, ranks being processes; nothing here ran on
-Ascend cards. A small Qwen3 (dense) or Qwen3-MoE answers 8 prompts of 3 to 300 tokens at once, and the tokens have to be
-those of transformers, in float32 on the CPU. Features that need half precision run in float16, on prompts whose answers
-no rounding can change: transformers chooses each token by a margin, and the same one in float16. A start that gives the
-right tokens counts only if the ranks show that each of its features did something: steps that were replayed, passes
-that fired, experts and weights as they lie.
+Ascend cards. A small Qwen3 (dense), Qwen3-MoE or Qwen2-MoE (with a shared expert) answers 8 prompts of 3 to 300 tokens
+at once, and the tokens have to be those of transformers, in float32 on the CPU. Features that need half precision run
+in float16, on prompts whose answers no rounding can change: transformers chooses each token by a margin, and the same
+one in float16. A start that gives the right tokens counts only if the ranks show that each of its features did
+something: steps that were replayed, passes that fired, experts and weights as they lie, streams of the captured
+graphs.
 
 - **equal**: the tokens are equal. The number is that of the start, below, whose features were all on together.
 - **refused**: start-up refuses the pair, for the reason given; a test holds it to that.
@@ -30,9 +31,17 @@ that fired, experts and weights as they lie.
 
 Two choices of one thing (graph modes, numbers of ranks of one kind) are no pair. What has 4 ranks by itself is tried
 with some features only. Where no graph mode is named, it is FULL_DECODE_ONLY. The model has 2 layers, with
-`pipeline_parallel=4` it has 4. In the table of starts, `compiler` begins its fingerprint: starts with different ones
-were made with different states of the compiler, and `--again stale` makes those anew that are not of the present one.
+`pipeline_parallel=4` it has 4, and with `layer_sharding` 4 a stage. The model with a shared expert has the pairs of
+what works on that. `token_drop` is with room for all rows, where it is exact. `expert_communication=mc2` is on the host
+runtime's A3, with 1024 columns; `matmul_all_reduce`, which A2 has alone, is not tried beside it. With
+`sequence_parallel`, which leaves no sums over the ranks, `dual_batch_overlap` is for steps of up to 15 tokens and
+`sequence_parallel` for those from 16 on. In the table of starts, `compiler` begins its fingerprint: starts with
+different ones were made with different states of the compiler, and `--again stale` makes those anew that are not of the
+present one.
 """
+
+
+TITLES = dict(zip(KINDS, ("Dense", "Mixture of experts", "Mixture with a shared expert"), strict=True))
 
 
 def states(rows: Sequence[Row], refusals: Mapping[Pair, str]) -> dict[Pair, str]:
@@ -58,7 +67,7 @@ def page(rows: Sequence[Row], refusals: Mapping[Pair, str], compiler: str) -> st
     summary = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     lines += [f"{len(found)} pairs: {summary}.", ""]
     for kind in KINDS:
-        lines += [f"## {'Dense' if kind == 'dense' else 'Mixture of experts'}", ""]
+        lines += [f"## {TITLES[kind]}", ""]
         lines += _table(kind, {pair: state for pair, state in found.items() if pair.kind == kind}, numbers)
         lines.append("")
     lines += _reasons(found)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tests.serving.pairs.features import BY_NAME, FEATURES, KINDS, Feature
+from tests.serving.pairs.features import BY_NAME, FEATURES, KINDS, LAYERS, Feature
 
 RANKS_DEFAULT = BY_NAME["tensor_parallel=2"]
 
@@ -23,6 +24,9 @@ class Start:
     def of(cls, kind: str, features: Iterable[Feature]) -> Start:
         """A start with these features and what they need."""
         chosen = set(features)
+        for feature in list(chosen):
+            if feature.behind and chosen.isdisjoint(BY_NAME[name] for name in feature.behind):
+                chosen.add(BY_NAME[feature.behind[0]])
         axes = {feature.axis for feature in chosen}
         if any(feature.needs and axes.isdisjoint(feature.needs) for feature in chosen):
             chosen.add(RANKS_DEFAULT)
@@ -53,7 +57,18 @@ class Start:
     @property
     def layers(self) -> int:
         """How many the model has."""
-        return max(feature.layers for feature in self.features)
+        stages = math.prod(feature.ranks for feature in self.features if feature.axis == "pipeline")
+        return max(LAYERS, stages * max(feature.layers for feature in self.features))
+
+    @property
+    def hidden(self) -> int:
+        """How many columns the model has."""
+        return max(feature.hidden for feature in self.features)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the ranks' processes."""
+        return {name: value for feature in self.features for name, value in feature.environment.items()}
 
     @property
     def dtype(self) -> str:
@@ -68,7 +83,10 @@ class Start:
         for feature in self.features:
             found |= feature.settings
             options |= feature.compile
-            plugin |= feature.plugin(self.ranks)
+            plugin |= feature.plugin(self.ranks, self.layers)
+        for feature in self.features:
+            for name in self.names & feature.beside.keys():
+                options |= feature.beside[name]
         if self.ranks > 1 and "data_parallel_size" not in found:
             found["distributed_executor_backend"] = "mp"
         plugin |= {"compile": options} if options else {}
@@ -90,15 +108,21 @@ class Pair:
 
 
 def pairs() -> list[Pair]:
-    """All that mean anything: two choices of one axis don't, nor does a feature of experts for a dense model."""
+    """All that are tried. A model with a shared expert is for what works on that: the other mixture tries the rest."""
     found = []
     for kind, (left, right) in itertools.product(KINDS, itertools.combinations(FEATURES, 2)):
-        meant = kind in left.kinds and kind in right.kinds
-        other = not left.axis or left.axis != right.axis
-        tried = all(not one.only_with or two.name in one.only_with for one, two in ((left, right), (right, left)))
-        if meant and other and tried:
+        alone = kind != "shared" or (kind,) in (left.kinds, right.kinds)
+        if alone and _means_anything(kind, left, right):
             found.append(Pair(kind, left.name, right.name))
     return found
+
+
+def _means_anything(kind: str, left: Feature, right: Feature) -> bool:
+    """Two choices of one axis don't, nor does a feature of experts for a dense model."""
+    meant = kind in left.kinds and kind in right.kinds
+    other = not left.axis or left.axis != right.axis
+    tried = all(not one.only_with or two.name in one.only_with for one, two in ((left, right), (right, left)))
+    return meant and other and tried
 
 
 def refusal(start: Start) -> str:
@@ -144,8 +168,6 @@ def _by_need(left: Iterable[Pair], kind: str) -> list[Feature]:
 
 def _goes(start: Start, ranks: int) -> bool:
     """Whether all features of a start are meant to go together, on so many ranks at most."""
-    axes = [feature.axis for feature in start.features if feature.axis]
-    known = {pair for pair in pairs() if pair.kind == start.kind}
-    alike = len(set(axes)) == len(axes) and start.ranks <= ranks and not refusal(start)
-    order = [feature.name for feature in start.features]
-    return alike and all(Pair(start.kind, *two) in known for two in itertools.combinations(order, 2))
+    two_by_two = itertools.combinations(start.features, 2)
+    meant = all(_means_anything(start.kind, *two) for two in two_by_two)
+    return meant and start.ranks <= ranks and not refusal(start)

@@ -16,7 +16,7 @@ def message(start: Start) -> str:
     """What a start is refused with, in one line; empty if it is accepted."""
     settings = engine.SETTINGS | start.settings()
     try:
-        EngineArgs(model=str(texts.folder(start.kind, start.layers)), **settings).create_engine_config()
+        EngineArgs(model=str(texts.folder(start.kind, start.layers, start.hidden)), **settings).create_engine_config()
     except ValueError as error:
         errors = getattr(error, "errors", None)  # pydantic's, around the platform's own
         text = str(errors()[0]["msg"]) if errors else str(error)

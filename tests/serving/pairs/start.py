@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.sweep.worker import ROW
 from npu_compiler.backend import bundle_of
@@ -46,7 +47,7 @@ def row(start: Start) -> dict[str, Any]:
 
 def judged(start: Start) -> tuple[str, str]:
     """Serves the start's model; the outcome, and what is wrong where it is not "equal"."""
-    prompts, expected = texts.of(start.kind, start.dtype, start.layers)
+    prompts, expected = texts.of(start.kind, start.dtype, start.layers, start.hidden)
     tokens, ranks = served(start, prompts, [len(answer) for answer in expected])
     for index, (got, right) in enumerate(zip(tokens, expected, strict=True)):
         if got != right:
@@ -63,14 +64,18 @@ def served(start: Start, prompts: Tokens, counts: Sequence[int]) -> tuple[Tokens
 
     All prompts at once, so that prompts are read in chunks beside decode steps, and batches of many sizes occur.
     """
-    with tempfile.TemporaryDirectory() as dump, tempfile.TemporaryDirectory() as facts:
+    with (
+        tempfile.TemporaryDirectory() as dump,
+        tempfile.TemporaryDirectory() as facts,
+        mock.patch.dict(os.environ, start.environment),
+    ):
         settings = start.settings()
         if not settings.get("enforce_eager"):
             settings["compilation_config"] = {**settings.get("compilation_config", {}), "debug_dump_path": dump}
         run = replicated if "data_parallel_size" in settings else _one_engine
-        tokens = run(texts.folder(start.kind, start.layers), settings, prompts, counts, facts)
+        tokens = run(texts.folder(start.kind, start.layers, start.hidden), settings, prompts, counts, facts)
         said = [json.loads(file.read_text()) for file in sorted(Path(facts).iterdir())]
-        return tokens, [Rank(fired=_fired(fact.pop("bundle")), **fact) for fact in said]
+        return tokens, [Rank(**_passes(fact.pop("bundle")), **fact) for fact in said]
 
 
 def _one_engine(folder: Path, settings: dict[str, Any], prompts: Tokens, counts: Sequence[int], facts: str) -> Tokens:
@@ -121,19 +126,25 @@ def note_facts(worker: Any, folder: str) -> None:
         "fractal": formats.count(FRACTAL_NZ),
         "rows": [layer["rows"] for layer in report["experts"]],
         "moved": sum(layer["moved"] for layer in report["experts"]),
+        "routed": sum(layer["routed"] for layer in report["dropped"]),
+        "dropped": sum(layer["dropped"] for layer in report["dropped"]),
+        "streams": max((graph["streams"] for graph in report["graphs"]), default=0),
         "tensor": get_tp_group().rank_in_group,
         "stage": get_pp_group().rank_in_group,
     }
     Path(folder, f"{os.getpid()}.json").write_text(json.dumps(facts))
 
 
-def _fired(folder: str) -> dict[str, int]:
-    """How often each pass rewrote something in the programs of a rank: of those in its bundle, if it has one."""
-    found: Counter[str] = Counter()
+def _passes(folder: str) -> dict[str, dict[str, int]]:
+    """How often each pass rewrote something in the programs of a rank (`fired`), and how often it left something
+    (`left`): of those in its bundle, if it has one."""
+    fired: Counter[str] = Counter()
+    left: Counter[str] = Counter()
     for graph in bundle.open(folder).graphs if folder else ():
         for stage in graph.stages:
-            found[stage.name] += len(stage.fired)
-    return dict(found)
+            fired[stage.name] += len(stage.fired)
+            left[stage.name] += len(stage.refused)
+    return {"fired": dict(fired), "left": dict(left)}
 
 
 def main() -> None:

@@ -8,11 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tests.models import checkpoints, tokenizer
 from tests.serving import oracle
-from tests.serving.pairs.features import EXPERTS, LAYERS
+from tests.serving.pairs.features import EXPERTS, HIDDEN, LAYERS
 
 TOKENS = 16
 MARGIN = 0.25
@@ -23,42 +29,47 @@ CANDIDATES, PER_LENGTH = 32, 2
 Texts = tuple[list[list[int]], list[list[int]]]
 
 
-def folder(kind: str, layers: int = LAYERS) -> Path:
+def folder(kind: str, layers: int = LAYERS, hidden: int = HIDDEN) -> Path:
     """A checkpoint of this kind, written on first use."""
-    shape = checkpoints.Shape(family="qwen3", layers=layers)
+    shape = checkpoints.Shape(family="qwen3", layers=layers, hidden=hidden)
     if kind == "dense":
         return checkpoints.cached(shape)
-    return checkpoints.cached_as(f"qwen3-moe-{layers}", (Path(__file__),), functools.partial(_mixture, shape))
+    make = functools.partial(_mixture, shape, shared=kind == "shared")
+    return checkpoints.cached_as(f"{kind}-{layers}-{hidden}", (Path(__file__),), make)
 
 
-def _mixture(shape: checkpoints.Shape) -> PreTrainedModel:
+def _mixture(shape: checkpoints.Shape, shared: bool) -> PreTrainedModel:
+    """Qwen3-MoE, or Qwen2-MoE, whose routed experts have a shared one beside them."""
     dense = checkpoints.configuration(shape).to_dict()
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-    config = Qwen3MoeConfig(
-        **{name: dense[name] for name in names},
-        num_experts=EXPERTS,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        intermediate_size=128,
-        max_position_embeddings=1024,
-        dtype="float32",
-        bos_token_id=None,
-        eos_token_id=tokenizer.TURN_END_ID,
-        pad_token_id=tokenizer.END_OF_TEXT_ID,
-    )
-    model = Qwen3MoeForCausalLM(config).float()
-    checkpoints.initialise(model, seed=0)
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    settings = {name: dense[name] for name in names} | {
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "intermediate_size": 128,
+        "max_position_embeddings": 1024,
+        "dtype": "float32",
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.TURN_END_ID,
+        "pad_token_id": tokenizer.END_OF_TEXT_ID,
+    }
+    model: PreTrainedModel
+    if shared:
+        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**settings, shared_expert_intermediate_size=256))
+    else:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, head_dim=dense["head_dim"]))
+    checkpoints.initialise(model.float(), seed=0)
     return model.eval()
 
 
 @functools.cache
-def of(kind: str, dtype: str, layers: int = LAYERS) -> Texts:
+def of(kind: str, dtype: str, layers: int = LAYERS, hidden: int = HIDDEN) -> Texts:
     """Prompts, and what follows them greedily. For float16: prompts whose answer half precision can't change, because
     every token of it is chosen by a margin, and transformers in float16 gives the same one."""
     if dtype == "float32":
         prompts = oracle.prompts()
-        return prompts, [oracle.greedy(folder(kind, layers), prompt, TOKENS) for prompt in prompts]
-    model = oracle.model(folder(kind, layers))
+        return prompts, [oracle.greedy(folder(kind, layers, hidden), prompt, TOKENS) for prompt in prompts]
+    model = oracle.model(folder(kind, layers, hidden))
     found = [text for length in LENGTHS for text in _decided(model, length)]
     assert len(found) >= len(LENGTHS), f"{kind}: only {len(found)} answers are decided by {MARGIN}"
     return [prompt for prompt, _ in found], [answer for _, answer in found]
