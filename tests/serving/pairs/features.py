@@ -112,8 +112,8 @@ def _fired(name: str) -> Shows:
 
 
 def _fired_in_the_last_stage(name: str) -> Shows:
-    """On all ranks of it. A stage in front of another would have to gather the residual too, one result more than it
-    has sums, so sequence_parallel leaves it (docs/parallel.md)."""
+    """On all ranks of it. sequence_parallel leaves a stage in front of another that has as few layers as here, as it
+    would have to gather the residual too (docs/parallel.md)."""
 
     def shows(ranks: Sequence[Rank]) -> bool:
         last = max(rank.stage for rank in ranks)
