@@ -17,9 +17,9 @@ struct Settings {
   uint64_t seed = 0;                  ///< of the random delays of the checking mode
   uint32_t delay_us = 200;            ///< largest random delay of a task in the checking mode, microseconds
   uint32_t streams = 2048;            ///< streams of a device, those held by captured graphs included
-  uint32_t spin_us = 30;              ///< how long a waiting thread spins before it sleeps, microseconds
-  std::string cann = "9.1.0";         ///< the CANN version that is reported
-  std::string error;                  ///< why the variable could not be read; empty when it could
+  uint32_t spin_us = 1000;     ///< how long a waiting thread spins at most before it sleeps, microseconds
+  std::string cann = "9.1.0";  ///< the CANN version that is reported
+  std::string error;           ///< why the variable could not be read; empty when it could
 };
 
 /// Reads `text` ("devices=2,hbm=1GiB"); on an error only `error` of the result is meaningful.

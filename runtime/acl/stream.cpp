@@ -22,6 +22,7 @@ HandleTable<Stream>& default_streams() {
 }
 
 thread_local Stream* stream_of_thread = nullptr;
+thread_local bool borrowed_thread = false;
 
 }  // namespace
 
@@ -85,21 +86,46 @@ void Stream::start_worker() {
 
 void Stream::work() {
   run_for(this);
-  std::vector<Entry> batch;
   for (;;) {
-    work_arrived_.wait([this] { return completed_.load() < submitted_.load() || stop_.load(); });
-    {
-      std::lock_guard lock(queue_mutex_);
-      batch.swap(queue_);
-    }
-    if (batch.empty() && stop_.load()) return;
-    for (Entry& entry : batch) {
-      run_one(entry);
-      entry.task.reset();
-      completed_.fetch_add(1);
-      work_done_.notify();
-    }
-    batch.clear();
+    work_arrived_.wait([this] { return !running_.load() && (!idle() || stop_.load()); });
+    if (!take_turn()) continue;
+    run_queued();
+    const bool ends = stop_.load() && idle();
+    end_turn();
+    if (ends) return;
+  }
+}
+
+void Stream::end_turn() {
+  running_.store(false);
+  if (!idle() || stop_.load()) work_arrived_.notify();
+}
+
+/// Runs what is in the queue. For who has the turn.
+void Stream::run_queued() {
+  {
+    std::lock_guard lock(queue_mutex_);
+    batch_.swap(queue_);
+  }
+  for (Entry& entry : batch_) {
+    run_one(entry);
+    entry.task.reset();
+    completed_.fetch_add(1);
+    work_done_.notify();
+  }
+  batch_.clear();
+}
+
+/// Runs queued tasks up to `target` on the calling thread, as long as no other thread does.
+void Stream::run_while_waiting(uint64_t target) {
+  if (running_stream() != nullptr) return;
+  while (completed_.load() < target && take_turn()) {
+    run_for(this);
+    borrowed_thread = true;
+    run_queued();
+    borrowed_thread = false;
+    run_for(nullptr);
+    end_turn();
   }
 }
 
@@ -142,6 +168,7 @@ aclError Stream::synchronize(const Deadline& deadline, const char* function) {
   count(Counter::kHostSynchronizations);
   const trace::Call call(function);
   const uint64_t target = submitted_.load();
+  if (!deadline) run_while_waiting(target);
   if (!work_done_.wait([&] { return completed_.load() >= target; }, deadline)) {
     return fail(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
                 std::string(function) + ": " + description() + " still has " +
@@ -199,6 +226,8 @@ std::vector<std::shared_ptr<Stream>> streams_of(const Device& device) {
 Stream* running_stream() { return stream_of_thread; }
 
 void run_for(Stream* stream) { stream_of_thread = stream; }
+
+bool on_borrowed_thread() { return borrowed_thread; }
 
 void forget_stream(const Stream* stream) {
   explicit_streams().remove(stream);

@@ -1,4 +1,5 @@
-// A stream: a thread that runs tasks one at a time, in order of submission.
+// A stream: tasks that run one at a time, in order of submission, on the stream's thread or on one that waits
+// for it.
 #pragma once
 
 #include <memory>
@@ -46,7 +47,9 @@ class Stream {
   /// Queues a task. Returns the stream's own error once it has failed.
   aclError enqueue(TaskPtr task);
 
-  /// Waits until everything queued so far has run. Counts as a host synchronisation.
+  /// Waits until everything queued so far has run. Counts as a host synchronisation. Without a deadline the
+  /// caller runs tasks itself that the stream's thread has not begun: neither thread has to be woken then,
+  /// which takes longer than a small graph.
   aclError synchronize(const Deadline& deadline, const char* function);
   bool idle() const { return completed_.load() >= submitted_.load(); }
   std::optional<StreamFailure> failure() const;
@@ -89,15 +92,22 @@ class Stream {
 
   void start_worker();
   void work();
+  bool take_turn() { return !running_.exchange(true); }
+  void end_turn();
+  void run_queued();
+  void run_while_waiting(uint64_t target);
   void run_one(const Entry& entry);
   void record_failure(aclError code, const std::string& message);
 
   std::mutex queue_mutex_;
   std::vector<Entry> queue_;  // guarded by queue_mutex_
+  std::vector<Entry> batch_;  ///< taken out of the queue; of the thread that has the turn
   bool closing_ = false;      // guarded by queue_mutex_
   std::thread worker_;
   std::atomic<uint64_t> submitted_{0};
   std::atomic<uint64_t> completed_{0};
+  std::atomic<bool> running_{
+      false};  ///< whether a thread has the turn: it alone takes tasks out of the queue
   std::atomic<bool> stop_{false};
   std::atomic<bool> failed_{false};
   mutable std::mutex failure_mutex_;
@@ -118,7 +128,7 @@ void forget_stream(const Stream* stream);
 
 /// The stream whose task the calling thread is running; null outside tasks.
 Stream* running_stream();
-/// Makes the calling thread one that runs tasks of `stream`.
+/// Makes the calling thread one that runs tasks of `stream`; null: of none.
 void run_for(Stream* stream);
 
 }  // namespace host_runtime

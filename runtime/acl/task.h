@@ -58,6 +58,10 @@ class HOST_RUNTIME_API TaskError : public std::runtime_error {
 /// task to run. Errors: 107xxx as aclrtLaunch*; the message is set for aclGetRecentErrMsg.
 HOST_RUNTIME_API aclError submit(aclrtStream stream, TaskPtr task);
 
+/// Whether the calling thread runs tasks of a stream that it waits for: one of the program's own, with
+/// whatever state the program has given it.
+HOST_RUNTIME_API bool on_borrowed_thread();
+
 /// Sets what aclGetRecentErrMsg returns next on this thread, and returns `code` so that callers can `return
 /// fail(...)`.
 HOST_RUNTIME_API aclError fail(aclError code, const std::string& message);

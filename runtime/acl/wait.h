@@ -1,10 +1,11 @@
-// Waiting between threads: spin for a moment, then sleep in the kernel.
+// Waiting between threads: spin for a while, then sleep in the kernel.
 #pragma once
 
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <climits>
@@ -47,15 +48,26 @@ class WaitPoint {
   /// Returns ready() as of the return: false only when the deadline passed first.
   template <typename Ready>
   bool wait(Ready ready, Deadline deadline = std::nullopt) {
-    return spin(ready, deadline) || sleep(ready, deadline);
+    if (ready()) return true;
+    const auto start = Clock::now();
+    const bool is_ready = spin(ready, start, deadline) || sleep(ready, deadline);
+    last_wait_.store(Clock::now() - start, std::memory_order_relaxed);
+    return is_ready;
   }
 
  private:
+  /// Of waits that are not known to be short. Being woken takes some tens of microseconds.
+  static constexpr Clock::duration kShortSpin = std::chrono::microseconds(30);
+
+  /// Who waits in a loop, for the next step or for its end, waits about as long each time.
+  Clock::duration longest_spin() const {
+    const Clock::duration most = std::chrono::microseconds(settings().spin_us);
+    return last_wait_.load(std::memory_order_relaxed) < most ? most : std::min(most, kShortSpin);
+  }
+
   template <typename Ready>
-  bool spin(Ready& ready, const Deadline& deadline) {
-    if (ready()) return true;
-    const auto start = Clock::now();
-    auto until = start + std::chrono::microseconds(settings().spin_us);
+  bool spin(Ready& ready, Clock::time_point start, const Deadline& deadline) {
+    auto until = start + longest_spin();
     if (deadline && *deadline < until) until = *deadline;
     // Without spare cores the thread that is waited for may need this one: give it away after the first
     // microsecond.
@@ -95,6 +107,7 @@ class WaitPoint {
 
   std::atomic<uint32_t> epoch_{0};
   std::atomic<uint32_t> sleepers_{0};
+  std::atomic<Clock::duration> last_wait_{Clock::duration::max()};
 };
 
 }  // namespace host_runtime

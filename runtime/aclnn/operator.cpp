@@ -1,9 +1,12 @@
 #include "runtime/aclnn/operator.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ThreadLocalState.h>
 #include <ATen/core/Formatting.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include <future>
+#include <optional>
 #include <sstream>
 
 namespace aclnn {
@@ -48,6 +51,13 @@ void print(std::ostream& out, const Attribute& attribute) {
       attribute.value);
 }
 
+/// ATen's modes and settings of a thread that nobody has changed any of.
+const at::ThreadLocalState& state_of_new_thread() {
+  static const at::ThreadLocalState state =
+      std::async(std::launch::async, [] { return at::ThreadLocalState(); }).get();
+  return state;
+}
+
 }  // namespace
 
 void Operator::run() {
@@ -57,6 +67,8 @@ void Operator::run() {
       // A stream's thread is none of ATen's: until it is told, its products use every core, whatever
       // at::set_num_threads says.
       at::internal::lazy_init_num_threads();
+      std::optional<at::ThreadLocalStateGuard> as_on_own_thread;
+      if (host_runtime::on_borrowed_thread()) as_on_own_thread.emplace(state_of_new_thread());
       // Device tensors are plain CPU tensors to ATen here: no autograd, no version counters.
       at::AutoDispatchBelowADInplaceOrView guard;
       work_();

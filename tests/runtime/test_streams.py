@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from npu_compiler.runtime import counters
 from tests.runtime.program import output_of, run_program
@@ -131,3 +135,23 @@ def test_products_use_as_many_threads_as_asked_for() -> None:
     print(len(set(os.listdir("/proc/self/task")) - before))
     """
     assert output_of(program, OMP_NUM_THREADS="2").splitlines()[-1] == "0"
+
+
+def test_tasks_on_a_waiting_thread_see_none_of_its_modes() -> None:
+    """A thread that waits for a stream runs tasks of it; the modes that the program put there are not for them."""
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    values = torch.rand(64, device="npu")
+    expected = values.cpu().cumprod(0)
+    with Seen():
+        for _ in range(30):
+            time.sleep(0.003)  # the stream's own thread sleeps by then
+            found = torch.cumprod(values, 0)
+            torch.npu.synchronize()
+    assert set(seen) == {"aten.cumprod.default"}
+    torch.testing.assert_close(found.cpu(), expected)

@@ -52,6 +52,42 @@ void many_threads_submit() {
   CHECK_OK(aclrtDestroyStream(stream));
 }
 
+/// A thread that waits may run the stream's tasks itself: still one at a time, and each once.
+void waiting_threads_run_tasks() {
+  aclrtStream stream = nullptr;
+  CHECK_OK(aclrtCreateStream(&stream));
+  int run = 0;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&] {
+      CHECK_OK(aclrtSetDevice(0));
+      for (int i = 0; i < 500; ++i) {
+        bool done = false;
+        CHECK_OK(launch(stream, [&run, &done] { ++run, done = true; }));
+        CHECK_OK(aclrtSynchronizeStream(stream));
+        CHECK(done);
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  CHECK(run == 2000);
+
+  const auto borrowed = [stream](bool with_deadline) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(3));  // the stream's own thread sleeps by then
+    bool found = false;
+    CHECK_OK(launch(stream, [&found] { found = host_runtime::on_borrowed_thread(); }));
+    CHECK_OK(with_deadline ? aclrtSynchronizeStreamWithTimeout(stream, 60000)
+                           : aclrtSynchronizeStream(stream));
+    CHECK(!host_runtime::on_borrowed_thread());
+    return found;
+  };
+  int rounds = 0;
+  while (!borrowed(false)) CHECK(++rounds < 1000);
+  // A task can't be left when the time is over: with a deadline it stays with the stream's thread.
+  for (int i = 0; i < 20; ++i) CHECK(!borrowed(true));
+  CHECK_OK(aclrtDestroyStream(stream));
+}
+
 void errors_stick() {
   aclrtStream stream = nullptr;
   CHECK_OK(aclrtCreateStream(&stream));
@@ -343,6 +379,7 @@ extern const TestCase kStreamTests[] = {
     {"needs_a_device", needs_a_device},
     {"keeps_order", keeps_order},
     {"many_threads_submit", many_threads_submit},
+    {"waiting_threads_run_tasks", waiting_threads_run_tasks},
     {"errors_stick", errors_stick},
     {"timeouts", timeouts},
     {"events_order_streams", events_order_streams},
