@@ -14,6 +14,8 @@ namespace {
 /// How long a thread sleeps at most before it looks again at what comes from outside of a graph.
 constexpr auto kLongestPause = std::chrono::microseconds(200);
 
+thread_local const SideBySide* run_of_thread = nullptr;
+
 int usable_cores() {
   cpu_set_t cores;
   CPU_ZERO(&cores);
@@ -21,6 +23,8 @@ int usable_cores() {
 }
 
 }  // namespace
+
+bool runs_beside_others() { return run_of_thread != nullptr && run_of_thread->threads() > 1; }
 
 Helpers::~Helpers() {
   stop_.store(true);
@@ -121,7 +125,11 @@ void SideBySide::work() {
     }
     pause = std::chrono::microseconds(1);
     if (something()) share();
+    run_of_thread = this;
+    threads_.fetch_add(1);
     go_on(*stream);
+    threads_.fetch_sub(1);
+    run_of_thread = nullptr;
     {
       std::lock_guard lock(mutex_);
       taken_[*stream] = false;

@@ -59,6 +59,8 @@ class SideBySide {
   explicit SideBySide(Graph& graph);
   /// One run of all nodes; at most one at a time. Throws what the first node that fails throws.
   void run(Helpers& helpers);
+  /// How many threads run nodes at the moment.
+  size_t threads() const { return threads_.load(std::memory_order_relaxed); }
 
  private:
   void work();
@@ -77,6 +79,7 @@ class SideBySide {
   // Of the run in progress.
   std::unique_ptr<std::atomic<bool>[]> done_;  ///< by node
   std::atomic<size_t> left_{0};                ///< nodes
+  std::atomic<size_t> threads_{0};             ///< that run nodes
   std::mutex mutex_;
   std::vector<size_t> next_;  ///< by stream: the place of its next node; its runner's, else guarded by mutex_
   std::vector<bool> taken_;   ///< by stream; guarded by mutex_

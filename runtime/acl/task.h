@@ -62,6 +62,10 @@ HOST_RUNTIME_API aclError submit(aclrtStream stream, TaskPtr task);
 /// whatever state the program has given it.
 HOST_RUNTIME_API bool on_borrowed_thread();
 
+/// Whether another thread runs tasks of the same graph beside the calling one. A kernel then stays on its
+/// thread: the cores have their work.
+HOST_RUNTIME_API bool runs_beside_others();
+
 /// Sets what aclGetRecentErrMsg returns next on this thread, and returns `code` so that callers can `return
 /// fail(...)`.
 HOST_RUNTIME_API aclError fail(aclError code, const std::string& message);

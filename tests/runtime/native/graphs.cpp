@@ -365,12 +365,19 @@ void streams_run_side_by_side() {
       std::this_thread::yield();
     }
   };
-  aclmdlRI graph = capture_pairs(origin, side, 5, meet, meet);
+  std::atomic<int> alone{0};
+  const auto meet_beside = [&] {
+    meet();
+    if (!host_runtime::runs_beside_others()) alone.fetch_add(1);
+    meet();  // before that none leaves
+  };
+  CHECK(!host_runtime::runs_beside_others());
+  aclmdlRI graph = capture_pairs(origin, side, 5, meet_beside, meet_beside);
   for (int i = 0; i < 20 && late == 0; ++i) {
     CHECK_OK(aclmdlRIExecuteAsync(graph, i % 2 == 0 ? origin : other));
     CHECK_OK(aclrtSynchronizeDevice());
   }
-  CHECK(late == 0 && begun == 20 * 5 * 2);
+  CHECK(late == 0 && alone == 0 && begun == 20 * 5 * 4);
   CHECK_OK(aclmdlRIDestroy(graph));
 }
 
