@@ -58,6 +58,44 @@ class ExpertRebalance:
 
 
 @dataclasses.dataclass(frozen=True)
+class FineGrainedTP:
+    """The option `fine_grained_tp`: over how many data-parallel engines weights of a kind are split, 1: over none
+    (docs/placements.md). vllm-ascend's `finegrained_tp_config`."""
+
+    lm_head: int = 1
+    """vllm-ascend's `lmhead_tensor_parallel_size`."""
+
+    o_proj: int = 1
+    """Attention's output projections; `oproj_tensor_parallel_size`."""
+
+    mlp: int = 1
+    """MLPs of layers that have no experts; `mlp_tensor_parallel_size`."""
+
+    embedding: int = 1
+    """`embedding_tensor_parallel_size`."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> FineGrainedTP:
+        """The option as it was given, checked.
+
+        Raises:
+            ValueError: a kind of weights is unknown, or its number of engines is none.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name, size in given.items():
+            if name not in known:
+                raise ValueError(f"additional_config: fine_grained_tp: unknown key {name!r}; {_nearest(name, known)}")
+            if type(size) is not int or size < 1:
+                raise ValueError(f"additional_config: fine_grained_tp: {name} must be engines >= 1, got {size!r}")
+        return cls(**given)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Kinds of weights that are split, and over how many engines."""
+        return {kind: size for kind, size in dataclasses.asdict(self).items() if size > 1}
+
+
+@dataclasses.dataclass(frozen=True)
 class ServingOptions:
     """What `additional_config` may hold."""
 
@@ -87,6 +125,10 @@ class ServingOptions:
     expert_rebalance: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Change that map while the model is served, by what experts got (ExpertRebalance). For example {"interval": 1000,
     "redundant": 4}. Empty: never."""
+
+    fine_grained_tp: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Split weights that every data-parallel engine would have whole (FineGrainedTP). For example {"lm_head": 4,
+    "o_proj": 8}. Empty: none."""
 
     compile: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the `ascend` compile backend (npu_compiler.config), without those of its capture: vLLM captures."""
@@ -179,11 +221,11 @@ class ServingOptions:
             raise ValueError(
                 f"additional_config: expert_map must be a file name or a JSON object, got {self.expert_map!r}"
             )
-        if not isinstance(self.expert_rebalance, dict):
-            raise ValueError(
-                f"additional_config: expert_rebalance must be a JSON object, got {self.expert_rebalance!r}"
-            )
+        for name in ("expert_rebalance", "fine_grained_tp"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"additional_config: {name} must be a JSON object, got {getattr(self, name)!r}")
         ExpertRebalance.of(self.expert_rebalance)
+        FineGrainedTP.of(self.fine_grained_tp)
         if not isinstance(self.compile, dict):
             raise ValueError(f"additional_config: compile must be a JSON object of options, got {self.compile!r}")
         compile_options(self.compile)

@@ -205,7 +205,7 @@ class NPUPlatform(Platform):
         """
         from vllm.config import CUDAGraphMode
 
-        from npu_compiler.serving import expert_maps
+        from npu_compiler.serving import expert_maps, fine_grained_tp
         from npu_compiler.serving.options import ServingOptions
 
         options = ServingOptions.of(vllm_config).compile
@@ -216,6 +216,7 @@ class NPUPlatform(Platform):
         _refuse_unserved(vllm_config)
         _refuse_placements(vllm_config)
         expert_maps.settle(vllm_config)
+        fine_grained_tp.settle(vllm_config)
         _refuse_missing_devices(vllm_config)
         if vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
             _refuse_uncapturable(os.environ)

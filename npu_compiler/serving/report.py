@@ -14,6 +14,7 @@ from typing import Any
 from npu_compiler.backend import Dropped
 from npu_compiler.reasons import FIRST_SHAPE
 from npu_compiler.serving.expert_imbalance import ExpertLoad
+from npu_compiler.serving.split_weights import SplitWeights
 from npu_compiler.serving.steps import EAGER, FULL, PIECEWISE, Step, StepCounts
 
 IDLE_SECONDS = 1.0
@@ -54,6 +55,8 @@ class RunReport:
     """What each layer of experts dropped, of all ranks' tokens, where the option `token_drop` lets it."""
     experts: list[ExpertLoad] = dataclasses.field(default_factory=list)
     """How even the ranks of each layer of experts are, where the option `expert_map` places them."""
+    split_weights: list[SplitWeights] = dataclasses.field(default_factory=list)
+    """What engines have parts of, where the option `fine_grained_tp` splits it."""
     _last_step: float | None = None
 
     def add(self, step: Step) -> None:
@@ -97,6 +100,7 @@ class RunReport:
                 for entry in self.dropped
             ],
             "experts": [dataclasses.asdict(entry) for entry in self.experts],
+            "split_weights": [dataclasses.asdict(entry) for entry in self.split_weights],
         }
 
     def text(self) -> str:
@@ -120,6 +124,7 @@ class RunReport:
             f"{data['tokens_per_second']:.1f} tokens/s",
             *map(str, self.dropped),
             *map(str, self.experts),
+            *map(str, self.split_weights),
         ]
         return "\n".join(lines)
 

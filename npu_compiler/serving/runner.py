@@ -34,12 +34,14 @@ from npu_compiler.serving.drops import DropReader
 from npu_compiler.serving.expert_imbalance import ExpertLoad
 from npu_compiler.serving.expert_loads import ExpertLoads
 from npu_compiler.serving.expert_rebalance import Rebalancer
+from npu_compiler.serving.fine_grained_tp import NO_PROMPT_LOGPROBS
 from npu_compiler.serving.graph_updates import UpdateResources
 from npu_compiler.serving.graph_wrapper import ACLGraphWrapper
 from npu_compiler.serving.metrics import stat_of
-from npu_compiler.serving.options import ExpertRebalance, ServingOptions
+from npu_compiler.serving.options import ExpertRebalance, FineGrainedTP, ServingOptions
 from npu_compiler.serving.report import ReportFile, RunReport
 from npu_compiler.serving.seams import cuda_names_mean_npu
+from npu_compiler.serving.split_layers import NPULogitsProcessor, split_weights
 from npu_compiler.serving.steady_buffer import make_steady
 from npu_compiler.serving.steps import Step
 from npu_compiler.serving.watch import Steps, is_noted
@@ -75,6 +77,9 @@ class NPUModelRunner(GPUModelRunner):
         self.expert_loads = ExpertLoads()
         self._rebalancer: Rebalancer | None = None
         self._drops = DropReader() if compiler.token_drop else None
+        self._logits: list[NPULogitsProcessor] = []  # those whose head is split over engines
+        if self.model_config.logits_processors == [NO_PROMPT_LOGPROBS]:
+            self.input_batch.logitsprocs_need_output_token_ids = False  # a step need not wait for the last one's tokens
 
     # -- model and cache ----------------------------------------------------------------------------------------------
 
@@ -86,6 +91,10 @@ class NPUModelRunner(GPUModelRunner):
                 self.model.unwrap(), self.vllm_config, CUDAGraphMode.FULL, update_resources=UpdateResources()
             )
         self.expert_loads.find(self.vllm_config, self.get_model())
+        kinds = FineGrainedTP.of(self._options.fine_grained_tp).sizes
+        self.report.split_weights = split_weights(self.get_model(), kinds)
+        if "lm_head" in kinds:
+            self._logits = [item for item in self.get_model().modules() if isinstance(item, NPULogitsProcessor)]
         settings = ExpertRebalance.of(self._options.expert_rebalance)
         if settings is not None and self.expert_loads.layers:
             # Of one engine, ranks of the experts' group may exchange tokens without HCCL (dump.EXPERT_GROUP).
@@ -225,6 +234,13 @@ class NPUModelRunner(GPUModelRunner):
         if self._rebalancer is not None:
             self._rebalancer.between_steps()
 
+    @torch.inference_mode()
+    def logits_for_others(self) -> None:
+        """The LM head's part in a step of engines that split it, for one that has no tokens in the step."""
+        if self._logits:
+            size = self.model_config.get_hidden_size()
+            self.model.compute_logits(torch.empty(0, size, dtype=self.dtype, device=self.device))
+
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         if scheduler_output.total_num_scheduled_tokens:
             self.between_steps()  # before ranks agree on the step's size: one without tokens can't be asked later
@@ -247,6 +263,8 @@ class NPUModelRunner(GPUModelRunner):
             # Layers of experts gather as many tokens of each rank. vLLM itself pads like that where all replay.
             across = across.new_full(across.shape, int(across.max()))
             descriptor = dataclasses.replace(descriptor, num_tokens=int(across[0]))
+        for logits in self._logits:  # as many on all engines: no more than tokens, of which a request has one sampled
+            logits.rows = min(descriptor.num_tokens, self.max_num_reqs)
         tokens, requests = kwargs["num_tokens"], kwargs["num_reqs"]
         decode = kwargs["max_num_scheduled_tokens"] == 1 and tokens == requests
         reason, detail = self._why_no_replay(mode, tokens, decode)

@@ -25,7 +25,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from npu_compiler.config import OF_WEIGHTS
 from npu_compiler.errors import UnservedError
-from npu_compiler.serving import moe, moe_runner  # noqa: F401  # give vLLM its experts
+from npu_compiler.serving import fine_grained_tp, moe, moe_runner, split_layers  # noqa: F401  # give vLLM its layers
 from npu_compiler.serving.compiler import put_into_key
 from npu_compiler.serving.options import ServingOptions, compile_options
 from npu_compiler.serving.platform import NPUPlatform
@@ -71,6 +71,7 @@ class NPUWorker(Worker):
         init_worker_distributed_environment(
             self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, current_platform.dist_backend
         )
+        fine_grained_tp.make_groups(self.vllm_config)
         set_random_seed(self.model_config.seed)
         gc.collect()
         npu.empty_cache()
@@ -181,6 +182,7 @@ class NPUWorker(Worker):
         """The step of a data-parallel engine that has no tokens for it, while others do."""
         self.model_runner.between_steps()
         super().execute_dummy_batch()
+        self.model_runner.logits_for_others()
 
     # -- the run report -----------------------------------------------------------------------------------------------
 
@@ -226,6 +228,7 @@ class NPUWorker(Worker):
             logger.info("Run report\n%s", runner.report.text())
         if runner is not None and runner.report_file is not None:
             runner.report_file.write(runner.report)
+        fine_grained_tp.destroy_groups()
         super().shutdown()
 
 

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationCo
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from npu_compiler.errors import UnservedError
-from npu_compiler.serving import moe
+from npu_compiler.serving import moe, split_layers
 from npu_compiler.serving.attention import NPUAttentionImpl
 from npu_compiler.serving.expert_loads import ExpertLoads
 from npu_compiler.serving.expert_maps import placed_in_turn, recorded
@@ -41,6 +41,9 @@ NO_LAYER = {
     "expert_maps.py:refuse_without_ranks": "options",
     "expert_maps.py:settle": "options",
     "dump.py:note_capture": "a file that can't be written",
+    "fine_grained_tp.py:_refuse_engines": "options",
+    "fine_grained_tp.py:_refuse_lone_logits": "options",
+    "fine_grained_tp.py:_refuse_models": "options",
     "graph_wrapper.py:__call__": "what vLLM asked for in a step",
     "graph_wrapper.py:_capture": "noted on an error that names its call itself (graph/running.py)",
     "graph_wrapper.py:_replay": "the inputs of the whole model",
@@ -55,6 +58,7 @@ NO_LAYER = {
     "platform.py:_refuse_uncapturable": "a variable of the environment",
     "platform.py:_refuse_unserved": "options, and kinds of models: before there are layers",
     "platform.py:check_if_supports_dtype": "an option",
+    "prompt_logprobs.py:validate_params": "a request",
     "runner.py:_warmup_and_capture": "a size",
     "triton_overrides.py:compute_slot_mapping": "an option",
     "worker.py:_refuse_other_weights": "options",
@@ -124,6 +128,21 @@ def placed(layers_before: int, quantised: object) -> Any:
     return Layer(lambda: placement_of(config, PATH, moe, quantised), PATH)
 
 
+TWO: Any = SimpleNamespace(world_size=2)
+"""Of a group of engines, its size."""
+
+
+def too_many_rows() -> Any:
+    logits = object.__new__(split_layers.NPULogitsProcessor)
+    head: Any = SimpleNamespace(split_over=TWO, prefix=PATH)
+    return logits._get_logits(torch.zeros(3, 4), head, None)
+
+
+def quantised_columns() -> Any:
+    layer = SimpleNamespace(quant_method=None, prefix=PATH)
+    return Layer(lambda: split_layers._refuse_quantised(layer, "mlp"), PATH)
+
+
 MADE, CALLED = "make()  # what makes the layer", "return run()  # what calls the layer"
 PROVOKED: list[tuple[str, str, Callable[[], Any]]] = [
     ("moe.py:__init__", MADE, lambda: made(experts(MoEActivation.SITU))),
@@ -132,6 +151,12 @@ PROVOKED: list[tuple[str, str, Callable[[], Any]]] = [
     ("moe.py:experts_of", CALLED, lambda: Layer.called(experts_in_turn)),
     ("moe.py:apply", CALLED, lambda: Layer.called(weights_on_the_input)),
     ("moe.py:activated", CALLED, lambda: Layer.called(an_unknown_activation)),
+    ("split_layers.py:_get_logits", CALLED, lambda: Layer.called(too_many_rows)),
+    ("split_layers.py:_refuse_quantised", MADE, quantised_columns),
+    (
+        *("split_layers.py:_check_size", MADE),
+        lambda: Layer(lambda: split_layers._check_size("mlp", PATH, "columns", 7, TWO), PATH),
+    ),
     ("attention.py:_attend", CALLED, lambda: Layer.called(a_window_over_a_fractal_cache)),
     (
         "platform.py:get_attn_backend_cls",
@@ -139,7 +164,10 @@ PROVOKED: list[tuple[str, str, Callable[[], Any]]] = [
         lambda: Layer(lambda: NPUPlatform.get_attn_backend_cls(AttentionBackendEnum.FLASH_ATTN, None), PATH),  # type: ignore[arg-type]  # not read
     ),
 ]
-IN_A_MODEL = {"expert_loads.py:find", "platform.py:get_attn_backend_cls", "runner.py:initialize_kv_cache_tensors"}
+IN_A_MODEL = {
+    *("expert_loads.py:find", "platform.py:get_attn_backend_cls", "runner.py:initialize_kv_cache_tensors"),
+    "split_layers.py:_check_found",
+}
 """Provoked by the tests below."""
 
 
@@ -173,6 +201,18 @@ def test_a_map_with_more_layers_than_the_model() -> None:
     with pytest.raises(UnservedError, match="expert_map has 3 layers, the model 1 that have experts") as caught:
         ExpertLoads().find(config, nn.ModuleList([layer]))
     assert caught.value.where == PATH and caught.value.fix
+
+
+def test_an_mlp_that_is_split_by_halves() -> None:
+    lone = object.__new__(split_layers.NPUMergedColumnParallelLinear)
+    nn.Module.__init__(lone)
+    lone.split_over = TWO
+    mlp = nn.ModuleDict({"gate_up_proj": lone})
+    with pytest.raises(UnservedError, match="one half of an MLP alone can't be split over engines") as caught:
+        split_layers.split_weights(nn.ModuleDict({"mlp": mlp}), ["mlp"])
+    assert caught.value.where == "mlp" and caught.value.fix
+    with pytest.raises(UnservedError, match="the model has no layer of the kind o_proj"):
+        split_layers.split_weights(nn.ModuleDict({"mlp": mlp}), ["o_proj", "mlp"])
 
 
 def test_caches_of_several_kinds_name_their_layers() -> None:
