@@ -9,7 +9,8 @@
 #include "runtime/kernels/attention_tile.h"
 
 namespace host_runtime::kernels {
-#define KERNEL_SOURCE "runtime/kernels/attention.inc"
+#define KERNEL_HAS_DOTS
+#define KERNEL_SOURCE "runtime/kernels/attention_direct.inc"
 #include "runtime/kernels/per_isa.h"
 
 namespace {
@@ -66,11 +67,12 @@ void attention(const Attention& arguments, void* scratch) {
   const auto run = [&](int64_t begin, int64_t end) {
     float* memory = static_cast<float*>(scratch) + at::get_thread_num() * floats;
     visit(arguments.type, [&](auto zero) {
-      const auto attend_tile = PER_ISA(attend<decltype(zero)>);
+      const auto attend_tile = PER_ISA_OR_DOTS(attend<decltype(zero)>);
       for (int64_t i = begin; i < end; ++i) {
         const Tile& tile = arguments.tiles[i];
-        amx&& tile.rows() > kDirectRows ? attend_amx(arguments, tile, memory)
-                                        : attend_tile(arguments, tile, memory);
+        amx&& tile.rows() > kDirectRows
+            ? attend_amx(arguments, tile, memory)
+            : attend_tile(arguments, tile, i + 1 < end ? &tile + 1 : nullptr, memory);
       }
     });
   };

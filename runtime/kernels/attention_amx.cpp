@@ -81,16 +81,9 @@ void gather_queries(const Attention& a, const Tile& tile, const AmxScratch& s) {
   const Sequence& sequence = a.sequences[tile.sequence];
   BFloat* to = s.query;
   for (int64_t row = 0; row < tile.rows(); ++row, to += s.depth) {
-    const int64_t token = tile.token + row / tile.heads;
-    const int64_t head = tile.head + row % tile.heads;
-    gather_row(a.query,
-               static_cast<const BFloat*>(a.query.base) + sequence.query_offset + token * a.query.row_stride +
-                   head * a.query.head_stride,
-               to);
+    gather_row(a.query, query_row<BFloat>(a.query, sequence.query_offset, tile, row), to);
     if (a.query_rope.width > 0)
-      gather_row(a.query_rope,
-                 static_cast<const BFloat*>(a.query_rope.base) + sequence.query_rope_offset +
-                     token * a.query_rope.row_stride + head * a.query_rope.head_stride,
+      gather_row(a.query_rope, query_row<BFloat>(a.query_rope, sequence.query_rope_offset, tile, row),
                  to + a.query.width);
     clear(to + a.query.width + a.query_rope.width, to + s.depth);
   }
@@ -154,18 +147,6 @@ KERNEL_INLINE Lanes power_of_two(Lanes a) {
   return bits_as<Lanes>(_mm512_maskz_scalef_ps(normal, bits_as<__m512>(series), whole));
 }
 
-/// In one instruction; simd.inc's maximum() takes several.
-KERNEL_INLINE Lanes larger(Lanes a, Lanes b) {
-  return bits_as<Lanes>(_mm512_maskz_max_ps(0xffff, bits_as<__m512>(a), bits_as<__m512>(b)));
-}
-KERNEL_INLINE float largest_lane(Lanes a) {
-  a = larger(a, __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  a = larger(a, __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  a = larger(a, __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  a = larger(a, __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-  return a[0];
-}
-
 /// What a row sees of a block: `count` scores, the first of which is for key `first`.
 struct ScoreRow {
   int64_t row;
@@ -185,9 +166,9 @@ void softmax_row(const Attention& a, const Tile& tile, const AmxScratch& s, cons
     factor *= a.scale;
   }
   Lanes best = load(scores);
-  for (int64_t j = kLanes; j < r.count; j += kLanes) best = larger(best, load(scores + j));
+  for (int64_t j = kLanes; j < r.count; j += kLanes) best = maximum(best, load(scores + j));
   const float previous = s.maximum[r.row];
-  const float now = std::max(previous, largest_lane(best) * factor);
+  const float now = std::max(previous, largest(best) * factor);
   if (now == kNothing) return clear(weights, weights + r.count);
   Lanes sums[2] = {};
   for (int64_t j = 0; j < r.count; j += 2 * kLanes) {

@@ -131,6 +131,20 @@ def test_head_groups(heads: int, key_heads: int, width: int, query_length: int) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
+    ("heads", "key_heads", "width"), [(2, 2, 48), (4, 2, 128), (3, 1, 16), (8, 2, 64), (7, 1, 112), (8, 1, 32)]
+)
+def test_head_groups_that_decode(heads: int, key_heads: int, width: int, dtype: torch.dtype) -> None:
+    """Groups of 1 to 8 query heads a key head, and lengths about those that are computed at once."""
+    lengths = [1, 7, 8, 9, 63, 64, 65, 16, 127, 129, 200]
+    case = Paged([1] * len(lengths), lengths, dtype, heads, key_heads, width)
+    output, lse = torch_npu.npu_fused_infer_attention_score(**case.arguments(), softmax_lse_flag=True)
+    expected, expected_lse = case.expected()
+    reference.assert_close(output, expected, dtype)
+    reference.assert_close(lse[..., 0], expected_lse, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
     ("heads", "key_heads", "width"), [(2, 2, 64), (5, 1, 128), (7, 1, 64), (16, 2, 128), (32, 2, 64)]
 )
 def test_head_groups_with_keys_in_fractal_order(heads: int, key_heads: int, width: int, dtype: torch.dtype) -> None:

@@ -18,13 +18,17 @@ SELECTION = (
     " or test_queries_and_caches or test_caches_are_quantised or (test_products and 130)"
     " or (test_product_with_packed_weight and 40) or (test_chunks_of_paged_prompts and BSH)"
 )
-# Only products have code for the dot products of bfloat16, which `avx512` goes without; products and attention have
-# code for AMX, which all go without.
+# Products and attention have code for the dot products of bfloat16, which `avx512` goes without, and for AMX, which all
+# go without.
 CASES = [
     ("avx2", SELECTION),
     ("baseline", SELECTION),
-    pytest.param("avx512", "test_products and 130", marks=pytest.mark.full),
-    pytest.param("avx512_dots", "(test_products and 130) or test_product_with_packed_weight", marks=pytest.mark.full),
+    pytest.param("avx512", "(test_products and 130) or test_head_groups", marks=pytest.mark.full),
+    pytest.param(
+        "avx512_dots",
+        "(test_products and 130) or test_product_with_packed_weight or test_head_groups",
+        marks=pytest.mark.full,
+    ),
 ]
 
 
