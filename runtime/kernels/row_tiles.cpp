@@ -72,7 +72,8 @@ KERNEL_INLINE void multiply(const Gemv& p, const BFloat* x, const BFloat* w, int
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < p.inner; k += kDepth, w += kDepth, x += kRowTiles * kTile) {
-    for (int64_t i = 0; i < kColumnTiles * kRows; ++i) __builtin_prefetch(w + behind + i * p.w_stride);
+    // To the second level: for the first, what comes behind is too much beside what is multiplied.
+    for (int64_t i = 0; i < kColumnTiles * kRows; ++i) __builtin_prefetch(w + behind + i * p.w_stride, 0, 2);
     const Operand first(w, p.w_stride, columns, p.inner - k, edges);
     written();
     _tile_loadd(4, first.at, first.stride * sizeof(BFloat));
