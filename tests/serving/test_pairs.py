@@ -115,6 +115,9 @@ def test_options_beside_other_features() -> None:
     assert compiled("dense:tensor_parallel=2+sequence_parallel") == {"sequence_parallel": 1}
     both = compiled("dense:tensor_parallel=2+sequence_parallel+dual_batch_overlap")
     assert both == {"sequence_parallel": 16, "dual_batch_overlap": 2}
+    for kind, rows in (("dense", 1), ("moe", 16)):
+        found = compiled(f"{kind}:tensor_parallel=2+attention_exchange+dual_batch_overlap")
+        assert found == {"attention_exchange": rows, "dual_batch_overlap": 2}
 
 
 def test_mc2_is_served_on_the_chip_and_the_sizes_that_it_takes() -> None:

@@ -57,7 +57,8 @@ class Feature:
         name: as in docs/parallel_pairs.md.
         shows: whether what the ranks say proves that it was on.
         settings: of the engine.
-        compile: options of the compiler. `beside`: other values for them, by the features that they are for.
+        compile: options of the compiler. `beside`: other values for them where it is on with the feature that each is
+            for; `moe:NAME` for one kind of models only.
         plugin: other keys of additional_config, for so many ranks and layers.
         environment: variables of the ranks' processes.
         axis: features of one axis exclude each other by their nature ("graphs", "tensor"); empty: it has none.
@@ -257,7 +258,10 @@ FEATURES = (
         "dual_batch_overlap",
         _fired("dual_batch_overlap"),
         compile={"dual_batch_overlap": 2},
-        beside={"sequence_parallel": {"sequence_parallel": 16}},  # it takes all sums, from its number of rows on
+        beside={  # these take sums, from their number of rows on; with token_drop no layer of experts has another
+            "sequence_parallel": {"sequence_parallel": 16},
+            "moe:attention_exchange": {"attention_exchange": 16},
+        },
         needs=("tensor",),
         refused_with=_TAKE_SUMS,
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,6 +47,11 @@ class Start:
         """In the order of the table."""
         return [feature for feature in FEATURES if feature.name in self.names]
 
+    def has(self, name: str) -> bool:
+        """Whether a feature is on, given as `NAME`, or as `KIND:NAME` for one kind of models only."""
+        kind, _, feature = name.rpartition(":")
+        return feature in self.names and kind in ("", self.kind)
+
     @property
     def ranks(self) -> int:
         """How many processes run the model."""
@@ -85,8 +91,8 @@ class Start:
             options |= feature.compile
             plugin |= feature.plugin(self.ranks, self.layers)
         for feature in self.features:
-            for name in self.names & feature.beside.keys():
-                options |= feature.beside[name]
+            for name, values in feature.beside.items():
+                options |= values if self.has(name) else {}
         if self.ranks > 1 and "data_parallel_size" not in found:
             found["distributed_executor_backend"] = "mp"
         plugin |= {"compile": options} if options else {}
@@ -107,14 +113,15 @@ class Pair:
         return Start.of(self.kind, (BY_NAME[self.left], BY_NAME[self.right]))
 
 
-def pairs() -> list[Pair]:
+@functools.cache
+def pairs() -> tuple[Pair, ...]:
     """All that are tried. A model with a shared expert is for what works on that: the other mixture tries the rest."""
     found = []
     for kind, (left, right) in itertools.product(KINDS, itertools.combinations(FEATURES, 2)):
         alone = kind != "shared" or (kind,) in (left.kinds, right.kinds)
         if alone and _means_anything(kind, left, right):
             found.append(Pair(kind, left.name, right.name))
-    return found
+    return tuple(found)
 
 
 def _means_anything(kind: str, left: Feature, right: Feature) -> bool:
@@ -129,8 +136,7 @@ def refusal(start: Start) -> str:
     """A part of the message with which start-up has to refuse these settings; empty where they are legal."""
     for one in start.features:
         for name, message in one.refused_with.items():
-            kind, _, other = name.rpartition(":")
-            if other in start.names and kind in ("", start.kind):
+            if start.has(name):
                 return message
     return ""
 

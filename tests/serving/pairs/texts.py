@@ -24,8 +24,11 @@ TOKENS = 16
 MARGIN = 0.25
 """How far the chosen token's logit has to lie above all others where half precision is compared with float32: half
 precision moves log-probabilities by up to 0.08 (tests/serving/test_precision.py), so two of them by up to 0.16."""
+ROUTER_MARGIN = 0.05
+"""How far the router's score of the last expert that a token gets has to lie above the next one's there: a rounding
+that changes which experts a token has changes its logits by any amount."""
 LENGTHS = (3, 17, 64, 129)
-CANDIDATES, PER_LENGTH = 32, 2
+CANDIDATES, PER_LENGTH = 64, 2
 Texts = tuple[list[list[int]], list[list[int]]]
 
 
@@ -90,7 +93,8 @@ def _decided(model: PreTrainedModel, length: int) -> Iterator[tuple[list[int], l
 
 @torch.inference_mode()
 def _greedy(model: PreTrainedModel, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each step of greedy decoding: whether the token is chosen by MARGIN, and the token; both [prompts, TOKENS]."""
+    """Of each step of greedy decoding: whether the token is chosen by MARGIN, and its experts by ROUTER_MARGIN, and the
+    token; both [prompts, TOKENS]."""
     found = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
@@ -102,4 +106,10 @@ def _greedy(model: PreTrainedModel, prompts: torch.Tensor) -> tuple[torch.Tensor
         return_dict_in_generate=True,
     )
     best = torch.stack(found.logits, dim=1).float().topk(2).values
-    return best[..., 0] - best[..., 1] >= MARGIN, found.sequences[:, prompts.shape[1] :]
+    sure = best[..., 0] - best[..., 1] >= MARGIN
+    if hasattr(model.config, "num_experts_per_tok"):
+        scores = model(found.sequences, output_router_logits=True).router_logits
+        last = torch.stack(scores).float().topk(model.config.num_experts_per_tok + 1).values[..., -2:]
+        gaps = (last[..., 0] - last[..., 1]).amin(0).view_as(found.sequences)
+        sure &= gaps[:, prompts.shape[1] - 1 : -1] >= ROUTER_MARGIN
+    return sure, found.sequences[:, prompts.shape[1] :]
