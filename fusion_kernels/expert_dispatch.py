@@ -10,6 +10,7 @@ sizes and dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from npu_compiler.fusion_kernels.expert_exchange import ARRIVAL, exchanged, own_part, owners_of, slots_of
 from npu_compiler.fusion_kernels.expert_limits import refusal
+from npu_compiler.fusion_kernels.norm_quant import quantize_rows
 from npu_compiler.fusion_kernels.operator import FusedOperator, Provider
 from npu_compiler.fusion_kernels.row_collectives import part_of
 from npu_compiler.graph.soc import family
@@ -39,22 +41,48 @@ def dispatch_reference(x: Tensor, ids: Tensor, group: str, ranks: int, experts: 
         counts: [experts / ranks] int64, how many rows each of this rank's experts has.
         assist: [room * NOTED] int32, received: [experts] int32, for mc2_combine.
     """
-    top_k, each = ids.shape[1], experts // ranks
-    x, ids, size = _own(x, ids, group, ranks, experts)
+    x, ids, _ = _own(x, ids, group, ranks, experts)
+    (rows,), *noted = _sent((x,), ids, group, ranks, experts)
+    return rows, *noted
+
+
+def dispatch_quant_reference(x: Tensor, ids: Tensor, group: str, ranks: int, experts: int) -> tuple[Tensor, ...]:
+    """What `dispatch_reference` sends, quantized to int8 before it is sent, each row by its largest value.
+
+    Args:
+        x, ids, group, ranks, experts: as there.
+
+    Returns:
+        rows: [room, hidden] int8. `scales`: [room] float32, what a row is multiplied by to have its values back.
+        counts, assist, received: as there.
+    """
+    x, ids, _ = _own(x, ids, group, ranks, experts)
+    values, scales = quantize_rows(x.to(torch.promote_types(torch.float32, x.dtype)))
+    (rows, scales), *noted = _sent((values, scales), ids, group, ranks, experts)
+    return rows, scales, *noted
+
+
+def _sent(
+    payload: Sequence[Tensor], ids: Tensor, group: str, ranks: int, experts: int
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """What comes to this rank of each payload, which has as many rows as `ids`, this rank's; counts, assist, received
+    as of a dispatch."""
+    (size, top_k), each = ids.shape, experts // ranks
     room = size * min(each, top_k)
     slots = _places(ids, experts, ranks)
     last = ranks * room
-    token = torch.arange(size * top_k, device=x.device).div(top_k, rounding_mode="floor")
+    token = torch.arange(size * top_k, device=ids.device).div(top_k, rounding_mode="floor")
     source = token.new_zeros(last + 1).scatter_(0, slots, token)[:-1]
     local = ids.reshape(-1).remainder(each)
     to = local.new_full((last + 1,), each).scatter_(0, slots, local)[:-1]
-    came = exchanged(x.index_select(0, source), group)
+    came = [exchanged(rows.index_select(0, source), group) for rows in payload]
     to = exchanged(to, group)
     order = torch.sort(to, stable=True).indices
-    counts = (to.unsqueeze(1) == torch.arange(each, device=x.device)).sum(0)
+    counts = (to.unsqueeze(1) == torch.arange(each, device=ids.device)).sum(0)
     assist = ids.new_zeros(last * NOTED, dtype=torch.int32)
     assist[:last] = order
-    return came.index_select(0, order), counts, assist, ids.new_zeros(experts, dtype=torch.int32)
+    rows = [item.index_select(0, order) for item in came]
+    return rows, counts, assist, ids.new_zeros(experts, dtype=torch.int32)
 
 
 def combine_reference(
@@ -97,12 +125,27 @@ def _places(ids: Tensor, experts: int, ranks: int) -> Tensor:
 
 
 def _dispatch_by_cann(x: Tensor, ids: Tensor, group: str, ranks: int, experts: int) -> tuple[Tensor, ...]:
+    rows, _, *noted = _called(x, ids, group, ranks, experts, quant_mode=0)
+    return rows, *noted
+
+
+def _dispatch_quant_by_cann(x: Tensor, ids: Tensor, group: str, ranks: int, experts: int) -> tuple[Tensor, ...]:
+    return _called(x, ids, group, ranks, experts, quant_mode=2)  # int8, a scale for each row
+
+
+def _called(
+    x: Tensor, ids: Tensor, group: str, ranks: int, experts: int, quant_mode: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     total = ids.shape[0]
     x, ids, _ = _own(x, ids, group, ranks, 0)
-    found = torch.ops.npu.npu_moe_distribute_dispatch_v2(
-        x, ids, *_world(x, group, ranks, experts), x_active_mask=_active(ids, total, group, ranks)
+    rows, scales, assist, counts, received, *_ = torch.ops.npu.npu_moe_distribute_dispatch_v2(
+        x,
+        ids,
+        *_world(x, group, ranks, experts),
+        x_active_mask=_active(ids, total, group, ranks),
+        quant_mode=quant_mode,
     )
-    return found[0], found[3], found[2], found[4]
+    return rows, scales, counts, assist, received
 
 
 def _combine_by_cann(
@@ -163,6 +206,11 @@ def _fake_dispatch(x: Tensor, ids: Tensor, group: str, ranks: int, experts: int)
     )
 
 
+def _fake_dispatch_quant(x: Tensor, ids: Tensor, group: str, ranks: int, experts: int) -> tuple[Tensor, ...]:
+    rows, *noted = _fake_dispatch(x, ids, group, ranks, experts)
+    return rows.new_empty(rows.shape, dtype=torch.int8), rows.new_empty(rows.shape[0], dtype=torch.float32), *noted
+
+
 def _fake_combine(
     rows: Tensor, ids: Tensor, weights: Tensor, assist: Tensor, received: Tensor, group: str, ranks: int, experts: int
 ) -> Tensor:
@@ -192,6 +240,22 @@ MC2_DISPATCH = FusedOperator(
             _refuses_dispatch,
         ),
         Provider("composition", dispatch_reference),
+    ),
+    example=lambda dtype: (*_example(dtype), "0", 1, 6),
+)
+MC2_DISPATCH_QUANT = FusedOperator(
+    "mc2_dispatch_quant(Tensor x, Tensor ids, str group, int ranks, int experts) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=dispatch_quant_reference,
+    fake=_fake_dispatch_quant,
+    providers=(
+        Provider(
+            "aclnnMoeDistributeDispatchV2",
+            _dispatch_quant_by_cann,
+            ("npu::npu_moe_distribute_dispatch_v2",),
+            _refuses_dispatch,
+        ),
+        Provider("composition", dispatch_quant_reference),
     ),
     example=lambda dtype: (*_example(dtype), "0", 1, 6),
 )

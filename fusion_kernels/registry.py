@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from npu_compiler.fusion_kernels import watched
-from npu_compiler.fusion_kernels.expert_dispatch import MC2_COMBINE, MC2_DISPATCH
+from npu_compiler.fusion_kernels.expert_dispatch import MC2_COMBINE, MC2_DISPATCH, MC2_DISPATCH_QUANT
 from npu_compiler.fusion_kernels.expert_exchange import ALL_TO_ALL_COMBINE, ALL_TO_ALL_DISPATCH
 from npu_compiler.fusion_kernels.geglu import GEGLU
 from npu_compiler.fusion_kernels.geglu_quant import GEGLU_DYNAMIC_QUANT
@@ -81,6 +81,7 @@ OPERATORS: tuple[FusedOperator, ...] = (
     ALL_TO_ALL_DISPATCH,
     ALL_TO_ALL_COMBINE,
     MC2_DISPATCH,
+    MC2_DISPATCH_QUANT,
     MC2_COMBINE,
     MUL_ADD,
 )

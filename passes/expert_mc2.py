@@ -2,6 +2,9 @@
 
 Before and after: expert_communication.py, whose part this is. Where the sum over the ranks was, a rank's rows are
 gathered, as behind an all-to-all (token_drop.py).
+
+Where all that the experts do with the rows is to quantize each to int8 by its largest value, in the routing or behind
+it, that is done before they are sent, which is half the bytes and the same numbers.
 """
 
 from __future__ import annotations
@@ -19,10 +22,19 @@ from npu_compiler.graph.build import call
 from npu_compiler.graph.effects import argument
 from npu_compiler.graph.groups import group_of, rank_in, ranks_of
 from npu_compiler.passes.expert_choice import Step
+from npu_compiler.passes.norm_quant import INT8
 from npu_compiler.passes.record import PassRecord
-from npu_compiler.passes.token_drop import Layer, put_in_place, repeated, replaced_by, results
+from npu_compiler.passes.token_drop import (
+    DYNAMIC,
+    Layer,
+    put_in_place,
+    repeated,
+    replaced_by,
+    results,
+    results_of,
+)
 
-OPERATORS = ("npu_fused.mc2_dispatch.default", "npu_fused.mc2_combine.default")
+OPERATORS = tuple(f"npu_fused.mc2_{name}.default" for name in ("dispatch", "dispatch_quant", "combine"))
 
 
 def refusal(layer: Layer, step: Step, group: str) -> str:
@@ -61,7 +73,9 @@ def _refused_sizes(layer: Layer, step: Step) -> str:
 
 def exchange(graph: fx.Graph, layer: Layer, group: str, record: PassRecord, text: str, name: str) -> None:
     """Rewrites a layer for the pass of this name; `text` says so in the report."""
-    record.fire(f"{name}: {text}", layer.finish, replaced_by(layer))
+    quantized = _quantized_rows(layer)
+    what = f"{text}, rows sent as int8" if quantized is not None else text
+    record.fire(f"{name}: {what}", layer.finish, replaced_by(layer))
     fused = torch.ops.npu_fused
     x, ids, weights = (
         argument(layer.routing, "x"),
@@ -70,8 +84,16 @@ def exchange(graph: fx.Graph, layer: Layer, group: str, record: PassRecord, text
     )
     world: tuple[Any, ...] = (group, layer.ranks, layer.experts)
     with graph.inserting_before(layer.finish):
-        rows, counts, *noted = results(graph, fused.mc2_dispatch.default, (x, ids, *world), {}, layer.routing, name)
-        copies = repeated(graph, layer, (rows, None, counts, None), name)
+        target = fused.mc2_dispatch.default if quantized is None else fused.mc2_dispatch_quant.default
+        rows, *sent = results(graph, target, (x, ids, *world), {}, layer.routing, name)
+        scales = None if quantized is None else sent.pop(0)
+        counts, *noted = sent
+        if quantized is None or scales is None or quantized is layer.routing:
+            copies = repeated(graph, layer, (rows, None, counts, scales), name)
+        else:
+            of_call = results_of(quantized)
+            instead = {of_call[0]: rows, of_call[1]: scales}
+            copies = repeated(graph, layer, (None, None, counts, None), name, instead)
         share = call(
             graph,
             fused.mc2_combine.default,
@@ -80,3 +102,18 @@ def exchange(graph: fx.Graph, layer: Layer, group: str, record: PassRecord, text
             made_by=name,
         )
     put_in_place(graph, layer, share, name)
+
+
+def _quantized_rows(layer: Layer) -> fx.Node | None:
+    """The call whose results are the experts' rows in int8, and their scales: the routing, or the only one that reads
+    what it sorts. None: they read the rows as they are."""
+    if argument(layer.routing, "quant_mode") == DYNAMIC:
+        return layer.routing
+    rows = results_of(layer.routing).get(0)
+    readers = [] if rows is None else list(rows.users)
+    if len(readers) != 1 or str(readers[0].target) != "npu.npu_dynamic_quant.default":
+        return None
+    (reader,) = readers
+    plain = all(argument(reader, name) is None for name in ("smooth_scales", "group_index"))
+    to_int8 = argument(reader, "dst_type") in (None, *INT8) and argument(reader, "quant_mode") == "pertoken"
+    return reader if plain and to_int8 and set(results_of(reader)) == {0, 1} else None

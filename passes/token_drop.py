@@ -32,8 +32,9 @@ which the option `token_drop` asks for. Where nothing is dropped, it is the same
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ BY_ROW = frozenset(
         "npu_fused.silu_mul.default",
         "npu_fused.geglu.default",
         "npu_fused.fast_gelu.default",
+        "npu_fused.swiglu_dynamic_quant.default",
+        "npu_fused.geglu_dynamic_quant.default",
         "aten.slice.Tensor",
         "aten.split.Tensor",
         "aten.unsqueeze.default",
@@ -68,6 +71,8 @@ BY_ROW = frozenset(
 )
 """Calls between routing and combination that compute each row by itself, whatever their number. Elementwise operators
 do so too."""
+DYNAMIC = 1
+"""npu_moe_init_routing_v2's quant_mode for int8 rows with a scale each."""
 LINEAR = frozenset({"aten.add.Tensor", "aten._to_copy.default", "prims.convert_element_type.default"})
 """Calls between the experts and the sum over the ranks that leave it a sum."""
 
@@ -157,7 +162,7 @@ def layer_of(routing: fx.Node) -> Layer:
     if not end or end - first == experts:
         raise Left("all experts are on this rank")
     _check_settings(routing)
-    places = _parts_of(routing).get(1)
+    places = results_of(routing).get(1)
     if places is None or len(places.users) != 1 or str(next(iter(places.users)).target) != FINISHED:
         raise Left("what is routed does not end in one npu_moe_finalize_routing")
     finish = next(iter(places.users))
@@ -179,7 +184,9 @@ def _check_settings(routing: fx.Node) -> None:
         raise Left("how many experts a token has is not known")
     if ids.dtype is not torch.int32 or x.dim() != 2:
         raise Left(f"experts are {ids.dtype}, rows have {x.dim()} dimensions: int32 and 2 are taken")
-    wanted = {"drop_pad_mode": 0, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True, "quant_mode": -1}
+    if argument(routing, "quant_mode") not in (-1, DYNAMIC):
+        raise Left(f"npu_moe_init_routing_v2 has quant_mode={argument(routing, 'quant_mode')}, not -1 or {DYNAMIC}")
+    wanted = {"drop_pad_mode": 0, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True}
     for name, setting in {**wanted, "row_idx_type": 0, "scale": None, "offset": None}.items():
         if argument(routing, name) != setting:
             raise Left(f"npu_moe_init_routing_v2 has {name}={argument(routing, name)}, not {setting}")
@@ -224,6 +231,9 @@ def _is_by_row(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or not is_pure(node):
         return False
     name = str(node.target)
+    if name == "npu.npu_dynamic_quant.default":
+        # with a smoothing for each expert, which it is has to be known of each row
+        return argument(node, "group_index") is None and argument(node, "quant_mode") == "pertoken"
     if name in ("aten.slice.Tensor", "aten.split.Tensor"):
         dimension = argument(node, "dim")
         return bool(dimension == -1 or dimension == _tensor(node.args[0]).dim() - 1 > 0)
@@ -260,7 +270,7 @@ def _is_view(user: fx.Node, node: fx.Node) -> bool:
     return str(user.target) in ("aten.view.default", "aten.reshape.default") and user.args[0] is node
 
 
-def _parts_of(node: fx.Node) -> dict[int, fx.Node]:
+def results_of(node: fx.Node) -> dict[int, fx.Node]:
     """The results of a call that are read, by position."""
     return {user.args[1]: user for user in node.users if user.target is operator.getitem}  # type: ignore[misc]
 
@@ -334,11 +344,23 @@ def _routed(
     return repeated(graph, layer, routed, name), routed
 
 
-def repeated(graph: fx.Graph, layer: Layer, routed: Sequence[fx.Node | None], name: str) -> dict[fx.Node, fx.Node]:
-    """The experts' calls again, for `routed` in the place of the routing's results; by the calls they replace."""
-    copies = {node: new for index, node in _parts_of(layer.routing).items() if (new := routed[index]) is not None}
+def repeated(
+    graph: fx.Graph,
+    layer: Layer,
+    routed: Sequence[fx.Node | None],
+    name: str,
+    instead: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+) -> dict[fx.Node, fx.Node]:
+    """The experts' calls again, for `routed` in the place of the routing's results; by the calls they replace.
+
+    Args:
+        instead: more calls that are there already. What only these would read is not repeated.
+    """
+    copies = {node: new for index, node in results_of(layer.routing).items() if (new := routed[index]) is not None}
+    copies |= instead
     for node in layer.between:
-        if node not in copies and layer.routing not in node.all_input_nodes:
+        is_read = not node.users or any(user not in copies for user in node.users)
+        if node not in copies and layer.routing not in node.all_input_nodes and is_read:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: copies.get(item, item))
             copies[node] = call(graph, node.target, args, kwargs=kwargs, replaces=[node], made_by=name)  # type: ignore[arg-type]
     return copies

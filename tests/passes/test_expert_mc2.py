@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_npu
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
@@ -29,6 +30,7 @@ from tests.passes.lowered import apply, calls
 
 HIDDEN, INNER = 1024, 16
 DISPATCH, COMBINE = "npu_fused.mc2_dispatch.default", "npu_fused.mc2_combine.default"
+DISPATCH_QUANT, QUANT = "npu_fused.mc2_dispatch_quant.default", "npu.npu_dynamic_quant.default"
 ALONE = "alone"
 
 
@@ -135,6 +137,76 @@ def test_a_shared_expert_meets_whole_rows() -> None:
     wanted = 2.5 * expected(case) + sum(one[0].cpu().double() @ one[5].cpu().double() for one in each)
     for got in run(programs, case):
         torch.testing.assert_close(got.double(), wanted, rtol=8 * 2**-8, atol=8 * 2**-8)
+
+
+def int8_product(rows: Tensor, row_scales: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows in int8 with a scale each; weights [experts, in, out] are quantized by column here."""
+    scale = (weight.float().abs().amax(1) / 127).bfloat16()
+    values = (weight.float() / scale.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
+    return torch_npu.npu_grouped_matmul(
+        [rows], [values], scale=[scale], per_token_scale=[row_scales],
+        group_list=counts, split_item=3, group_type=0, group_list_type=1, output_dtype=torch.bfloat16,
+    )[0]  # fmt: skip
+
+
+def quantized_experts(where: str) -> Any:
+    """Experts of int8 weights (w8a8 dynamic), whose rows are quantized in the routing, or behind it."""
+
+    def made(rank: int, ranks: int) -> experts.Program:
+        local = owned(Case(ranks, experts.EXPERTS, experts.K, 1, "", 1.0), rank)
+
+        def program(x, ids, weights, w13, w2, *_):  # type: ignore[no-untyped-def]
+            rows, places, counts, scales = torch_npu.npu_moe_init_routing_v2(
+                x, ids, active_num=-1, active_expert_range=[local[0], local[-1] + 1], expert_num=experts.EXPERTS,
+                expert_tokens_num_type=1, expert_tokens_num_flag=True, row_idx_type=0,
+                quant_mode=1 if where == "routing" else -1,
+            )  # fmt: skip
+            if where != "routing":
+                smooth = w13[0, :, 0].abs() + 1 if where == "smoothed" else None
+                rows, scales = torch_npu.npu_dynamic_quant(rows, smooth_scales=smooth)
+            gated = torch.ops.npu_fused.swiglu(int8_product(rows, scales, w13, counts))
+            rows, scales = torch_npu.npu_dynamic_quant(gated)
+            rows = int8_product(rows, scales, w2, counts).unsqueeze(1)
+            return experts.summed(
+                torch_npu.npu_moe_finalize_routing(rows, None, None, None, weights, places, None, drop_pad_mode=3)
+            )
+
+        return program
+
+    return made
+
+
+@pytest.mark.parametrize("where", ["routing", "behind"])
+@pytest.mark.parametrize(("ranks", "tokens", "kind"), CASES)
+def test_rows_that_experts_quantize_are_sent_as_int8(where: str, ranks: int, tokens: int, kind: str) -> None:
+    """Half the bytes, and the bits of the same layer whose rows are sent as they are and quantized then."""
+    case = Case(ranks, experts.EXPERTS, experts.K, tokens, kind, 1.0)
+    programs, record = rewritten(case, quantized_experts(where), dynamic=tokens > 1)
+    (fired,) = record.fired
+    assert fired.rule == (
+        f"expert_communication: MC2 (A3: it fits), 4 experts on {ranks} ranks, 2 a token, rows sent as int8"
+    )
+    found = calls(programs[0])
+    assert [found.count(name) for name in (DISPATCH_QUANT, DISPATCH, COMBINE, QUANT)] == [1, 0, 1, 1]
+    assert not any("routing" in name or "all_reduce" in name for name in found)
+    by_all_to_all, _ = rewritten(case, quantized_experts(where), dynamic=tokens > 1, asked=ALLTOALL)
+    assert calls(by_all_to_all[0]).count(QUANT) == (1 if where == "routing" else 2)
+    for got, other in zip(run(programs, case), run(by_all_to_all, case), strict=True):
+        assert torch.equal(got, other)
+        # four roundings to steps of 1/127 of the largest number of a row or column
+        wanted = expected(case)
+        assert (got.double() - wanted).abs().max() <= 4 / 127 * wanted.abs().max()
+
+
+def test_rows_that_are_smoothed_before_are_sent_as_they_are() -> None:
+    case = Case(2, experts.EXPERTS, experts.K, 6, "random", 1.0)
+    programs, record = rewritten(case, quantized_experts("smoothed"))
+    assert "int8" not in record.fired[0].rule
+    found = calls(programs[0])
+    assert [found.count(name) for name in (DISPATCH_QUANT, DISPATCH, QUANT)] == [0, 1, 2]
+    by_all_to_all, _ = rewritten(case, quantized_experts("smoothed"), asked=ALLTOALL)
+    for got, other in zip(run(programs, case), run(by_all_to_all, case), strict=True):
+        assert torch.equal(got, other)
 
 
 def test_its_group_is_for_the_two_alone() -> None:

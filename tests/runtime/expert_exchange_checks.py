@@ -296,6 +296,32 @@ def scenario_compiled() -> None:
         assert f"aclnnMoeDistribute{operator}V2" in str(entry), str(entry)
 
 
+def scenario_compiled_int8() -> None:
+    """A layer of experts that quantize their rows: replays send int8, and give the bits of the exact all-to-all, which
+    sends the rows as they are."""
+    from npu_compiler import fusion_kernels
+    from tests.compiler.rank_checks import compiled
+    from tests.experts import Case
+    from tests.passes import test_expert_mc2 as mc2
+
+    fusion_kernels.register()
+    own = dist.new_group(list(range(RANKS)), backend="hccl")
+    layer = mc2.quantized_experts("behind")(RANK, RANKS)
+    chosen = {"mc2": {"expert_group": own.group_name, "expert_tokens": 7}, "alltoall": {}}
+    runs = {
+        method: compiled(layer, dynamic=False, expert_communication=method, **more) for method, more in chosen.items()
+    }
+    for number in range(3):
+        given = mc2.inputs(Case(RANKS, 4, 2, 7, "skewed", 1.0, number=number), RANK)[:5]
+        with torch.no_grad():
+            by_mc2, by_all_to_all = (run(*given).cpu() for run, _ in runs.values())
+        assert torch.equal(by_mc2, by_all_to_all)
+    (entry,) = runs["mc2"][1].compiled()
+    targets = [str(node.target) for node in entry.graph.graph.nodes]
+    assert [targets.count(name) for name in (mc2.DISPATCH_QUANT, mc2.DISPATCH, mc2.COMBINE)] == [1, 0, 1]
+    assert entry.ledger is not None and entry.ledger.replays > 0
+
+
 def scenario_dead_rank() -> None:
     dispatched()
     torch.npu.synchronize()

@@ -38,8 +38,9 @@ def test_four_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_compiled_layer(tmp_path: Path) -> None:
-    for results, errors in ranks.start(MODULE, tmp_path, "compiled"):
+@pytest.mark.parametrize("scenario", ["compiled", "compiled_int8"])
+def test_a_compiled_layer(scenario: str, tmp_path: Path) -> None:
+    for results, errors in ranks.start(MODULE, tmp_path, scenario):
         assert results == {"error": ""}, results.get("error", errors[-3000:])
 
 
