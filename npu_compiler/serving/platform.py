@@ -305,13 +305,6 @@ def _refuse_placements(vllm_config: VllmConfig) -> None:
             "--async-scheduling and --pipeline-parallel-size exclude each other: vLLM's model runner of the first "
             "version does not support the two together; leave --async-scheduling out"
         )
-    model = vllm_config.model_config
-    if parallel.pipeline_parallel_size > 1 and parallel.data_parallel_size > 1 and model is not None and model.is_moe:
-        raise ValueError(
-            "--pipeline-parallel-size and --data-parallel-size together are not served on npu for a mixture of "
-            f"experts ({model.architecture}), whose engines take every step together; use one of them, with "
-            "--tensor-parallel-size"
-        )
     if parallel.data_parallel_size > 1 and parallel.all2all_backend != _GATHERED:
         raise ValueError(
             f"--all2all-backend {parallel.all2all_backend} is a library for CUDA; on npu the tokens of data-parallel "

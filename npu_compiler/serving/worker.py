@@ -68,8 +68,10 @@ class NPUWorker(Worker):
         NPUPlatform.forget_graph_pool()
         if self.model_config is not None:
             current_platform.check_if_supports_dtype(self.model_config.dtype)  # type: ignore[arg-type]  # resolved
+        # Out of tree vLLM's groups take the number they are given for that of their device (parallel_state.py, line
+        # 540). With synchronous scheduling engines agree on a step's tokens there (dp_utils.py, _get_device_and_group).
         init_worker_distributed_environment(
-            self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, current_platform.dist_backend
+            self.vllm_config, self.rank, self.distributed_init_method, index, current_platform.dist_backend
         )
         fine_grained_tp.make_groups(self.vllm_config)
         set_random_seed(self.model_config.seed)

@@ -186,7 +186,6 @@ FEATURES = (
         settings={"pipeline_parallel_size": 2},
         axis="pipeline",
         ranks=2,
-        refused_with={"moe:data_parallel=2": "whose engines take every step together"},
     ),
     Feature(
         "pipeline_parallel=4",
