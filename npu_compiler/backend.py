@@ -33,7 +33,7 @@ from npu_compiler.compiled import CompiledGraph as CompiledGraph
 from npu_compiler.compiled import Interface
 from npu_compiler.config import WHOLE_WEIGHTS, Options, refuse_mode
 from npu_compiler.dumps import bundle_of as bundle_of  # serving adds its own captures and report to it
-from npu_compiler.errors import StoredProgramError
+from npu_compiler.errors import OptionError, StoredProgramError
 from npu_compiler.fusion_kernels import drop_counts
 from npu_compiler.fusion_kernels.chosen import providers
 from npu_compiler.fusion_kernels.drop_counts import DropCounts as DropCounts
@@ -48,6 +48,7 @@ from npu_compiler.key import fingerprint as fingerprint  # serving and benchmark
 from npu_compiler.lowering.floats import specialize_module_floats
 from npu_compiler.lowering.functional import Functional, lower
 from npu_compiler.passes import pipeline
+from npu_compiler.passes.expert_choice import MISSING
 from npu_compiler.passes.record import PassRecord
 from npu_compiler.plan import agreement, weight_layout
 from npu_compiler.plan.ahead import begin_early
@@ -86,7 +87,7 @@ class AscendBackend:
     ) -> CompiledGraph | Portable:
         """What torch.compile calls: lower, run the passes, serve calls by captured graphs."""
         refuse_mode(mode)
-        compiled = CompiledGraph(f"graph_{next(self._count)}", _checked(options))
+        compiled = CompiledGraph(f"graph_{next(self._count)}", checked_options(options))
         specialize_module_floats(gm)
         found, keep = _stored(compiled, gm, example_inputs) if compiled.options.cache else (None, None)
         interface = _interface(gm)
@@ -172,7 +173,7 @@ def compile_fx(
     Raises:
         OptionError: see there.
     """
-    compiled = CompiledGraph(name, _checked(options))
+    compiled = CompiledGraph(name, checked_options(options))
     compiled.batch = batch
     if before_lowering is not None:
         before_lowering(gm.graph)
@@ -204,9 +205,21 @@ def load_fx(
     return _take(compiled, found, _interface(gm), example_inputs, _uncaptured(compiled))
 
 
-def _checked(given: Mapping[str, Any] | Options | None) -> Options:
-    """The options; wrong ones, and names of passes that are not there, are refused before the work starts."""
+def checked_options(given: Mapping[str, Any] | Options | None) -> Options:
+    """The options, before the work starts.
+
+    Raises:
+        OptionError: a name, type or value is not valid, options contradict each other, a pass or rule that is named
+            does not exist, or nothing can do what is asked for.
+    """
     options = Options.of(given)
+    method = options.expert_communication
+    if method in MISSING:
+        raise OptionError(
+            f"expert_communication={method!r} can't be done: {MISSING[method]}",
+            rule="a method that is asked for by name is used in every layer whose experts are spread over ranks",
+            fix="leave the option out: auto takes the next method that can be used, and the report says why",
+        )
     pipeline.selected(options)
     return options
 

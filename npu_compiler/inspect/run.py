@@ -85,12 +85,13 @@ class DroppedRows(Data):
 
 
 class ExpertRows(Data):
-    """How even the ranks of a layer of experts are, where the option `expert_map` places them.
+    """What the ranks of a layer of experts got since the start, the last clear or the last change of the map.
 
     Attributes:
-        rows: of all tokens, one for each of their experts.
-        imbalance: rows of the fullest rank, as a multiple of the mean. `linear`: the same, had vLLM placed the experts.
-        moved: how many experts were moved. `before`: the imbalance that made the last ones move.
+        layer: module path. `rows`: a token has one for each of its experts; padding is not counted.
+        imbalance: rows of the fullest rank, as a multiple of the mean; 1 is even, 0: there were no rows.
+        linear: the same rows', had they gone where vLLM's linear placement has the experts.
+        moved: how many experts were moved so far. `before`: the imbalance that made the last ones move; 0: none did.
     """
 
     layer: str
@@ -100,6 +101,13 @@ class ExpertRows(Data):
     moved: int = 0
     before: float = 0.0
 
+    def __str__(self) -> str:
+        moves = f"; {self.moved} experts moved, at last for {self.before:.2f} times" if self.moved else ""
+        return (
+            f"{self.layer}: the fullest rank got {self.imbalance:.2f} times the mean of {self.rows} rows; "
+            f"{self.linear:.2f} times in linear placement{moves}"
+        )
+
 
 class Run(Data):
     """A run report. docs/serving.md describes the fields."""
@@ -108,6 +116,7 @@ class Run(Data):
     device: str
     graphs: tuple[ModelCapture, ...]
     not_captured: dict[str, str]
+    passes: dict[str, int] = Field(default_factory=dict)
     capture_milliseconds: float
     capture_mebibytes: float
     decode_steps: Modes

@@ -28,6 +28,7 @@ from npu_compiler.config import BY_ROWS, OF_WEIGHTS, Options
 from npu_compiler.errors import StoredProgramError
 from npu_compiler.serving import dump, qkv_attention
 from npu_compiler.serving.attention_notes import AttentionNotes
+from npu_compiler.serving.fired import Fired
 from npu_compiler.serving.options import compile_options
 from npu_compiler.serving.watch import Watch, is_noted
 from npu_compiler.watching import is_watched
@@ -91,6 +92,7 @@ class AscendCompiler(CompilerInterface):
         self._unusable: set[str] = set()
         self._notes: AttentionNotes | None = None
         self._watch: Watch | None = None
+        self._fired: Fired | None = None
 
     def initialize_cache(self, cache_dir: str, disable_cache: bool = False, prefix: str = "") -> None:
         """See CompilerInterface."""
@@ -99,6 +101,7 @@ class AscendCompiler(CompilerInterface):
     def compute_hash(self, vllm_config: VllmConfig) -> str:
         """Changes when the backend, its options or its passes do. vLLM calls it before the first `compile`."""
         self._options = dump.options_of(vllm_config)
+        self._fired = Fired.of(vllm_config)
         self._notes = AttentionNotes(vllm_config.compilation_config.static_forward_context)
         if is_noted(self._options) and self._watch is None:
             self._watch = Watch(vllm_config)
@@ -164,6 +167,8 @@ class AscendCompiler(CompilerInterface):
         return None if self._watch is None else self._watch.batch
 
     def _add(self, compiled: CompiledGraph) -> None:
+        if self._fired is not None:
+            self._fired.add(compiled)
         if self._watch is not None:
             self._watch.add(compiled)
 

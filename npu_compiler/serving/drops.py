@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 from npu_compiler.backend import DropCounts, Dropped
@@ -11,11 +12,16 @@ from npu_compiler.serving.device_reader import TimedCopies
 class DropReader:
     """Reads the counters of an engine's compiled pieces.
 
+    Args:
+        layers: names that vLLM has for the model's layers of experts. Pieces know a layer by its path in the module
+            that is compiled, which is a part of the model.
+
     Attributes:
         latest: by layer, in the model's order; as of the last copy that is done.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[str]) -> None:
+        self._layers = layers
         self.latest: list[Dropped] = []
         self._copies = TimedCopies()
         self._asked: list[DropCounts] = []
@@ -31,7 +37,7 @@ class DropReader:
         copies = self._copies.take()
         if copies is None:
             return []
-        found = by_layer(
+        found = self._by_layer(
             entry for counts, host in zip(self._asked, copies, strict=True) for entry in counts.of(host.tolist())
         )
         known = {entry.layer: entry for entry in self.latest}
@@ -40,7 +46,15 @@ class DropReader:
 
     def wait(self, counters: Sequence[DropCounts]) -> None:
         """Brings `latest` up to date. Waits for the device."""
-        self.latest = by_layer(entry for counts in counters for entry in counts.read())
+        self.latest = self._by_layer(entry for counts in counters for entry in counts.read())
+
+    def _by_layer(self, entries: Iterable[Dropped]) -> list[Dropped]:
+        return by_layer(dataclasses.replace(entry, layer=full_name(entry.layer, self._layers)) for entry in entries)
+
+
+def full_name(path: str, layers: Sequence[str]) -> str:
+    """The one of `layers` whose end is this path; the path where there is none."""
+    return next((name for name in layers if name == path or name.endswith(f".{path}")), path)
 
 
 def by_layer(entries: Iterable[Dropped]) -> list[Dropped]:

@@ -11,8 +11,9 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from npu_compiler.errors import UnservedError
+from npu_compiler.inspect.run import ExpertRows
 from npu_compiler.serving.device_reader import HostCopies, TimedCopies
-from npu_compiler.serving.expert_imbalance import ExpertLoad, load_of
+from npu_compiler.serving.expert_imbalance import load_of
 from npu_compiler.serving.expert_maps import ExpertMap
 from npu_compiler.serving.options import ServingOptions
 from npu_compiler.serving.routed_experts import NPURoutedExperts, placed_layers
@@ -28,7 +29,7 @@ class ExpertLoads:
 
     def __init__(self) -> None:
         self.layers: list[NPURoutedExperts] = []
-        self.latest: list[ExpertLoad] = []
+        self.latest: list[ExpertRows] = []
         self._copies = TimedCopies()
         self._placements: list[ExpertMap] = []
         self.snapshot = HostCopies()
@@ -68,7 +69,7 @@ class ExpertLoads:
             self._placements = [placement(layer) for layer in self.layers]
             self._copies.ask([layer.slot_rows for layer in self.layers])
 
-    def take(self) -> list[ExpertLoad]:
+    def take(self) -> list[ExpertRows]:
         """All layers' figures, if a copy is done that says something new. Waits for nothing."""
         copies = self._copies.take()
         if copies is None:
@@ -94,9 +95,14 @@ class ExpertLoads:
 
     def _note(self, counts: Sequence[Sequence[int]], placements: Sequence[ExpertMap]) -> None:
         self.latest = [
-            load_of(layer.layer_name, rows, one, *self._moved.get(layer.layer_name, (0, 0.0)))
+            load_of(path(layer), rows, one, *self._moved.get(layer.layer_name, (0, 0.0)))
             for layer, rows, one in zip(self.layers, counts, placements, strict=True)
         ]
+
+
+def path(layer: NPURoutedExperts) -> str:
+    """Of the layer that the model has, whose part this one is."""
+    return layer.layer_name.removesuffix(".routed_experts")
 
 
 def placement(layer: NPURoutedExperts) -> ExpertMap:

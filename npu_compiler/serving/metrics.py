@@ -23,7 +23,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 
 from npu_compiler import reasons
 from npu_compiler.backend import Dropped
-from npu_compiler.serving.expert_imbalance import ExpertLoad
+from npu_compiler.inspect.run import ExpertRows
 from npu_compiler.serving.steps import EAGER, Step, StepCounts
 
 logger = init_logger(f"vllm.{__name__}")
@@ -33,11 +33,11 @@ OF_ENGINE = ("model_name", "engine")
 OF_LAYER = (*OF_ENGINE, "layer")
 
 
-def stat_of(step: Step, dropped: Sequence[Dropped] = (), experts: Sequence[ExpertLoad] = ()) -> CUDAGraphStat:
+def stat_of(step: Step, dropped: Sequence[Dropped] = (), experts: Sequence[ExpertRows] = ()) -> CUDAGraphStat:
     """What vLLM carries to the front end of a step, and with it what layers have counted so far."""
     kind = DECODE if step.decode else OTHER
     why = f": {step.reason.name}" if step.reason is not None else ""
-    counted = [[dataclasses.astuple(entry) for entry in entries] for entries in (dropped, experts)]
+    counted = [[dataclasses.astuple(entry) for entry in dropped], [entry.model_dump() for entry in experts]]
     news = COUNTED + json.dumps(counted) if dropped or experts else ""
     return CUDAGraphStat(
         step.tokens, step.padded_tokens, step.padded_tokens - step.tokens, f"{step.mode} {kind}{why}{news}"
@@ -52,10 +52,10 @@ def step_of(stat: CUDAGraphStat) -> Step:
     return Step(kind == DECODE, mode, stat.num_unpadded_tokens, stat.num_padded_tokens, reason=reason)
 
 
-def counted_of(stat: CUDAGraphStat) -> tuple[list[Dropped], list[ExpertLoad]]:
+def counted_of(stat: CUDAGraphStat) -> tuple[list[Dropped], list[ExpertRows]]:
     """What stat_of was given of layers of experts."""
     dropped, experts = json.loads(stat.runtime_mode.partition(COUNTED)[2] or "[[], []]")
-    return [Dropped(*entry) for entry in dropped], [ExpertLoad(*entry) for entry in experts]
+    return [Dropped(*entry) for entry in dropped], [ExpertRows(**entry) for entry in experts]
 
 
 class StepMetrics(StatLoggerBase):

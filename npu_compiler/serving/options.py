@@ -11,12 +11,17 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from npu_compiler.config import OF_CAPTURES, Options
+from npu_compiler.backend import checked_options
+from npu_compiler.config import BY_ROWS, OF_CAPTURES, Options
 from npu_compiler.errors import OptionError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+OVER_RANKS = (*BY_ROWS, "matmul_all_reduce", "layer_sharding")
+"""Compile options that do nothing without tensor parallelism."""
+OF_EXPERTS = ("token_drop", "expert_communication")
+"""Compile options that do nothing where all experts are on one rank."""
 QKV_ATTENTION = "npu_compiler.passes.qkv_attention:PASS"
 """The pass that only a vLLM model has use for."""
 
@@ -178,20 +183,44 @@ class ServingOptions:
                 "additional_config: compile: multistream puts calls on side streams of captured graphs, and "
                 "cudagraph_mode NONE captures nothing; leave one of the two out"
             )
-        between_ranks = [name for name in ("token_drop", "expert_communication") if options.compile.get(name)]
-        if between_ranks and not config.parallel_config.enable_expert_parallel:
+        options._refuse_idle(config)
+        return options
+
+    def _refuse_idle(self, config: VllmConfig) -> None:
+        """Raises ValueError for compile options that would do nothing with the model, or the ranks, that there are."""
+        if not self.compile:
+            return
+        parallel, model = config.parallel_config, config.model_config
+        over_ranks = [name for name in OVER_RANKS if self.compile.get(name)]
+        if over_ranks and parallel.tensor_parallel_size == 1:
             raise ValueError(
-                f"additional_config: compile: {', '.join(between_ranks)} say how tokens get to experts on other ranks, "
-                "and without --enable-expert-parallel each rank has a part of every expert; add that, or leave them out"
+                f"additional_config: compile: {', '.join(over_ranks)} are about sums of tensor parallelism, and with "
+                "one rank there are none; add --tensor-parallel-size, or leave them out"
             )
-        exchanges = [name for name in between_ranks if options.compile[name] not in ("auto", "allgather")]
-        if exchanges and config.parallel_config.data_parallel_size > 1:
+        between = [name for name in OF_EXPERTS if self.compile.get(name, "auto") not in ("auto", {})]
+        if not between:
+            return
+        what = f"additional_config: compile: {', '.join(between)} say how tokens get to experts on other ranks, and"
+        if model is not None and not model.is_moe:
+            raise ValueError(
+                f"{what} {model.architecture} has no experts; leave them out, or serve a mixture of experts"
+            )
+        if not parallel.enable_expert_parallel:
+            raise ValueError(
+                f"{what} without --enable-expert-parallel each rank has a part of every expert; add that, or leave "
+                "them out"
+            )
+        if parallel.tensor_parallel_size * parallel.data_parallel_size == 1:
+            raise ValueError(
+                f"{what} with one rank all experts are on it; add --tensor-parallel-size, or leave them out"
+            )
+        exchanges = [name for name in between if self.compile[name] != "allgather"]
+        if exchanges and parallel.data_parallel_size > 1:
             raise ValueError(
                 f"additional_config: compile: {', '.join(exchanges)} and --data-parallel-size exclude each other: "
                 "layers of experts gather the tokens of all engines, and no part of them is exchanged between ranks; "
                 "leave one of the two out"
             )
-        return options
 
     def _check_values(self) -> None:
         if self.report_path is not None and not isinstance(self.report_path, str):
@@ -246,7 +275,7 @@ def compile_options(given: Mapping[str, Any]) -> Options:
             "or additional_config's capture_budget_seconds and capture_budget_mib"
         )
     try:
-        return Options.of({"capture": False, **given, "passes": [*given.get("passes", ()), QKV_ATTENTION]})
+        return checked_options({"capture": False, **given, "passes": [*given.get("passes", ()), QKV_ATTENTION]})
     except OptionError as error:
         raise ValueError(f"additional_config: compile: {error}") from error
 

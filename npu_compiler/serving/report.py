@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from npu_compiler.backend import Dropped
+from npu_compiler.inspect.run import ExpertRows
 from npu_compiler.reasons import FIRST_SHAPE
-from npu_compiler.serving.expert_imbalance import ExpertLoad
 from npu_compiler.serving.split_weights import SplitWeights
 from npu_compiler.serving.steps import EAGER, FULL, PIECEWISE, Step, StepCounts
 
@@ -47,13 +47,15 @@ class RunReport:
     steps: StepCounts = dataclasses.field(default_factory=StepCounts)
     not_captured: dict[str, str] = dataclasses.field(default_factory=dict)
     """Sizes that have no graph, such as "FULL 8 tokens", and why."""
+    passes: Counter[str] = dataclasses.field(default_factory=Counter)
+    """How often each pass rewrote something, by name, in the order of the passes."""
     generated_tokens: int = 0
     serving_seconds: float = 0.0
     input_waits: int = 0
     """Steps whose host buffers were still being read by the step before, so that the host had to wait for it."""
     dropped: list[Dropped] = dataclasses.field(default_factory=list)
     """What each layer of experts dropped, of all ranks' tokens, where the option `token_drop` lets it."""
-    experts: list[ExpertLoad] = dataclasses.field(default_factory=list)
+    experts: list[ExpertRows] = dataclasses.field(default_factory=list)
     """How even the ranks of each layer of experts are, where the option `expert_map` places them."""
     split_weights: list[SplitWeights] = dataclasses.field(default_factory=list)
     """What engines have parts of, where the option `fine_grained_tp` splits it."""
@@ -85,6 +87,7 @@ class RunReport:
             "device": self.device,
             "graphs": [dataclasses.asdict(graph) for graph in self._summed_graphs()],
             "not_captured": dict(self.not_captured),
+            "passes": dict(self.passes),
             "capture_milliseconds": round(sum(graph.milliseconds for graph in self.graphs), 3),
             "capture_mebibytes": round(sum(graph.mebibytes for graph in self.graphs), 3),
             "decode_steps": _by_mode(steps.decode),
@@ -99,7 +102,7 @@ class RunReport:
                 {"layer": entry.layer, "routed": entry.routed, "dropped": entry.dropped, "needed": entry.needed}
                 for entry in self.dropped
             ],
-            "experts": [dataclasses.asdict(entry) for entry in self.experts],
+            "experts": [entry.model_dump() for entry in self.experts],
             "split_weights": [dataclasses.asdict(entry) for entry in self.split_weights],
         }
 
@@ -116,6 +119,7 @@ class RunReport:
                 for g in data["graphs"]
             ),
             *(f"  {size} not captured: {reason}" for size, reason in data["not_captured"].items()),
+            f"passes that fired: {', '.join(f'{name} {times}' for name, times in self.passes.items()) or 'none'}",
             f"decode steps: {decode['replayed']} replayed, {decode['piecewise']} piecewise, {decode['eager']} eager",
             f"other steps: {other['replayed']} replayed, {other['piecewise']} piecewise, {other['eager']} eager",
             self.steps.line(),

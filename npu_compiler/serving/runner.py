@@ -26,15 +26,16 @@ from vllm.v1.worker.workspace import lock_workspace
 from npu_compiler import reasons
 from npu_compiler.backend import DropCounts, Dropped
 from npu_compiler.errors import UnservedError
+from npu_compiler.inspect.run import ExpertRows
 from npu_compiler.reasons import Reason
 from npu_compiler.serving import dump, streams
 from npu_compiler.serving.attention_notes import STEP_KEY
 from npu_compiler.serving.capture_budget import CaptureBudget, agreed
 from npu_compiler.serving.drops import DropReader
-from npu_compiler.serving.expert_imbalance import ExpertLoad
 from npu_compiler.serving.expert_loads import ExpertLoads
 from npu_compiler.serving.expert_rebalance import Rebalancer
 from npu_compiler.serving.fine_grained_tp import NO_PROMPT_LOGPROBS
+from npu_compiler.serving.fired import Fired
 from npu_compiler.serving.graph_updates import UpdateResources
 from npu_compiler.serving.graph_wrapper import ACLGraphWrapper
 from npu_compiler.serving.metrics import stat_of
@@ -76,7 +77,10 @@ class NPUModelRunner(GPUModelRunner):
         self._noted = Steps(vllm_config, compiler) if is_noted(compiler) else None
         self.expert_loads = ExpertLoads()
         self._rebalancer: Rebalancer | None = None
-        self._drops = DropReader() if compiler.token_drop else None
+        layers = vllm_config.compilation_config.static_all_moe_layers  # vLLM fills it when the model is made
+        self._drops = DropReader(layers) if compiler.token_drop else None
+        self._fired = Fired.of(vllm_config)
+        self.report.passes = self._fired.rewrites
         self._logits: list[NPULogitsProcessor] = []  # those whose head is split over engines
         if self.model_config.logits_processors == [NO_PROMPT_LOGPROBS]:
             self.input_batch.logitsprocs_need_output_token_ids = False  # a step need not wait for the last one's tokens
@@ -303,7 +307,7 @@ class NPUModelRunner(GPUModelRunner):
         self.report.dropped = self._drops.latest
         return found
 
-    def _new_loads(self) -> list[ExpertLoad]:
+    def _new_loads(self) -> list[ExpertRows]:
         found = self.expert_loads.take()
         self.report.experts = self.expert_loads.latest
         return found

@@ -52,6 +52,7 @@ COMPILER = (
 )
 NO_CALL = {
     "fusion_kernels/operator.py:provider": "runs inside of a program, whose caller names the call (graph/running.py)",
+    "npu_compiler/backend.py:checked_options": "an option",
     "npu_compiler/aclgraph/buckets.py:buckets": "arguments of a function that chooses sizes",
     "npu_compiler/aclgraph/capture.py:_abandon": "a second error, noted on the first, which names the call",
     "npu_compiler/aclgraph/npugraph_ex.py:serve": "an option",

@@ -16,6 +16,7 @@ from benchmarks.sweep import shrink
 from npu_compiler.serving import platform
 from tests.models import checkpoints
 from tests.serving.engine import engine
+from tests.serving.pairs import texts
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +36,21 @@ def graphs(mode: str, sizes: list[int]) -> dict[str, Any]:
     return {"compilation_config": {"cudagraph_mode": mode, "cudagraph_capture_sizes": sizes}}
 
 
+def compiled(**options: Any) -> dict[str, Any]:
+    return {"additional_config": {"compile": options}}
+
+
+ROOM = {"capacity_factor": 1.25}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"additional_config": {"report_pth": "x"}}, "unknown option 'report_pth'; did you mean 'report_path'"),
         ({"additional_config": {"compile": {"dump": "x"}}, "enforce_eager": True}, "contradict --enforce-eager"),
+        (compiled(sequence_parallel=1), "sequence_parallel are about sums of tensor parallelism, and with one rank"),
+        (compiled(token_drop=ROOM), "Qwen3ForCausalLM has no experts; leave them out"),
+        (compiled(expert_communication="alltoall"), "Qwen3ForCausalLM has no experts"),
         (graphs("FULL_DECODE_ONLY", [1, 16]), "graph of size 16 would never run; .*--max-num-seqs"),
         (graphs("PIECEWISE", [0, 4]), "0 can't be captured; remove it"),
         (graphs("FULL", [4, 2]), r"ascending .*; use \[2, 4\]"),
@@ -56,6 +67,27 @@ def graphs(mode: str, sizes: list[int]) -> dict[str, Any]:
 def test_option_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configure(folder, **changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "message"),
+    [
+        (
+            {"token_drop": ROOM},
+            {"enable_expert_parallel": False},
+            "without --enable-expert-parallel each rank has",
+        ),
+        ({"token_drop": ROOM}, {"tensor_parallel_size": 1}, "with one rank all experts are on it"),
+        ({"token_drop": ROOM}, {"data_parallel_size": 2}, "token_drop and --data-parallel-size exclude each other"),
+        ({"expert_communication": "fused_mc2"}, {}, r"'fused_mc2' can't be done: torch_npu has no operator"),
+    ],
+)
+def test_ways_of_tokens_to_experts_that_do_nothing(
+    options: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    settings = {"tensor_parallel_size": 2, "enable_expert_parallel": True, **settings}
+    with pytest.raises(ValueError, match=message):
+        configure(texts.folder("moe"), **settings, **compiled(**options))
 
 
 @pytest.mark.parametrize(("name", "value"), [("TASK_QUEUE_ENABLE", "2"), ("ASCEND_LAUNCH_BLOCKING", "1")])

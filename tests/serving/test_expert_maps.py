@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from vllm.v1.metrics.stats import SchedulerStats
 
-from npu_compiler.serving.expert_imbalance import ExpertLoad, linear_owner, load_of
+from npu_compiler.inspect.run import ExpertRows
+from npu_compiler.serving.expert_imbalance import linear_owner, load_of
 from npu_compiler.serving.expert_maps import ExpertMap, content, maps_of, placed_in_turn, recorded, settle
 from npu_compiler.serving.metrics import StepMetrics, counted_of, stat_of
 from npu_compiler.serving.options import ServingOptions
@@ -110,8 +111,9 @@ def test_gathered_rows_without_their_padding(parts: int) -> None:
 
 def test_imbalance() -> None:
     found = load_of("layer", [4, 0, 1, 3, 1, 3], MAP)
-    assert found == ExpertLoad("layer", 12, 7 / 6, 9 / 6)  # 5 and 7 rows; experts have 7, 2, 0 and 3
-    assert load_of("layer", [0] * 6, MAP) == ExpertLoad("layer", 0, 0.0, 0.0)
+    # 5 and 7 rows; experts have 7, 2, 0 and 3
+    assert found == ExpertRows(layer="layer", rows=12, imbalance=7 / 6, linear=9 / 6)
+    assert load_of("layer", [0] * 6, MAP) == ExpertRows(layer="layer", rows=0, imbalance=0.0, linear=0.0)
 
 
 @pytest.mark.parametrize(("experts", "ranks"), [(4, 2), (5, 2), (7, 3), (9, 4)])
@@ -126,7 +128,7 @@ def test_linear_is_vllms(experts: int, ranks: int) -> None:
 
 def test_metrics() -> None:
     metrics = StepMetrics(SimpleNamespace(model_config=SimpleNamespace(served_model_name="maps")))  # type: ignore[arg-type]
-    now = [ExpertLoad("layer; counted", 10, 1.25, 1.5, 3, 1.75)]
+    now = [ExpertRows(layer="layer; counted", rows=10, imbalance=1.25, linear=1.5, moved=3, before=1.75)]
     stat = stat_of(Step(True, "FULL", 3, 4), (), now)
     assert counted_of(stat) == ([], now)
     metrics.record(SchedulerStats(cudagraph_stats=stat), None)
@@ -240,7 +242,7 @@ def test_tokens_with_redundant_experts(communication: str, folder: Path, tmp_pat
         assert [entry["rows"] for entry in data["experts"]] == [rows] * LAYERS
         assert all(1 <= entry["imbalance"] <= 2 and 1 <= entry["linear"] <= 2 for entry in data["experts"])
         names = [f"model.layers.{number}.mlp.experts" for number in range(LAYERS)]
-        assert [entry["layer"].removesuffix(".routed_experts") for entry in data["experts"]] == names
+        assert [entry["layer"] for entry in data["experts"]] == names
 
 
 @pytest.mark.full

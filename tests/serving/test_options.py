@@ -29,6 +29,8 @@ def test_defaults() -> None:
             {"compile": {"capture_limit": 3}},
             "capture_limit describe captures of torch.compile's backend",
         ),
+        ({"compile": {"disabled_passes": ["swigloo"]}}, "(?s)disabled_passes.*swigloo.*swiglu"),
+        ({"compile": {"rules": ["no_such_module:RULE"]}}, "(?s)no_such_module"),
         ({"report_interval": 3}, "report_interval does nothing without report_path"),
         ({"trace_steps": [1, 2]}, "trace_steps does nothing without trace_dir"),
     ],

@@ -48,6 +48,7 @@ NO_LAYER = {
     "graph_wrapper.py:_capture": "noted on an error that names its call itself (graph/running.py)",
     "graph_wrapper.py:_replay": "the inputs of the whole model",
     "options.py:_check_values": "an option",
+    "options.py:_refuse_idle": "options",
     "options.py:compile_options": "an option",
     "expert_maps.py:_check_rebalance": "options",
     "options.py:of": "an option",

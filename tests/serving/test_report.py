@@ -3,10 +3,17 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from npu_compiler.backend import CompiledGraph
+from npu_compiler.config import Options
+from npu_compiler.inspect.run import Run
+from npu_compiler.passes.record import Fired as FiredRule
+from npu_compiler.passes.record import PassRecord
 from npu_compiler.reasons import DECODE_TOO_LARGE, PIECES, PREFILL
+from npu_compiler.serving.fired import Fired
 from npu_compiler.serving.report import GraphRecord, ReportFile, RunReport
 from npu_compiler.serving.steps import Step
 
@@ -44,6 +51,25 @@ def test_serving_time_leaves_out_idle_gaps(monkeypatch: pytest.MonkeyPatch) -> N
         report.add(step())
     assert report.as_dict()["serving_seconds"] == pytest.approx(0.75)
     assert report.as_dict()["tokens_per_second"] == pytest.approx(12 / 0.75)
+
+
+def test_passes_that_fired() -> None:
+    """Of all programs of an engine, whoever asks first; equal layers count each."""
+    config = SimpleNamespace()
+    held = Fired.of(config)  # type: ignore[arg-type]
+    report = RunReport(passes=held.rewrites)
+    assert "passes that fired: none" in report.text()
+    assert Fired.of(config) is held  # type: ignore[arg-type]
+    compiled = CompiledGraph("", Options())
+    rewrite = FiredRule("swiglu", "", (), None, 3)
+    compiled.records = [PassRecord("noop"), PassRecord("swiglu", fired=[rewrite, rewrite])]
+    held.add(compiled)
+    other = Fired.of(SimpleNamespace())  # type: ignore[arg-type]
+    assert not other.rewrites
+    report.clear()
+    assert report.as_dict()["passes"] == {"swiglu": 6}
+    assert "passes that fired: swiglu 6" in report.text()
+    assert Run.model_validate(report.as_dict()).passes == {"swiglu": 6}
 
 
 def test_pieces_of_one_size_are_one_row() -> None:

@@ -48,7 +48,7 @@ def test_tokens_with_room_for_all(folder: Path, tmp_path: Path, monkeypatch: pyt
         assert [(entry["routed"], entry["dropped"]) for entry in data["dropped"]] == [(rows, 0)] * LAYERS
         assert all(1 <= entry["needed"] <= 2 for entry in data["dropped"])
         assert [entry["layer"] for entry in data["dropped"]] == [
-            f"layers.{index}.mlp.experts" for index in range(LAYERS)
+            f"model.layers.{index}.mlp.experts" for index in range(LAYERS)
         ]
     for item in bundle.all_of(tmp_path):
         (program,) = [graph.program(graph.stage("final")) for graph in item.graphs]
@@ -71,7 +71,7 @@ def counts() -> DropCounts:
 
 def test_reading_waits_for_nothing(counts: DropCounts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_reader, "INTERVAL", 0.0)
-    reader = drops.DropReader()
+    reader = drops.DropReader([])
     assert reader.take() == []
     reader.ask([counts])
     reader._copies._done, done = (
@@ -100,6 +100,13 @@ def test_reading_waits_for_nothing(counts: DropCounts, monkeypatch: pytest.Monke
 def test_a_layer_that_is_compiled_twice_is_one() -> None:
     entries = [Dropped("a", 4, 1, 1.5), Dropped("b", 4, 0, 1.0), Dropped("a", 6, 0, 1.25)]
     assert drops.by_layer(entries) == [Dropped("a", 10, 1, 1.5), Dropped("b", 4, 0, 1.0)]
+
+
+def test_a_layer_has_the_name_that_vllm_has_for_it() -> None:
+    """Compiled is a part of the model, whose paths begin in it."""
+    layers = ["language_model.model.layers.1.mlp.experts", "language_model.model.layers.11.mlp.experts"]
+    assert [drops.full_name(f"layers.{number}.mlp.experts", layers) for number in (1, 11)] == layers
+    assert drops.full_name("model.py:8: y = x", layers) == "model.py:8: y = x"
 
 
 def value(name: str, layer: str) -> float | None:
