@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "runtime/acl/task.h"
 #include "runtime/kernels/attention_amx.h"
 #include "runtime/kernels/attention_tile.h"
 
@@ -77,7 +78,7 @@ void attention(const Attention& arguments, void* scratch) {
     });
   };
   const auto count = static_cast<int64_t>(arguments.tiles.size());
-  if (arguments.work < kParallelWork) {
+  if (arguments.work < kParallelWork || host_runtime::runs_beside_others()) {
     run(0, count);
   } else {
     at::parallel_for(0, count, 1, run);
