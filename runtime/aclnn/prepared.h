@@ -77,7 +77,8 @@ Work argmax(const Tensor& self, int64_t dim, const Tensor& out);
 Work max_dim(const Tensor& self, int64_t dim, const Tensor& out, const Tensor& indices);
 Work softmax(const Tensor& self, int64_t dim, const Tensor& out);
 
-// Products with few rows on the left (decode steps); more rows are ATen's.
+// Products with few rows on the left (decode steps), and with a weight that tiles or FRACTAL_NZ's kernels
+// read; the others are ATen's.
 
 /// self [.., M, K] @ mat2 [.., K, N]; batch dimensions equal, of self and out mergeable. mat2 may be in
 /// FRACTAL_NZ.

@@ -1,10 +1,8 @@
-#include <ATen/ATen.h>
-#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/util/Exception.h>
 
 #include <memory>
 #include <vector>
 
-#include "runtime/aclnn/aten.h"
 #include "runtime/aclnn/layout.h"
 #include "runtime/aclnn/prepared.h"
 #include "runtime/aclnn/prepared_support.h"
@@ -30,9 +28,8 @@ void require_full_fractals(const Call& call, const TensorList& weights) {
 /// Groups of rows of x [rows, inner], each times its own packed matrix.
 struct Groups {
   kernels::FractalProduct product;  ///< of the first group; x, w and out move on
-  int64_t count, all_rows, matrix, packed_rows, packed_columns;
+  int64_t count, all_rows, matrix;
   bool ends;  ///< the list says where groups end, not how many rows they have
-  c10::ScalarType dtype;
   const void* list;
   c10::ScalarType list_type;
 
@@ -47,11 +44,7 @@ struct Groups {
       const int64_t end = ends ? entry(group) : start + entry(group);
       TORCH_CHECK(end >= start && end <= all_rows, "group_list gives rows ", start, " to ", end, " of group ",
                   group, ", but x has ", all_rows);
-      if (end - start > kernels::kFractalProductRows) {
-        unpacked(group, start, end);
-      } else if (end > start) {
-        packed(group, start, end, scratch);
-      }
+      if (end > start) multiply(group, start, end, scratch);
       start = end;
     }
   }
@@ -63,29 +56,13 @@ struct Groups {
     return const_cast<std::byte*>(static_cast<const std::byte*>(base)) + row * elements * 2;
   }
 
-  void packed(int64_t group, int64_t start, int64_t end, float* scratch) const {
+  void multiply(int64_t group, int64_t start, int64_t end, float* scratch) const {
     kernels::FractalProduct part = product;
     part.x = at_row(product.x, start, product.inner);
     part.out = at_row(product.out, start, product.columns);
     part.w = matrix_of(group);
     part.rows = end - start;
     kernels::fractal_product(part, scratch);
-  }
-
-  /// One matrix in plain order, for as long as its many rows take.
-  void unpacked(int64_t group, int64_t start, int64_t end) const {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    const auto options = at::TensorOptions().dtype(dtype);
-    const int64_t width = kernels::kFractalWidth;
-    const at::Tensor fractals = at::from_blob(const_cast<std::byte*>(matrix_of(group)),
-                                              {packed_columns / width, packed_rows, width}, options);
-    at::Tensor weight = fractals.to(at::kFloat).permute({1, 0, 2}).reshape({packed_rows, packed_columns});
-    if (product.by_rows) weight = weight.t();
-    const at::Tensor x =
-        at::from_blob(at_row(product.x, start, product.inner), {end - start, product.inner}, options);
-    at::Tensor out =
-        at::from_blob(at_row(product.out, start, product.columns), {end - start, product.columns}, options);
-    out.copy_(at::matmul(x.to(at::kFloat), weight));
   }
 };
 
@@ -120,17 +97,14 @@ Work grouped_matmul_nz(const Call& call, const PackedGroups& a) {
   groups.product.w = weight.storage;
   groups.product.out = out.data();
   groups.product.by_rows = view.transposed;
-  groups.product.rows = kernels::kFractalProductRows;  // for the scratch
+  groups.product.rows = x.size(0);  // for the scratch
   groups.product.inner = x.size(1);
   groups.product.columns = out.size(1);
   groups.product.block = view.row_blocks * kFractalRows * view.fractal_columns;
   groups.count = weight.size(0);
   groups.all_rows = x.size(0);
   groups.matrix = view.column_blocks * groups.product.block;
-  groups.packed_rows = view.rows;
-  groups.packed_columns = view.columns;
   groups.ends = a.list_type == 0;
-  groups.dtype = x.dtype;
   groups.list = a.list->data();
   groups.list_type = a.list->dtype;
   auto scratch = std::make_shared<std::vector<float>>(groups.product.scratch());

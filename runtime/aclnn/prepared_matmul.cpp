@@ -8,6 +8,7 @@
 #include "runtime/aclnn/prepared.h"
 #include "runtime/aclnn/prepared_support.h"
 #include "runtime/kernels/fractal_product.h"
+#include "runtime/kernels/panel_product.h"
 #include "runtime/kernels/row_product.h"
 #include "runtime/kernels/row_tiles.h"
 
@@ -74,6 +75,15 @@ bool sets_batches(kernels::Gemv& g, const Tensor& self, const Tensor& mat2, cons
   return true;
 }
 
+/// Whether AMX multiplies panels of the weight, before ATen. Where rows lie together, ATen packs them sooner.
+bool takes_panels(const Product& product) {
+  constexpr int64_t kWorth = 32;  // of each size: with less, tiles are mostly padding
+  const kernels::Gemv& g = product.gemv;
+  return product.type == kernels::Type::kBFloat && product.transposed && g.batches == 1 &&
+         kernels::has_panels() && g.rows > kernels::gemv_rows(product.type, product.transposed) &&
+         g.inner >= kWorth && g.columns >= kWorth;
+}
+
 std::optional<Product> product_of(const Tensor& self, const Tensor& mat2, const Tensor& out) {
   if (!self.is_plain() || !out.is_plain()) return std::nullopt;
   const auto type = float_type(self);
@@ -96,7 +106,8 @@ std::optional<Product> product_of(const Tensor& self, const Tensor& mat2, const 
   if (!sets_batches(g, self, mat2, out) || g.batches == 0) return std::nullopt;
   const bool tiles = kernels::takes_row_tiles(g, product.type, product.transposed);
   const bool few = g.rows <= kernels::gemv_rows(product.type, product.transposed);
-  if (!few && !tiles && g.rows * g.inner * g.columns > kSmallProduct) return std::nullopt;
+  if (!few && !tiles && !takes_panels(product) && g.rows * g.inner * g.columns > kSmallProduct)
+    return std::nullopt;
   g.alpha = 1.0f;
   g.beta = 1.0f;
   return product;
@@ -107,10 +118,14 @@ Work run(const Product& product) {
     auto scratch = std::make_shared<std::vector<char>>(kernels::row_tiles_scratch(product.gemv));
     return [gemv = product.gemv, scratch] { kernels::row_tiles(gemv, scratch->data()); };
   }
+  if (takes_panels(product)) {
+    const kernels::RunMatrix w{product.gemv.w, true, product.gemv.w_stride, kernels::kFractalWidth};
+    return [gemv = product.gemv, w] { kernels::panel_product(gemv, w); };
+  }
   return bind(kernels::gemv_kernel(product.type, product.transposed), product.gemv);
 }
 
-/// x [.., K] of a few rows times a packed matrix [K, N].
+/// x [.., K] times a packed matrix [K, N].
 Work packed_product(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& out) {
   const auto type = float_type(x);
   if (!type || *type == kernels::Type::kFloat || weight.dtype != x.dtype || out.dtype != x.dtype)
@@ -118,9 +133,7 @@ Work packed_product(const Tensor& x, const Tensor& weight, const Tensor* bias, c
   if (weight.dim() != 2 || x.dim() < 1 || out.dim() != x.dim() || !x.is_contiguous() || !out.is_contiguous())
     return nullptr;
   const int64_t inner = weight.size(0), columns = weight.size(1);
-  if (inner == 0 || columns == 0 || x.numel() == 0 || x.size(-1) != inner ||
-      x.numel() / inner > kernels::kFractalProductRows)
-    return nullptr;
+  if (inner == 0 || columns == 0 || x.numel() == 0 || x.size(-1) != inner) return nullptr;
   if (out.numel() != x.numel() / inner * columns || out.size(-1) != columns) return nullptr;
   if (bias != nullptr &&
       (bias->dtype != x.dtype || bias->dim() != 1 || bias->numel() != columns || !bias->is_contiguous()))

@@ -37,8 +37,8 @@ struct NormQuant {
 };
 Work norm_quant(const NormQuant& arguments);
 
-/// aclnnQuantMatmulV5: a few rows of int8, x2 with contiguous columns (the weight of a linear layer), scales
-/// of floats, no offsets.
+/// aclnnQuantMatmulV5: rows of int8, scales of floats, no offsets; x2 in FRACTAL_NZ or with contiguous
+/// columns (the weight of a linear layer), without AMX the latter and a few rows.
 struct QuantProduct {
   const Tensor* x1;
   const Tensor* x2;
@@ -50,7 +50,7 @@ struct QuantProduct {
   const Tensor* out;
 };
 Work quant_matmul(const QuantProduct& arguments);
-/// aclnnWeightQuantBatchMatmulV2/V3: the same with rows of float16 or bfloat16, without offset and groups.
+/// aclnnWeightQuantBatchMatmulV2/V3: a few rows of float16 or bfloat16, without offset and groups.
 Work weight_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor* offset,
                          const Tensor* bias, int64_t group, const Tensor& out);
 

@@ -1,7 +1,8 @@
-// Products of a few rows with a matrix of halves in FRACTAL_NZ, which is read once and where it lies. Sums
-// are formed in float and rounded once.
+// Products of rows with a matrix of halves in FRACTAL_NZ, which is read where it lies. Sums are formed in
+// float and rounded once.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 
 #include "runtime/kernels/dtype.h"
@@ -9,8 +10,8 @@
 namespace host_runtime::kernels {
 
 constexpr int64_t kFractalWidth = 16;
-/// From more rows on, a blocked product of the unpacked matrix wins.
-constexpr int64_t kFractalProductRows = 32;
+/// So many rows of x are widened at a time; for them the matrix is read once.
+constexpr int64_t kFractalRowBlock = 128;
 
 /// out = x @ w (+ bias): x [rows, inner], bias [columns] and out [rows, columns] are contiguous. Fractal
 /// columns of w lie `block` elements apart and are padded with zeros to whole fractals.
@@ -28,10 +29,12 @@ struct FractalProduct {
   /// cache sets.
   int64_t scratch_row() const { return (inner + 31) / 32 * 32 + 32; }
   /// For whole tiles of 16 rows, which fractal_tiles makes of x.
-  size_t scratch() const { return static_cast<size_t>((rows + 15) / 16 * 16 * scratch_row()); }
+  size_t scratch() const {
+    return static_cast<size_t>((std::min(rows, kFractalRowBlock) + 15) / 16 * 16 * scratch_row());
+  }
 };
 
-/// `scratch` has room for product.scratch() floats; product.rows is at most kFractalProductRows.
+/// `scratch` has room for product.scratch() floats, or for those of the same product with more rows.
 void fractal_product(const FractalProduct& product, float* scratch);
 
 }  // namespace host_runtime::kernels

@@ -129,7 +129,7 @@ void columns_of(const Arguments& a, int64_t begin, int64_t end) {
 }  // namespace
 
 bool takes_tiles(const FractalProduct& product) {
-  return product.type == Type::kBFloat && product.rows >= kLeastRows &&
+  return product.type == Type::kBFloat && product.rows >= kLeastRows && product.rows <= kFractalTilesRows &&
          this_machine() >= InstructionSet::kTiles;
 }
 

@@ -5,10 +5,13 @@
 
 namespace host_runtime::kernels {
 
+/// From more rows on, panels that are packed once for all of them win.
+constexpr int64_t kFractalTilesRows = 32;
+
 /// Whether fractal_tiles computes the product on this machine, and does so before the vector kernels.
 bool takes_tiles(const FractalProduct& product);
 
-/// As fractal_product, on up to 32 rows. `scratch` has room for product.scratch() floats.
+/// As fractal_product, on up to kFractalTilesRows rows. `scratch` has room for product.scratch() floats.
 void fractal_tiles(const FractalProduct& product, float* scratch);
 
 }  // namespace host_runtime::kernels

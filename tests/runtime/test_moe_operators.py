@@ -148,8 +148,7 @@ def packed() -> Iterator[None]:
 @pytest.mark.parametrize("list_type", [0, 1])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_grouped_matmul_of_packed_weights(transposed: bool, list_type: int, dtype: torch.dtype, packed: None) -> None:
-    """Groups that one pass of the kernel takes, that several take, and so large a one that ATen takes it; rows behind
-    the last one are not written."""
+    """Groups that the kernels of few rows take, and one that those of many do; rows behind the last are not written."""
     counts = [3, 0, 20, 45, 1]
     x, weight = torch.randn(72, 64).to(dtype), torch.randn(5, 64, 48).to(dtype)
     groups = torch.tensor(counts) if list_type == 1 else torch.tensor(counts).cumsum(0)

@@ -9,6 +9,7 @@ import torch
 import torch_npu
 from torch.nn import functional
 
+from . import reference
 from .operator_cases import make
 
 NZ, ND = 29, 2
@@ -45,7 +46,7 @@ def test_storage_is_as_the_format_says(shape: tuple[int, ...], dtype: torch.dtyp
 @pytest.mark.parametrize("m", [1, 5, 16, 20, 32, 33])
 @pytest.mark.parametrize(("inner", "columns"), [(40, 50), (7, 130), (272, 16)])
 def test_product_with_packed_weight(dtype: torch.dtype, m: int, inner: int, columns: int) -> None:
-    """Few rows by vectors, more of bfloat16 by tiles (AMX) where there are any, more than 32 by ATen."""
+    """Few rows by vectors, more of bfloat16 by tiles (AMX) where there are any, more than 32 by panels of them."""
     x, by_rows, bias = make((m, inner), dtype), make((columns, inner), dtype, seed=1), make((columns,), dtype, seed=2)
     packed = torch_npu.npu_format_cast(by_rows.npu(), NZ)
     across = torch_npu.npu_format_cast(by_rows.t().contiguous().npu(), NZ)
@@ -59,6 +60,21 @@ def test_product_with_packed_weight(dtype: torch.dtype, m: int, inner: int, colu
     ]
     for result, wanted in pairs:
         torch.testing.assert_close(result.cpu().double() / inner, wanted / inner, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(33, 900, 130), (545, 424, 66), (40, 1030, 1041)])
+def test_products_of_many_rows_with_packed_weights(dtype: torch.dtype, rows: int, inner: int, columns: int) -> None:
+    """Sizes that end within a tile, more than one block of rows and of depth; threads share the last one's columns."""
+    x, bias = make((rows, inner), dtype), make((columns,), dtype, seed=2)
+    by_rows = (make((columns, inner), torch.float32, seed=1) / inner**0.5).to(dtype)
+    packed = torch_npu.npu_format_cast(by_rows.npu(), NZ)
+    across = torch_npu.npu_format_cast(by_rows.t().contiguous().npu(), NZ)
+    expected = x.double() @ by_rows.double().t()
+    reference.assert_close(functional.linear(x.npu(), packed), expected, dtype)
+    reference.assert_close(functional.linear(x.npu(), packed, bias.npu()), expected + bias.double(), dtype)
+    reference.assert_close(x.npu() @ across, expected, dtype)
+    reference.assert_close(torch.addmm(bias.npu(), x.npu(), across), expected + bias.double(), dtype)
 
 
 def test_a_captured_product_sees_a_rewritten_weight() -> None:

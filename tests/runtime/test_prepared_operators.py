@@ -390,6 +390,22 @@ def test_products(dtype: torch.dtype, rows: int, inner: int, columns: int) -> No
     check(lambda a, b: a @ b, lambda: [matrix(rows, inner), matrix(inner, 2 * columns)[:, ::2]], scale=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(70, 424, 130), (545, 67, 96)])
+def test_products_of_many_rows(dtype: torch.dtype, rows: int, inner: int, columns: int) -> None:
+    """Bfloat16 by panels of tiles (AMX) where there are any: several blocks of rows, of depth and of columns."""
+    x, weight = torch.randn(rows, inner + 5).to(dtype), torch.randn(columns, inner).div(inner**0.5).to(dtype)
+    bias, given = torch.randn(rows, columns).to(dtype), x.npu()[:, :inner]
+    expected = x[:, :inner].double() @ weight.double().t()
+    reference.assert_close(torch.nn.functional.linear(given, weight.npu()), expected, dtype)
+    reference.assert_close(given @ weight.t().contiguous().npu(), expected, dtype)
+    for w in (weight.t().contiguous().npu(), weight.npu().t()):
+        scaled = torch.addmm(bias.npu(), given, w, beta=0.5, alpha=2)
+        reference.assert_close(scaled, 2 * expected + 0.5 * bias.double(), dtype)
+    batches = given[: rows // 5 * 5].reshape(5, -1, inner) @ weight.npu().t()
+    reference.assert_close(batches.reshape(-1, columns), expected[: rows // 5 * 5], dtype)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [1, 3, 9])
 def test_batched_products(dtype: torch.dtype, rows: int) -> None:

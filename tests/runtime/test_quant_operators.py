@@ -205,6 +205,40 @@ def test_weight_quant_matmul() -> None:
     reference.assert_close(actual, expected, torch.float16)
 
 
+def laid_out(weight: Tensor, layout: str) -> Tensor:
+    """`weight` [inner, columns] on the device, as that."""
+    if layout.startswith("NZ"):
+        torch.npu.config.allow_internal_format = True
+    try:
+        plain = (weight if layout.endswith("rows") else weight.t()).contiguous().npu()
+        found = torch_npu.npu_format_cast(plain, 29) if layout.startswith("NZ") else plain
+        assert (torch_npu.get_npu_format(found) == 29) == layout.startswith("NZ")
+        return found if layout.endswith("rows") else found.t()
+    finally:
+        torch.npu.config.allow_internal_format = False  # its default
+
+
+@pytest.mark.parametrize("layout", ["NZ rows", "NZ columns", "ND rows", "ND columns"])
+@pytest.mark.parametrize("rows", [1, 6, 40, 545])
+@pytest.mark.parametrize(("inner", "columns"), [(7, 5), (130, 67), (900, 130)])
+def test_int8_products_of_any_number_of_rows(layout: str, rows: int, inner: int, columns: int) -> None:
+    """Sizes that end within a tile, and more than one block of rows and of depth. Sums are exact in every layout."""
+    x = torch.randint(-128, 128, (rows, inner), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (inner, columns), dtype=torch.int8)
+    weight[:, 0], x[0] = -128, -128
+    scale, token = torch.rand(columns) * 1e-3, torch.rand(rows) + 0.5
+    integers = torch.randint(-1000, 1000, (columns,), dtype=torch.int32)
+    sums, given = x.double() @ weight.double(), laid_out(weight, layout)
+    actual = torch_npu.npu_quant_matmul(
+        x.npu(), given, scale.npu(), pertoken_scale=token.npu(), bias=integers.npu(), output_dtype=torch.half
+    )
+    expected = (sums + integers) * scale.double() * token.double()[:, None]
+    reference.assert_close(actual, expected, torch.float16)
+    single = torch.tensor([2.0**-7])
+    actual = torch_npu.npu_quant_matmul(x.npu(), given, single.npu(), output_dtype=torch.bfloat16)
+    assert torch.equal(actual.cpu(), (sums.float() * single).bfloat16())
+
+
 @pytest.mark.parametrize("rows", [1, 6, 32, 33])
 @pytest.mark.parametrize(("inner", "columns"), [(1, 1), (7, 5), (64, 32), (130, 67), (1100, 1029)])
 def test_products_with_the_int8_weight_of_a_linear_layer(rows: int, inner: int, columns: int) -> None:
