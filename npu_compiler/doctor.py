@@ -203,7 +203,7 @@ def _runtime() -> Iterator[Finding]:
     yield Finding("CANN", "ok", f"{name}, because {choice.reason}; {choice.folder}")
     yield Finding("rule", "ok", loader.RULE)
     if choice.runtime == "host":
-        missing = loader.missing_libraries()
+        missing = loader.missing_libraries(choice.folder)
         if missing:
             yield Finding("host runtime", "error", f"not built: {', '.join(missing)}", "run `make setup`")
         else:
@@ -220,16 +220,14 @@ def _runtime() -> Iterator[Finding]:
         )
 
 
-def _installed_cann(folder: Path | None) -> Iterator[Finding]:
+def _installed_cann(folder: Path) -> Iterator[Finding]:
     """The release that an installed CANN names, and which of the libraries it lacks."""
-    if folder is None:
-        return
     for file in (folder.parent / "version.cfg", folder.parent.parent / "version.cfg", folder.parent / "version.info"):
         if file.is_file():
             found = re.search(r"[Vv]ersion\w*=\[?(?:[^\]\n]*:)?([\w.]+)", file.read_text(errors="replace"))
             yield Finding("CANN release", "ok", found[1] if found else f"not named in {file}")
             break
-    missing = [name for name in loader.LIBRARIES if not (folder / name).exists()]
+    missing = loader.missing_libraries(folder)
     if missing:
         yield Finding(
             "CANN libraries", "note", f"not in {folder}: {', '.join(missing)}", "install CANN's toolkit and kernels"

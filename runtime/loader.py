@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RULE = (
-    "NPU_COMPILER_RUNTIME=host or =cann decides; otherwise an installed CANN is used (libascendcl.so under "
-    "$ASCEND_HOME_PATH, $ASCEND_TOOLKIT_HOME or a folder of $LD_LIBRARY_PATH); otherwise the host runtime"
+    "NPU_COMPILER_RUNTIME=host, =host:FOLDER (another build of it) or =cann decides; otherwise an installed CANN is "
+    "used (libascendcl.so under $ASCEND_HOME_PATH, $ASCEND_TOOLKIT_HOME or a folder of $LD_LIBRARY_PATH); otherwise "
+    "the host runtime"
 )
 TORCH_NPU = "2.13.0"  # the release whose calls into CANN the host runtime answers
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
@@ -42,11 +43,11 @@ through the queue, one of whose two threads polls for as long as the process liv
 
 @dataclass(frozen=True)
 class Choice:
-    """Which CANN, and why. `folder` is where libascendcl.so was found."""
+    """Which CANN, and why. `folder` is where its libascendcl.so is."""
 
     runtime: str  # "host" or "cann"
     reason: str
-    folder: Path | None
+    folder: Path
 
 
 def find_cann() -> tuple[Path, str] | None:
@@ -72,11 +73,12 @@ def choose() -> Choice:
     Raises:
         RuntimeError: NPU_COMPILER_RUNTIME has an unknown value, or asks for a CANN that is not installed.
     """
-    wanted = os.environ.get("NPU_COMPILER_RUNTIME", "auto")
-    if wanted not in ("auto", "host", "cann"):
-        raise RuntimeError(f"NPU_COMPILER_RUNTIME={wanted!r}: expected auto, host or cann")
+    asked = os.environ.get("NPU_COMPILER_RUNTIME", "auto")
+    wanted, _, build = asked.partition(":")
+    if wanted not in ("auto", "host", "cann") or (build and wanted != "host"):
+        raise RuntimeError(f"NPU_COMPILER_RUNTIME={asked!r}: expected auto, host, host:FOLDER or cann")
     if wanted == "host":
-        return Choice("host", "NPU_COMPILER_RUNTIME=host", LIBRARY_FOLDER)
+        return Choice("host", f"NPU_COMPILER_RUNTIME={asked}", Path(build) if build else LIBRARY_FOLDER)
     found = find_cann()
     if found is not None:
         folder, source = found
@@ -89,9 +91,9 @@ def choose() -> Choice:
     return Choice("host", "no CANN installation found", LIBRARY_FOLDER)
 
 
-def missing_libraries() -> list[str]:
-    """Names of host runtime libraries that were not built."""
-    return [name for name in LIBRARIES if not (LIBRARY_FOLDER / name).exists()]
+def missing_libraries(folder: Path) -> list[str]:
+    """Names of the libraries of CANN that are not in `folder`."""
+    return [name for name in LIBRARIES if not (folder / name).exists()]
 
 
 def load() -> Choice:
@@ -103,15 +105,15 @@ def load() -> Choice:
     choice = choose()
     if choice.runtime == "host":
         _require_torch_npu()
-        missing = missing_libraries()
+        missing = missing_libraries(choice.folder)
         if missing:
             raise RuntimeError(
-                f"npu-compiler's host runtime is not complete: {', '.join(missing)} missing in {LIBRARY_FOLDER}. "
+                f"npu-compiler's host runtime is not complete: {', '.join(missing)} missing in {choice.folder}. "
                 "Build it with `make setup` (or reinstall the wheel)."
             )
         _import_torch_without_backends()
         for name in LIBRARIES:
-            ctypes.CDLL(str(LIBRARY_FOLDER / name), mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(choice.folder / name), mode=ctypes.RTLD_GLOBAL)
         os.environ.setdefault(LAUNCH_QUEUE, DIRECT)
     return choice
 

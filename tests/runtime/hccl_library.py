@@ -67,8 +67,9 @@ class Rank:
     comm: ctypes.c_void_p = field(init=False)
 
     def __post_init__(self) -> None:
-        self.acl = ctypes.CDLL(str(loader.LIBRARY_FOLDER / "libascendcl.so"), mode=ctypes.RTLD_GLOBAL)
-        self.hccl = ctypes.CDLL(str(loader.LIBRARY_FOLDER / "libhccl.so"))
+        folder = loader.choose().folder
+        self.acl = ctypes.CDLL(str(folder / "libascendcl.so"), mode=ctypes.RTLD_GLOBAL)
+        self.hccl = ctypes.CDLL(str(folder / "libhccl.so"))
         self.acl.aclGetRecentErrMsg.restype = ctypes.c_char_p
         self.stream = ctypes.c_void_p()
         self.comm = ctypes.c_void_p()

@@ -62,9 +62,17 @@ def test_asking_for_an_absent_cann_is_refused(no_cann: pytest.MonkeyPatch) -> No
 
 
 def test_unknown_runtime_is_refused(no_cann: pytest.MonkeyPatch) -> None:
-    no_cann.setenv("NPU_COMPILER_RUNTIME", "gpu")
-    with pytest.raises(RuntimeError, match="expected auto, host or cann"):
-        loader.choose()
+    for wanted in ("gpu", "cann:/usr"):
+        no_cann.setenv("NPU_COMPILER_RUNTIME", wanted)
+        with pytest.raises(RuntimeError, match=f"'{wanted}': expected auto, host, host:FOLDER or cann"):
+            loader.choose()
+
+
+def test_another_build_of_the_host_runtime_can_be_named(no_cann: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    no_cann.setenv("NPU_COMPILER_RUNTIME", f"host:{tmp_path}")
+    assert loader.choose().folder == tmp_path
+    with pytest.raises(RuntimeError, match=f"missing in {tmp_path}"):
+        loader.load()
 
 
 def test_half_built_runtime_is_named(no_cann: pytest.MonkeyPatch, tmp_path: Path) -> None:
