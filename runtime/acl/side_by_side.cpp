@@ -1,7 +1,6 @@
 #include "runtime/acl/side_by_side.h"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <utility>
 
@@ -15,12 +14,6 @@ namespace {
 constexpr auto kLongestPause = std::chrono::microseconds(200);
 
 thread_local const SideBySide* run_of_thread = nullptr;
-
-int usable_cores() {
-  cpu_set_t cores;
-  CPU_ZERO(&cores);
-  return sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
-}
 
 }  // namespace
 

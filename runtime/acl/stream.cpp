@@ -89,7 +89,7 @@ void Stream::work() {
   for (;;) {
     work_arrived_.wait([this] { return !running_.load() && (!idle() || stop_.load()); });
     if (!take_turn()) continue;
-    run_queued();
+    run_queued(submitted_.load());
     const bool ends = stop_.load() && idle();
     end_turn();
     if (ends) return;
@@ -101,28 +101,30 @@ void Stream::end_turn() {
   if (!idle() || stop_.load()) work_arrived_.notify();
 }
 
-/// Runs what is in the queue. For who has the turn.
-void Stream::run_queued() {
-  {
-    std::lock_guard lock(queue_mutex_);
-    batch_.swap(queue_);
-  }
-  for (Entry& entry : batch_) {
+/// Runs queued tasks up to the one numbered `target`. For who has the turn.
+void Stream::run_queued(uint64_t target) {
+  while (completed_.load() < target) {
+    if (batch_.empty()) {
+      std::lock_guard lock(queue_mutex_);
+      batch_.swap(queue_);
+    }
+    Entry entry = std::move(batch_.front());
+    batch_.pop_front();
     run_one(entry);
     entry.task.reset();
     completed_.fetch_add(1);
     work_done_.notify();
   }
-  batch_.clear();
 }
 
-/// Runs queued tasks up to `target` on the calling thread, as long as no other thread does.
+/// Runs queued tasks up to the one numbered `target` on the calling thread, unless another thread runs them.
+/// None of the later ones: they may wait for what the calling thread does next.
 void Stream::run_while_waiting(uint64_t target) {
   if (running_stream() != nullptr) return;
   while (completed_.load() < target && take_turn()) {
     run_for(this);
     borrowed_thread = true;
-    run_queued();
+    run_queued(target);
     borrowed_thread = false;
     run_for(nullptr);
     end_turn();

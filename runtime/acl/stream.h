@@ -2,6 +2,7 @@
 // for it.
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -94,15 +95,15 @@ class Stream {
   void work();
   bool take_turn() { return !running_.exchange(true); }
   void end_turn();
-  void run_queued();
+  void run_queued(uint64_t target);
   void run_while_waiting(uint64_t target);
   void run_one(const Entry& entry);
   void record_failure(aclError code, const std::string& message);
 
   std::mutex queue_mutex_;
-  std::vector<Entry> queue_;  // guarded by queue_mutex_
-  std::vector<Entry> batch_;  ///< taken out of the queue; of the thread that has the turn
-  bool closing_ = false;      // guarded by queue_mutex_
+  std::deque<Entry> queue_;  // guarded by queue_mutex_
+  std::deque<Entry> batch_;  ///< taken out of the queue; of the thread that has the turn
+  bool closing_ = false;     // guarded by queue_mutex_
   std::thread worker_;
   std::atomic<uint64_t> submitted_{0};
   std::atomic<uint64_t> completed_{0};
@@ -112,8 +113,8 @@ class Stream {
   std::atomic<bool> failed_{false};
   mutable std::mutex failure_mutex_;
   std::optional<StreamFailure> failure_;  // guarded by failure_mutex_
-  WaitPoint work_arrived_;
-  WaitPoint work_done_;
+  WaitPoint work_arrived_{Spin::kLoop};
+  WaitPoint work_done_{Spin::kLoop};
   Helpers helpers_{*this};
 };
 

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <ctime>
 #include <optional>
+#include <utility>
 
 #include "runtime/acl/settings.h"
 
@@ -34,10 +35,20 @@ inline void relax_cpu() {
 #endif
 }
 
+/// Cores that this process may use.
+int usable_cores();
+
+/// How long a wait spins at most. kShort: where nothing is known of waits here. kLoop: where a loop waits,
+/// for its next step or for the end of one; as long as the setting `spin_us` allows, if the last wait was
+/// over by then.
+enum class Spin { kShort, kLoop };
+
 /// Lets threads wait until a condition over atomics holds. Whoever may make it true calls notify() after the
 /// store; notify() is one atomic increment unless somebody sleeps.
 class WaitPoint {
  public:
+  explicit WaitPoint(Spin spin = Spin::kShort) : spin_(spin) {}
+
   void notify() {
     epoch_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) != 0) {
@@ -50,35 +61,56 @@ class WaitPoint {
   bool wait(Ready ready, Deadline deadline = std::nullopt) {
     if (ready()) return true;
     const auto start = Clock::now();
-    const bool is_ready = spin(ready, start, deadline) || sleep(ready, deadline);
-    last_wait_.store(Clock::now() - start, std::memory_order_relaxed);
+    bool crowded = false;
+    const bool is_ready = spin(ready, start, deadline, crowded) || sleep(ready, deadline);
+    last_wait_.store(crowded ? Clock::duration::max() : Clock::now() - start, std::memory_order_relaxed);
     return is_ready;
   }
 
  private:
-  /// Of waits that are not known to be short. Being woken takes some tens of microseconds.
+  /// Being woken takes some tens of microseconds.
   static constexpr Clock::duration kShortSpin = std::chrono::microseconds(30);
+  /// A yield that takes longer gave the core to another thread, which wants it more.
+  static constexpr Clock::duration kOwnYield = std::chrono::microseconds(50);
 
-  /// Who waits in a loop, for the next step or for its end, waits about as long each time.
-  Clock::duration longest_spin() const {
-    const Clock::duration most = std::chrono::microseconds(settings().spin_us);
-    return last_wait_.load(std::memory_order_relaxed) < most ? most : std::min(most, kShortSpin);
-  }
+  /// The right to spin for long: one core is left to those that work.
+  class LongSpin {
+   public:
+    LongSpin() : granted(spinning_.fetch_add(1) + 1 < usable_cores()) {}
+    ~LongSpin() { spinning_.fetch_sub(1); }
+    LongSpin(const LongSpin&) = delete;
+    LongSpin& operator=(const LongSpin&) = delete;
+    const bool granted;
+
+   private:
+    inline static std::atomic<int> spinning_{0};
+  };
 
   template <typename Ready>
-  bool spin(Ready& ready, Clock::time_point start, const Deadline& deadline) {
-    auto until = start + longest_spin();
-    if (deadline && *deadline < until) until = *deadline;
-    // Without spare cores the thread that is waited for may need this one: give it away after the first
-    // microsecond.
-    const auto polite_from = start + std::chrono::microseconds(1);
-    for (auto now = start; now < until; now = Clock::now()) {
+  bool spin(Ready& ready, Clock::time_point start, const Deadline& deadline, bool& crowded) {
+    const Clock::duration most = std::chrono::microseconds(settings().spin_us);
+    const Clock::time_point latest = deadline.value_or(Clock::time_point::max());
+    if (spin_until(std::min(latest, start + std::min(most, kShortSpin)), ready, crowded)) return true;
+    if (spin_ == Spin::kShort || crowded || last_wait_.load(std::memory_order_relaxed) >= most) return false;
+    const LongSpin long_spin;
+    return long_spin.granted && spin_until(std::min(latest, start + most), ready, crowded);
+  }
+
+  /// Gives the core away after the first microsecond: the thread that is waited for may need it. `crowded`:
+  /// another thread took it, so the spinning ended.
+  template <typename Ready>
+  static bool spin_until(Clock::time_point end, Ready& ready, bool& crowded) {
+    auto now = Clock::now();
+    const auto polite_from = now + std::chrono::microseconds(1);
+    while (now < end && !crowded) {
       if (now < polite_from) {
         for (int i = 0; i < 8; ++i) relax_cpu();
       } else {
         syscall(SYS_sched_yield);
       }
       if (ready()) return true;
+      const auto last = std::exchange(now, Clock::now());
+      crowded = now - last > kOwnYield;
     }
     return false;
   }
@@ -105,6 +137,7 @@ class WaitPoint {
     return is_ready;
   }
 
+  const Spin spin_;
   std::atomic<uint32_t> epoch_{0};
   std::atomic<uint32_t> sleepers_{0};
   std::atomic<Clock::duration> last_wait_{Clock::duration::max()};

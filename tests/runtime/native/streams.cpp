@@ -83,6 +83,32 @@ void waiting_threads_run_tasks() {
   };
   int rounds = 0;
   while (!borrowed(false)) CHECK(++rounds < 1000);
+  // Nothing that came later is run: it may wait for what the thread does next.
+  for (rounds = 0; rounds < 20;) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(3));
+    std::atomic<bool> borrows{false}, begun{false}, queued{false}, go{false};
+    CHECK_OK(launch(stream, [&] {
+      borrows = host_runtime::on_borrowed_thread();
+      begun = true;
+      while (!queued) std::this_thread::yield();
+    }));
+    std::thread other([&] {
+      CHECK_OK(aclrtSetDevice(0));
+      while (!begun) std::this_thread::yield();
+      // Otherwise the wait may begin behind it, and be for it, too.
+      if (borrows) {
+        CHECK_OK(launch(stream, [&go] {
+          while (!go) std::this_thread::yield();
+        }));
+      }
+      queued = true;
+    });
+    CHECK_OK(aclrtSynchronizeStream(stream));
+    go = true;
+    other.join();
+    CHECK_OK(aclrtSynchronizeStream(stream));
+    if (borrows) ++rounds;
+  }
   // A task can't be left when the time is over: with a deadline it stays with the stream's thread.
   for (int i = 0; i < 20; ++i) CHECK(!borrowed(true));
   CHECK_OK(aclrtDestroyStream(stream));
