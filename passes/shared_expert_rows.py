@@ -60,6 +60,12 @@ SCATTERED, GATHERED = "npu_fused.reduce_scatter_rows.default", "npu_fused.all_ga
 OF_HALVES = ("npu_fused.swiglu.default", "npu.npu_swiglu.default", "npu_fused.geglu.default")
 """Activations of the two halves of their argument's columns."""
 CASTS = ("aten._to_copy.default", "prims.convert_element_type.default")
+OF_ENGINES = (
+    "vllm.reduce_scatter.default",
+    "_c10d_functional.reduce_scatter_tensor.default",
+    "_c10d_functional.wait_tensor.default",
+)
+"""How data-parallel engines, which gather their tokens for the experts, sum up the results."""
 
 
 class Left(Exception):
@@ -167,8 +173,8 @@ def _shared(scatter: fx.Node) -> Shared | None:
 
 
 def _is_of_experts(node: fx.Node) -> bool:
-    """Whether a value is the result of routed experts, perhaps times a number, or cast."""
-    while str(node.target) in ("aten.mul.Tensor", "aten.mul.Scalar", *CASTS, "aten.view.default"):
+    """Whether a value is the result of routed experts, perhaps times a number, cast, or summed over engines."""
+    while str(node.target) in ("aten.mul.Tensor", "aten.mul.Scalar", *CASTS, "aten.view.default", *OF_ENGINES):
         if len(node.all_input_nodes) != 1:
             return False
         (node,) = node.all_input_nodes

@@ -197,6 +197,12 @@ class ServingOptions:
                 f"additional_config: compile: {', '.join(over_ranks)} are about sums of tensor parallelism, and with "
                 "one rank there are none; add --tensor-parallel-size, or leave them out"
             )
+        if "shared_expert_rows" in over_ranks and parallel.data_parallel_size > 1:
+            raise ValueError(
+                "additional_config: compile: shared_expert_rows and --data-parallel-size exclude each other: layers of "
+                "experts gather the tokens of all engines and sum their results up over the ranks, where a shared "
+                "expert without a sum of its own saves nothing; leave one of the two out"
+            )
         between = [name for name in OF_EXPERTS if self.compile.get(name, "auto") not in ("auto", {})]
         if not between:
             return

@@ -31,6 +31,7 @@ SCATTER, GATHER, COLUMNS = (
 PARAMETERS = ("up", "down", "turned_up", "turned_down", "gate", "scale", "column")
 finalize = torch.ops.npu.npu_moe_finalize_routing
 fused = torch.ops.npu_fused
+c10d = torch.ops._c10d_functional
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -192,6 +193,13 @@ def scaled(x, experts, places, up, down, *, ranks):  # type: ignore[no-untyped-d
     return scattered(shared + routed(experts, places) * 2.5, ranks)
 
 
+def of_engines(x, experts, places, up, down, *, ranks):  # type: ignore[no-untyped-def]
+    shared = fused.swiglu(gathered(x, ranks) @ up) @ down
+    every = routed(torch.cat([experts] * ranks), torch.cat([places] * ranks))
+    own = c10d.wait_tensor(c10d.reduce_scatter_tensor(every, "sum", ranks, "0"))
+    return scattered(shared + own, ranks)
+
+
 def no_experts(x, up, down, *, ranks):  # type: ignore[no-untyped-def]
     whole = gathered(x, ranks)
     return scattered(fused.swiglu(whole @ up) @ down + whole, ranks)
@@ -208,6 +216,7 @@ def no_experts(x, up, down, *, ranks):  # type: ignore[no-untyped-def]
         (no_parameter, "is not made of two products with an activation between them"),
         (written, "the program writes "),
         (scaled, "changes the routed experts' result, so its sum would stay"),
+        (of_engines, "wait_tensor changes the routed experts' result, so its sum would stay"),
         (no_experts, ""),
     ],
     ids=lambda item: getattr(item, "__name__", "reason"),

@@ -79,6 +79,7 @@ def test_option_is_refused(folder: Path, changes: dict[str, Any], message: str) 
         ),
         ({"token_drop": ROOM}, {"tensor_parallel_size": 1}, "with one rank all experts are on it"),
         ({"token_drop": ROOM}, {"data_parallel_size": 2}, "token_drop and --data-parallel-size exclude each other"),
+        ({"shared_expert_rows": 1}, {"data_parallel_size": 2}, "shared_expert_rows and --data-parallel-size exclude"),
         ({"expert_communication": "fused_mc2"}, {}, r"'fused_mc2' can't be done: torch_npu has no operator"),
     ],
 )

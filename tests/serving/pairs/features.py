@@ -339,7 +339,7 @@ FEATURES = (
         needs=("tensor",),
         behind=("sequence_parallel",),
         kinds=("shared",),
-        refused_with=_TAKE_SUMS,
+        refused_with=_TAKE_SUMS | _BETWEEN_RANKS,
     ),
     Feature(
         "multistream",
