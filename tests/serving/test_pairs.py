@@ -94,6 +94,12 @@ def test_experts_are_spread_over_engines_too() -> None:
     assert len(both["expert_map"]["layer_list"][0]["device_list"]) == 4
 
 
+def test_weights_are_split_over_engines_of_one_rank() -> None:
+    for other in ("FULL", "expert_parallel", "weight_nz"):
+        assert Pair("moe", other, "fine_grained_tp").start.names == {other, "data_parallel=2", "fine_grained_tp"}
+    assert plan.refusal(Pair("moe", "tensor_parallel=2", "fine_grained_tp").start)
+
+
 def test_layers_are_enough_for_each_stage_to_spread_them() -> None:
     assert Start.parse("dense:tensor_parallel=2+attention_exchange+layer_sharding").layers == 4
     assert Start.parse("dense:tensor_parallel=2+pipeline_parallel=2+attention_exchange+layer_sharding").layers == 8
@@ -140,7 +146,7 @@ def test_the_model_with_a_shared_expert_is_for_what_works_on_it() -> None:
 def ranks(*fired: int) -> list[Rank]:
     """Of stages that follow one another: how often sequence_parallel rewrote something."""
     steps = {"total": 1}
-    nothing = Rank(steps, steps, 0, 0, [], 0, 0, 0, 0, {}, {}, 0, 0)
+    nothing = Rank(steps, steps, 0, 0, [], 0, 0, 0, {}, 0, {}, {}, 0, 0)
     return [
         dataclasses.replace(nothing, fired={"sequence_parallel": one}, stage=stage) for stage, one in enumerate(fired)
     ]
@@ -159,6 +165,15 @@ def test_token_drop_has_to_send_rows_and_drop_none() -> None:
     assert shows([sent, sent])
     for wrong in ({"fired": {}}, {"left": {"token_drop": 1}}, {"routed": 0}, {"dropped": 1}):
         assert not shows([sent, dataclasses.replace(sent, **wrong)]), wrong
+
+
+def test_weights_have_to_be_split_on_all_ranks() -> None:
+    (whole,) = ranks(0)
+    split = dataclasses.replace(whole, split={"lm_head": 2, "o_proj": 2, "embedding": 2})
+    shows = BY_NAME["fine_grained_tp"].shows
+    assert shows([split, split])
+    assert not shows([split, whole])
+    assert not shows([split, dataclasses.replace(whole, split={"lm_head": 2})])
 
 
 def full() -> Iterator[object]:

@@ -39,9 +39,13 @@ class Engines:
         *_, last = [output async for output in outputs]
         return list(last.outputs[0].token_ids)
 
+    async def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Calls a function in the process of every rank: with its worker, and `arguments`."""
+        await self._llm.collective_rpc(function, args=arguments)
+
     async def reports(self, folder: Path) -> list[dict[str, Any]]:
         """The run report of every engine, in order; written to files of `folder`, as vLLM hands on one answer."""
-        await self._llm.collective_rpc(_write_report, args=(str(folder),))
+        await self.call(_write_report, str(folder))
         return [json.loads(file.read_text()) for file in sorted(folder.glob("report.*.json"))]
 
 

@@ -26,6 +26,7 @@ class Rank:
         rows: of each layer with a map of its experts, how many were counted since it changed.
         moved: how many experts were given to another slot.
         routed, dropped: rows that buffers of a fixed size were for, and those of them that had no room.
+        split: over how many engines weights of a kind are split, of which it has a part.
         streams: the most that a captured graph has; 0 without graphs.
         fired: how often each pass rewrote something, over all its programs. `left`: how often it left something.
         tensor, stage: its numbers among the ranks of tensor and of pipeline parallelism.
@@ -39,6 +40,7 @@ class Rank:
     moved: int
     routed: int
     dropped: int
+    split: Mapping[str, int]
     streams: int
     fired: Mapping[str, int]
     left: Mapping[str, int]
@@ -133,6 +135,10 @@ def _engines(count: int) -> Shows:
     return lambda ranks: len(ranks) % count == 0 and all(rank.decode["total"] > 0 for rank in ranks)
 
 
+def _split(sizes: Mapping[str, int]) -> Shows:
+    return lambda ranks: all(rank.split == sizes for rank in ranks)
+
+
 _GRAPHS = ("eager", "NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY")
 _COMPILES = {"eager": "contradict --enforce-eager"}
 _BETWEEN_RANKS = {**_COMPILES, "data_parallel=2": "gather the tokens of all engines"}
@@ -142,13 +148,16 @@ _OF_EXPERTS = (
     *("tensor_parallel=2", "tensor_parallel=4", "pipeline_parallel=2", "data_parallel=2", "data_parallel=4"),
     *("expert_parallel", "expert_map", "expert_rebalance", "sequence_parallel", "attention_exchange"),
     *("matmul_all_reduce", "weight_nz", "layer_sharding", "dual_batch_overlap", "token_drop"),
-    *("expert_communication=alltoall", "expert_communication=mc2", "shared_expert_rows", "multistream"),
+    *("expert_communication=alltoall", "expert_communication=mc2", "fine_grained_tp", "shared_expert_rows"),
+    "multistream",
 )
 """What maps of experts are tried with."""
 MAP = ExpertMap(((0, 2, 1), (3, 1, 0)), EXPERTS)
 """For two ranks: two experts have a replica, and neither rank its slots in the order of the experts."""
 MAPS = {2: MAP, 4: ExpertMap(((0, 2, 1), (3, 1, 0), (2, 3, 0), (1, 3, 2)), EXPERTS)}
 """By the number of ranks; on 4 all experts have replicas."""
+SPLIT = {"lm_head": 2, "o_proj": 2, "embedding": 2}
+"""Over how many engines weights are split: of all kinds but dense MLPs, which these models don't have."""
 
 FEATURES = (
     Feature(
@@ -331,6 +340,19 @@ FEATURES = (
         hidden=1024,
         refused_with=_BETWEEN_RANKS,
         only_with=tuple(name for name in _OF_EXPERTS if name != "matmul_all_reduce"),  # which A3 does not have
+    ),
+    Feature(
+        "fine_grained_tp",
+        _split(SPLIT),
+        plugin=lambda ranks, layers: {"fine_grained_tp": SPLIT},
+        needs=("data",),
+        kinds=MIXTURES,
+        refused_with=dict.fromkeys(("tensor_parallel=2", "pipeline_parallel=2"), "it is for engines of one rank"),
+        only_with=(
+            *_GRAPHS,
+            *("tensor_parallel=2", "pipeline_parallel=2", "data_parallel=2", "expert_parallel", "weight_nz"),
+            *("expert_map", "expert_rebalance", "multistream"),
+        ),
     ),
     Feature(
         "shared_expert_rows",

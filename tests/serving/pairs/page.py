@@ -33,11 +33,12 @@ Two choices of one thing (graph modes, numbers of ranks of one kind) are no pair
 with some features only. Where no graph mode is named, it is FULL_DECODE_ONLY. The model has 2 layers, with
 `pipeline_parallel=4` it has 4, and with `layer_sharding` 4 a stage. The model with a shared expert has the pairs of
 what works on that. `token_drop` is with room for all rows, where it is exact. `expert_communication=mc2` is on the
-host runtime's A3, with 1024 columns; `matmul_all_reduce`, which A2 has alone, is not tried beside it. With
-`sequence_parallel`, which leaves no sums over the ranks, `dual_batch_overlap` is for steps of up to 15 tokens and
-`sequence_parallel` for those from 16 on; so is `attention_exchange` in a mixture of experts. In the table of starts,
-`compiler` begins its fingerprint: starts with different ones were made with different states of the compiler, and
-`--again stale` makes those anew that are not of the present one.
+host runtime's A3, with 1024 columns; `matmul_all_reduce`, which A2 has alone, is not tried beside it.
+`fine_grained_tp` splits LM head, output projections and embedding over two engines of one rank each, and is tried with
+what those can have. With `sequence_parallel`, which leaves no sums over the ranks, `dual_batch_overlap` is for steps of
+up to 15 tokens and `sequence_parallel` for those from 16 on; so is `attention_exchange` in a mixture of experts. In the
+table of starts, `compiler` begins its fingerprint: starts with different ones were made with different states of the
+compiler, and `--again stale` makes those anew that are not of the present one.
 """
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from tests.serving.pairs.features import BY_NAME, FEATURES, KINDS, LAYERS, Feature
 
-RANKS_DEFAULT = BY_NAME["tensor_parallel=2"]
+RANKS = {"tensor": BY_NAME["tensor_parallel=2"], "data": BY_NAME["data_parallel=2"]}
+"""What is chosen of an axis that a feature needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Start:
         for feature in list(chosen):
             if feature.behind and chosen.isdisjoint(BY_NAME[name] for name in feature.behind):
                 chosen.add(BY_NAME[feature.behind[0]])
-        axes = {feature.axis for feature in chosen}
-        if any(feature.needs and axes.isdisjoint(feature.needs) for feature in chosen):
-            chosen.add(RANKS_DEFAULT)
+        for feature in sorted(chosen, key=lambda one: len(one.needs)):  # first those that have no choice
+            if feature.needs and {one.axis for one in chosen}.isdisjoint(feature.needs):
+                chosen.add(RANKS[feature.needs[0]])
         return cls(kind, frozenset(feature.name for feature in chosen))
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ from npu_compiler.backend import bundle_of
 from npu_compiler.inspect import bundle
 from npu_compiler.plan.weight_layout import FRACTAL_NZ
 from npu_compiler.serving.dump import options_of
-from tests.serving import engine
+from tests.serving import engine, two_engines
 from tests.serving.pairs import texts
 from tests.serving.pairs.features import Rank
 from tests.serving.pairs.plan import Start
@@ -87,26 +86,14 @@ def _one_engine(folder: Path, settings: dict[str, Any], prompts: Tokens, counts:
 
 def replicated(folder: Path, settings: dict[str, Any], prompts: Tokens, counts: Sequence[int], facts: str) -> Tokens:
     """Several engines behind one front, which is how vLLM does data parallelism."""
-    from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
-    from vllm.v1.engine.async_llm import AsyncLLM
+    tokens: Tokens = []
 
-    async def answers() -> Tokens:
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folder), **(engine.SETTINGS | settings)))
+    async def asks(engines: two_engines.Engines) -> None:
+        tokens.extend(await engines.answers(prompts, counts))
+        await engines.call(note_facts, facts)
 
-        async def answer(index: int) -> list[int]:
-            sampling = SamplingParams(max_tokens=counts[index], ignore_eos=True, temperature=0.0)
-            prompt = TokensPrompt(prompt_token_ids=prompts[index])
-            *_, last = [output async for output in llm.generate(prompt, sampling, str(index))]
-            return list(last.outputs[0].token_ids)
-
-        try:
-            tokens = list(await asyncio.gather(*map(answer, range(len(prompts)))))
-            await llm.collective_rpc(note_facts, args=(facts,))
-            return tokens
-        finally:
-            llm.shutdown(timeout=60)
-
-    return asyncio.run(answers())
+    two_engines.served(folder, asks, **settings)
+    return tokens
 
 
 def note_facts(worker: Any, folder: str) -> None:
@@ -128,6 +115,7 @@ def note_facts(worker: Any, folder: str) -> None:
         "moved": sum(layer["moved"] for layer in report["experts"]),
         "routed": sum(layer["routed"] for layer in report["dropped"]),
         "dropped": sum(layer["dropped"] for layer in report["dropped"]),
+        "split": {entry["kind"]: entry["whole"] // entry["here"] for entry in report["split_weights"] if entry["here"]},
         "streams": max((graph["streams"] for graph in report["graphs"]), default=0),
         "tensor": get_tp_group().rank_in_group,
         "stage": get_pp_group().rank_in_group,
