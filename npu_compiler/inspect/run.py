@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from npu_compiler.inspect.program import Data
+from npu_compiler.units import in_bytes
 
 RUN, CALLS = "run.json", "calls.json"
 
@@ -109,6 +110,23 @@ class ExpertRows(Data):
         )
 
 
+class SplitWeights(Data):
+    """Weights of one kind, split over engines (npu_compiler/serving/fine_grained_tp.py): how many, and bytes of what an
+    engine has and of the whole ones."""
+
+    kind: str
+    engines: int
+    weights: int
+    here: int
+    whole: int
+
+    def __str__(self) -> str:
+        return (
+            f"fine_grained_tp: {self.kind}: {self.weights} weights split over {self.engines} engines, "
+            f"{in_bytes(self.here)} on each instead of {in_bytes(self.whole)}"
+        )
+
+
 class Run(Data):
     """A run report. docs/serving.md describes the fields."""
 
@@ -129,6 +147,7 @@ class Run(Data):
     input_waits: int
     dropped: tuple[DroppedRows, ...] = ()
     experts: tuple[ExpertRows, ...] = ()
+    split_weights: tuple[SplitWeights, ...] = ()
 
 
 class Calls(Data):

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from npu_compiler.backend import Dropped
-from npu_compiler.inspect.run import ExpertRows
+from npu_compiler.inspect.run import ExpertRows, SplitWeights
 from npu_compiler.reasons import FIRST_SHAPE
-from npu_compiler.serving.split_weights import SplitWeights
 from npu_compiler.serving.steps import EAGER, FULL, PIECEWISE, Step, StepCounts
 
 IDLE_SECONDS = 1.0
@@ -103,7 +102,7 @@ class RunReport:
                 for entry in self.dropped
             ],
             "experts": [entry.model_dump() for entry in self.experts],
-            "split_weights": [dataclasses.asdict(entry) for entry in self.split_weights],
+            "split_weights": [entry.model_dump() for entry in self.split_weights],
         }
 
     def text(self) -> str:

@@ -37,9 +37,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from npu_compiler.errors import UnservedError
+from npu_compiler.inspect.run import SplitWeights
 from npu_compiler.serving.fine_grained_tp import group_of
 from npu_compiler.serving.places import here
-from npu_compiler.serving.split_weights import SplitWeights
 
 _GATE_UP, _DOWN = re.compile(r"(.*\.|^)mlp\.gate_up_proj$"), re.compile(r"(.*\.|^)mlp\.down_proj$")
 """Of an MLP in the place of experts; shared experts are deeper, `mlp.shared_experts.down_proj`."""
@@ -292,4 +292,4 @@ def _weights(kind: str, layers: list[Any], seen: set[int]) -> SplitWeights:
             if parted and id(parameter) not in seen:
                 seen.add(id(parameter))
                 found.append(parameter.nbytes)
-    return SplitWeights(kind, engines, len(found), sum(found), engines * sum(found))
+    return SplitWeights(kind=kind, engines=engines, weights=len(found), here=sum(found), whole=engines * sum(found))

@@ -110,6 +110,7 @@ def test_random_numbers_differ_between_replays() -> None:
 def test_task_groups_are_updated_in_stream_order() -> None:
     x, y, z = (torch.full((4,), float(value), device="npu") for value in (1, 10, 100))
     out = torch.zeros(4, device="npu")
+    npu.synchronize()  # they were made on another stream
     graph = npu.NPUGraph()
     stream, update = npu.Stream(), npu.Stream()
     event = npu.ExternalEvent()

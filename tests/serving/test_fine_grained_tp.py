@@ -24,11 +24,11 @@ from vllm.v1.sample.logits_processor import validate_logits_processors_parameter
 
 from npu_compiler.errors import UnservedError
 from npu_compiler.inspect import bundle
+from npu_compiler.inspect.run import SplitWeights
 from npu_compiler.serving import fine_grained_tp, split_layers
 from npu_compiler.serving.options import FineGrainedTP, ServingOptions
 from npu_compiler.serving.report import RunReport
 from npu_compiler.serving.split_layers import split_weights
-from npu_compiler.serving.split_weights import SplitWeights
 from tests import world
 from tests.models import checkpoints
 from tests.serving import oracle
@@ -271,7 +271,7 @@ def test_a_tied_weight_is_counted_once() -> None:
     part = made(lambda: Head(tied=True), 0, 3)
     embedding, head = split_weights(part, ["embedding", "lm_head"])
     each = 192 // 3 * HIDDEN * 8
-    assert embedding == SplitWeights("embedding", 3, 1, each, 3 * each)
+    assert embedding == SplitWeights(kind="embedding", engines=3, weights=1, here=each, whole=3 * each)
     assert (head.weights, head.here) == (0, 0)
     report = RunReport(split_weights=[embedding])
     report.clear()
