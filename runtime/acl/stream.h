@@ -107,8 +107,8 @@ class Stream {
   std::thread worker_;
   std::atomic<uint64_t> submitted_{0};
   std::atomic<uint64_t> completed_{0};
-  std::atomic<bool> running_{
-      false};  ///< whether a thread has the turn: it alone takes tasks out of the queue
+  /// Whether a thread has the turn: it alone takes tasks out of the queue.
+  std::atomic<bool> running_{false};
   std::atomic<bool> stop_{false};
   std::atomic<bool> failed_{false};
   mutable std::mutex failure_mutex_;
