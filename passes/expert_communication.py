@@ -45,7 +45,7 @@ from npu_compiler.graph.effects import argument
 from npu_compiler.graph.soc import family
 from npu_compiler.graph.source import where
 from npu_compiler.passes import expert_mc2, token_drop
-from npu_compiler.passes.expert_choice import ALLGATHER, ALLTOALL, MC2, Step, choose
+from npu_compiler.passes.expert_choice import ALLGATHER, ALLTOALL, MC2, MISSING, Step, choose
 from npu_compiler.passes.record import PassRecord
 
 NAME = "expert_communication"
@@ -88,7 +88,7 @@ def run(
         no_mc2 = expert_mc2.refusal(layer, step, alone)
         here = {MC2: no_mc2} if no_mc2 else {}
         choice = choose(step, "" if asked == AUTO else asked, here)
-        if missing := here.get(choice.method):
+        if missing := {**here, **MISSING}.get(choice.method):
             _refuse_what_was_asked(asked, routing, missing)
         text = f"{choice}, {layer.experts} experts on {layer.ranks} ranks, {layer.top_k} a token"
         if choice.method == ALLTOALL:
