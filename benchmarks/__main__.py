@@ -22,6 +22,7 @@ from benchmarks import (
     kernels,
     parallel,
     plot,
+    row_compile,
     row_decode_step,
     row_graph_launch,
     row_int8,
@@ -37,7 +38,7 @@ ROW_TIMEOUT_S = 3600
 
 def all_rows() -> dict[str, Row]:
     """Every row by name, in the order of the table."""
-    families = (row_graph_launch, row_decode_step, row_int8, row_prefill, row_streams, row_vllm)
+    families = (row_graph_launch, row_decode_step, row_int8, row_prefill, row_streams, row_vllm, row_compile)
     return {row.name: row for family in families for row in family.rows()}
 
 
@@ -45,7 +46,7 @@ def measure_here(name: str, quick: bool) -> dict[str, Any]:
     """One row in this process, as the JSON object that is stored."""
 
     row = all_rows()[name]
-    found = run(row, Settings.quick() if quick else Settings())
+    found = run(row, Settings.of(row, quick))
     loaded = ("torch", "torch_npu", "onnxruntime", "openvino")
     versions = {module: sys.modules[module].__version__ for module in loaded if module in sys.modules}
     about = {"title": row.title, "quick": quick, "machine": harness.machine(), "versions": versions}

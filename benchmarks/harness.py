@@ -31,14 +31,15 @@ class Contestant:
 
     Attributes:
         name: as printed, for example "npugraph_ex".
-        batch: does the work `n` times and returns when it is done, device included.
+        batch: does the work `n` times and returns when it is done, device included. It is timed by the clock, unless it
+            returns the seconds that count (CPU seconds of a process of its own, say).
         output: the result to check against the reference, as a CPU tensor; None for work without a result.
         kept: what has to live as long as the contestant (a captured graph knows addresses, it keeps no tensor alive).
         prepare: called before each batch, and not counted.
     """
 
     name: str
-    batch: Callable[[int], None]
+    batch: Callable[[int], float | None]
     output: Callable[[], torch.Tensor] | None = None
     kept: Sequence[object] = ()
     prepare: Callable[[], None] | None = None
@@ -86,7 +87,7 @@ class Row:
 
     Attributes:
         name: also the name of the JSON file.
-        unit: "ns", "us" or "ms", for the printed and stored figures.
+        unit: "ns", "us", "ms" or "s", for the printed and stored figures.
         divisor: units of work in one call of `batch(1)`; figures are per unit.
         floor: what physics or a published figure allows at best, in `unit`, or None; a function measures it here.
         tolerance: allowed absolute difference from the reference's output.
@@ -95,6 +96,7 @@ class Row:
         part: a contestant that does a part of the subject's work and nothing else; what the subject takes beside it is
             its `rest`.
         long: takes minutes, so `--quick` leaves it out unless it is asked for by name.
+        starts: the work is the start of a process: one of each contestant makes a round.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Row:
     rivals: tuple[str, ...] = ()
     part: str | None = None
     long: bool = False
+    starts: bool = False
 
     @property
     def subject(self) -> str:
@@ -117,18 +120,26 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How long to measure: `rounds` accepted rounds of `round_seconds` a contestant, at most `attempts` rounds."""
+    """How long to measure: `rounds` accepted rounds, at most `attempts`. In a round a contestant does its work `loops`
+    times, or as often as fills `round_seconds`."""
 
     rounds: int = 9
     round_seconds: float = 0.08
     attempts: int = 27
+    loops: int | None = None
 
     @staticmethod
     def quick() -> Settings:
         return Settings(rounds=3, round_seconds=0.02, attempts=6)
 
+    @staticmethod
+    def of(row: Row, quick: bool) -> Settings:
+        if row.starts:
+            return Settings(rounds=1, attempts=1, loops=1) if quick else Settings(rounds=3, attempts=5, loops=1)
+        return Settings.quick() if quick else Settings()
 
-SCALE = {"ns": 1e9, "us": 1e6, "ms": 1e3}
+
+SCALE = {"ns": 1e9, "us": 1e6, "ms": 1e3, "s": 1.0}
 
 
 class Probe:
@@ -171,8 +182,8 @@ def timed(contestant: Contestant, loops: int) -> float:
     if contestant.prepare is not None:
         contestant.prepare()
     began = time.perf_counter()
-    contestant.batch(loops)
-    return time.perf_counter() - began
+    counted = contestant.batch(loops)
+    return time.perf_counter() - began if counted is None else counted
 
 
 def calibrate(contestant: Contestant, round_seconds: float, agree: Agree = alone) -> int:
@@ -199,7 +210,7 @@ def one_round(
 
 def measure(contestants: Sequence[Contestant], divisor: int, settings: Settings, agree: Agree = alone) -> Measured:
     """Runs interleaved rounds until enough are undisturbed, or `settings.attempts` have been run."""
-    loops = {contestant.name: calibrate(contestant, settings.round_seconds, agree) for contestant in contestants}
+    loops = {one.name: settings.loops or calibrate(one, settings.round_seconds, agree) for one in contestants}
     probe = Probe()
     accepted: list[dict[str, float]] = []
     disturbed_rounds: list[dict[str, float]] = []

@@ -48,6 +48,21 @@ def test_times_and_ratio_of_known_work() -> None:
     assert (fast["ratio"], fast["peer"], fast["subject"]) == (1.0, "fast", "fast")
 
 
+def test_a_contestant_may_count_its_seconds_itself() -> None:
+    """Starts of processes: one a round, and what they say they took, not what the clock says."""
+    counted: list[int] = []
+
+    def start(count: int) -> float:
+        counted.append(count)
+        return 3.0
+
+    row = two(lambda: Contestant("fast", start), lambda: Contestant("slow", lambda _: 6.0), starts=True)
+    settings = Settings.of(row, quick=True)
+    fast, slow = harness.run(row, settings)
+    assert counted == [1] * settings.rounds
+    assert (fast["median"], slow["ratio"]) == (pytest.approx(3e6), 2.0)
+
+
 def test_missed_goal_is_said() -> None:
     row = two(
         spinning("fast", 4e-4), spinning("slow", 4e-4), goals=(Goal("slow", faster_than=3.0), Goal("fast", limit=1.0))
