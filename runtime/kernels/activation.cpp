@@ -7,6 +7,7 @@
 
 namespace host_runtime::kernels {
 
+#define KERNEL_HAS_DOTS
 #define KERNEL_SOURCE "runtime/kernels/activation.inc"
 #include "runtime/kernels/per_isa.h"
 
@@ -15,11 +16,11 @@ void gated_activation(const GatedActivation& arguments) {
     using T = decltype(zero);
     switch (arguments.gate) {
       case Gate::kSilu:
-        return PER_ISA(gated_rows<T, Gate::kSilu>)(arguments);
+        return PER_ISA_OR_DOTS(gated_rows<T, Gate::kSilu>)(arguments);
       case Gate::kGeluErf:
-        return PER_ISA(gated_rows<T, Gate::kGeluErf>)(arguments);
+        return PER_ISA_OR_DOTS(gated_rows<T, Gate::kGeluErf>)(arguments);
       default:
-        return PER_ISA(gated_rows<T, Gate::kGeluTanh>)(arguments);
+        return PER_ISA_OR_DOTS(gated_rows<T, Gate::kGeluTanh>)(arguments);
     }
   });
 }

@@ -7,6 +7,7 @@
 
 namespace host_runtime::kernels {
 
+#define KERNEL_HAS_DOTS
 #define KERNEL_SOURCE "runtime/kernels/norm.inc"
 #include "runtime/kernels/per_isa.h"
 
@@ -14,9 +15,9 @@ void rms_norm(const RmsNorm& arguments) {
   visit(arguments.type, [&](auto zero) {
     using T = decltype(zero);
     if (arguments.gamma_type == arguments.type) {
-      PER_ISA(rms_norm_rows<T, T>)(arguments);
+      PER_ISA_OR_DOTS(rms_norm_rows<T, T>)(arguments);
     } else {
-      PER_ISA(rms_norm_rows<T, float>)(arguments);
+      PER_ISA_OR_DOTS(rms_norm_rows<T, float>)(arguments);
     }
   });
 }
@@ -25,9 +26,9 @@ void layer_norm(const LayerNorm& arguments) {
   visit(arguments.type, [&](auto zero) {
     using T = decltype(zero);
     if (arguments.gamma_type == arguments.type) {
-      PER_ISA(layer_norm_rows<T, T>)(arguments);
+      PER_ISA_OR_DOTS(layer_norm_rows<T, T>)(arguments);
     } else {
-      PER_ISA(layer_norm_rows<T, float>)(arguments);
+      PER_ISA_OR_DOTS(layer_norm_rows<T, float>)(arguments);
     }
   });
 }

@@ -9,6 +9,7 @@
 
 namespace host_runtime::kernels {
 
+#define KERNEL_HAS_DOTS
 #define KERNEL_SOURCE "runtime/kernels/qkv_cache.inc"
 #include "runtime/kernels/per_isa.h"
 
@@ -27,7 +28,7 @@ void check_slots(const QkvCache& a) {
 
 void qkv_cache(const QkvCache& arguments) {
   check_slots(arguments);
-  visit(arguments.type, [&](auto zero) { PER_ISA(qkv_cache_rows<decltype(zero)>)(arguments); });
+  visit(arguments.type, [&](auto zero) { PER_ISA_OR_DOTS(qkv_cache_rows<decltype(zero)>)(arguments); });
 }
 
 }  // namespace host_runtime::kernels
