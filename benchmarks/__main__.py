@@ -9,11 +9,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    apart,
     check,
     compiler,
     dumping,
@@ -29,10 +30,12 @@ from benchmarks import (
     row_prefill,
     row_streams,
     row_vllm,
+    rows_page,
 )
 from benchmarks.harness import Row, Settings, run
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = apart.ROOT / "docs" / "benchmark_figures.md"
 ROW_TIMEOUT_S = 3600
 
 
@@ -75,6 +78,12 @@ def measure_apart(name: str, quick: bool, results: Path) -> dict[str, Any]:
     if done.returncode != 0 or not target.exists():
         raise RuntimeError(f"row {name}: exit code {done.returncode}\n{done.stdout[-3000:]}")
     return dict(json.loads(target.read_text()))
+
+
+def kept_rows(results: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """The stored rows by name, as far as there are any; without `names` those of the table, in its order."""
+    files = {name: results / f"{name}.json" for name in (all_rows() if names is None else names)}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 def number(value: float | None) -> str:
@@ -158,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="few short rounds: shows that it runs, the figures are rough"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page from the rows there are")
     parser.add_argument("--measure", metavar="ROW", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.results.mkdir(parents=True, exist_ok=True)
@@ -166,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (options.results / f"{options.measure}.json").write_text(json.dumps(measured, indent=1) + "\n")
         return 0
     failed = False
-    names = chosen(options.rows, options.quick)
+    names = [] if options.page else chosen(options.rows, options.quick)
     for index, name in enumerate(names, 1):
         print(f"[{index}/{len(names)}] {name}", file=sys.stderr, flush=True)
         try:
@@ -176,10 +186,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed = True
             continue
         print(table(measured["about"]["title"], measured["records"]) + "\n", flush=True)
-    stored = [options.results / f"{name}.json" for name in all_rows()]
+    stored = kept_rows(options.results)
     picture = options.results / "benchmarks.png"
-    problem = plot.draw([json.loads(file.read_text()) for file in stored if file.exists()], picture)
+    problem = plot.draw([*stored.values()], picture)
     print(f"benchmarks: {problem or picture}", file=sys.stderr)
+    if not options.quick and options.results == RESULTS:
+        PAGE.write_text(rows_page.page(stored | kept_rows(options.results, instructions.ROWS)))
+        print(f"benchmarks: {PAGE}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,0 +1,41 @@
+"""The page of figures: what it says of a row, and that the committed one is of the stored rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import __main__ as command
+from benchmarks import instructions, rows_page
+
+ABOUT = {"time": "2026-01-01T00:00:00Z", "machine": {"processor": "a processor"}, "quick": False}
+
+
+def record(peer: str, **more: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {"row": "demo", "subject": "ours", "peer": peer, "unit": "us", "median": 250.0}
+    plain |= {"ratio": 1.0, "ratio_min": 1.0, "ratio_max": 1.0, "floor": None, "rest": None, "best_rival": None}
+    plain |= {"best_ratio": None, "goal": None, "met": None, "missing": None, "rounds": 9, "rejected": 2, "noisy": True}
+    return plain | more
+
+
+def page(*records: dict[str, Any]) -> str:
+    return rows_page.page({"demo": {"about": ABOUT, "records": records}})
+
+
+def test_a_row() -> None:
+    ours = record("ours", goal=">= 1.2x", met=False, best_rival="theirs", best_ratio=1.1)
+    theirs = record("theirs", median=275.0, ratio=1.1, ratio_min=1.0, ratio_max=12.5)
+    text = page(ours, theirs, record("absent", missing="not installed", ratio=None, median=None))
+    assert "- `demo`, ours: >= 1.2x; reached 250 us, 1.10x of theirs\n" in text
+    assert "| `demo` | ours | 250 us | 1 | >= 1.2x: missed |" in text
+    assert "|  | theirs | 275 us | 1.10 (1.00 .. 12.5) |  |" in text
+    assert "|  | absent | missing |  | not installed |" in text
+    assert "| `demo` | 2026-01-01T00:00:00Z | 9, 2 disturbed, disturbed ones counted | a processor |" in text
+
+
+def test_nothing_missed() -> None:
+    assert "## Targets that are missed\n\nNone.\n" in page(record("ours", goal=">= 1.2x", met=True))
+
+
+def test_the_committed_page_is_of_the_committed_rows() -> None:
+    stored = {**command.kept_rows(command.RESULTS), **command.kept_rows(command.RESULTS, instructions.ROWS)}
+    assert stored and command.PAGE.read_text() == rows_page.page(stored)
