@@ -94,6 +94,7 @@ void gather_queries(const Attention& a, const Tile& tile, const AmxScratch& s) {
 void pack_keys(const Attention& a, const Tile& tile, const AmxScratch& s, int64_t first, int64_t keys) {
   const Sequence& sequence = a.sequences[tile.sequence];
   const int64_t width = a.key.width + a.key_rope.width;
+  constexpr int64_t kBytes = sizeof(BFloat);
   for (int64_t start = 0; start < round_up(keys, kTileDepth); start += kRows) {
     const int64_t count = std::clamp<int64_t>(keys - start, 0, kRows);
     const RowPointers<BFloat> rows(a, a.key, sequence.key_offset, tile, first + start, count);
@@ -110,7 +111,7 @@ void pack_keys(const Attention& a, const Tile& tile, const AmxScratch& s, int64_
     clear(s.gathered + count * s.depth, s.gathered + kRows * s.depth);
     BFloat* panel = s.keys + start * s.depth;
     for (int64_t d = 0; d < s.depth; d += kTileDepth)
-      pack_columns(s.gathered + d, s.depth, panel + d * kRows, kTileDepth);
+      words_of_columns(s.gathered + d, s.depth * kBytes, kRowBytes / 2, panel + d * kRows);
   }
 }
 

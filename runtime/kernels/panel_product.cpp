@@ -1,5 +1,7 @@
 #include "runtime/kernels/panel_product.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -29,7 +31,6 @@ namespace {
 #undef KERNEL_LANES
 
 constexpr int64_t kTileBytes = kRows * kRowBytes;
-constexpr int64_t kTileWords = kTileBytes / 4;
 constexpr int64_t kRunBytes = 32;
 /// Elements of a run, of the inner dimension in a tile's row, and of it in one word of a panel.
 template <typename T>
@@ -39,28 +40,39 @@ constexpr int64_t kDepth = kRowBytes / static_cast<int64_t>(sizeof(T));
 template <typename T>
 constexpr int64_t kGroup = 4 / static_cast<int64_t>(sizeof(T));
 
-constexpr int64_t kRowBlock = 512;    // of x, in tiles at a time
-constexpr int64_t kColumnBlock = 64;  // of w, in panels at a time
-constexpr int64_t kStepBlock =
-    12;  // steps for which 32 rows of x stay in the first cache while the panels pass it
+/// Two tiles of rows or of columns lie in turn, [step][2], so that a step reads 2 KiB in a piece.
+constexpr int64_t kPair = 2 * kRows;
+constexpr int64_t kPairBytes = 2 * kTileBytes;
+constexpr int64_t kPairSums = kPair * kPair;
+
+constexpr int64_t kRowBlock = 512;   // of x, in tiles at a time
+constexpr int64_t kDepthBlock = 32;  // steps of them, so that they stay in the second cache beside the panels
+constexpr int64_t kStepBlock = 12;   // of 32 rows, which stay in the first cache while the panels pass it
+constexpr int64_t kPanelBytes = 128 * 1024;
+constexpr int64_t kSumColumns = 1024;  // whose sums wait for the next block of depth
+constexpr int64_t kShareColumns = 64;  // a thread's at least
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-/// Memory of a thread that is kept from call to call, as every product of a step needs it again.
+/// Memory of a thread that is kept from call to call, as every product of a step needs it again; in huge
+/// pages where Linux gives some, since a product walks through all of it again and again.
 class Kept {
  public:
   std::byte* room(int64_t bytes) {
     if (bytes > size_) {
       memory_.reset();
       size_ = 0;
+      bytes = round_up(bytes, kHugePage);
       memory_.reset(static_cast<std::byte*>(::operator new(static_cast<size_t>(bytes), kAlignment)));
       size_ = bytes;
+      madvise(memory_.get(), static_cast<size_t>(bytes), MADV_HUGEPAGE);
     }
     return memory_.get();
   }
 
  private:
-  static constexpr std::align_val_t kAlignment{kRowBytes};
+  static constexpr int64_t kHugePage = int64_t{2} << 20;
+  static constexpr std::align_val_t kAlignment{kHugePage};
   struct Free {
     void operator()(std::byte* memory) const { ::operator delete(memory, kAlignment); }
   };
@@ -71,20 +83,28 @@ class Kept {
 struct Sizes {
   int64_t inner, columns;
   int64_t steps;  ///< tiles that cover inner
+
+  KERNEL_INLINE int64_t steps_from(int64_t block) const { return std::min(kDepthBlock, steps - block); }
 };
 
-/// Up to kRowBlock rows of x in tiles [row tile][step], an even number of row tiles, padded with zeros.
+/// Up to kRowBlock rows of x in tiles [depth block][pair of row tiles][step][2], padded with zeros.
 template <typename T>
 const std::byte* tiles_of(const T* x, int64_t stride, int64_t rows, const Sizes& s) {
   static thread_local Kept kept;
-  std::byte* const tiles = kept.room(round_up(rows, 2 * kRows) * s.steps * kRowBytes);
-  for (int64_t row = 0; row < round_up(rows, 2 * kRows); ++row) {
-    std::byte* to = tiles + row / kRows * s.steps * kTileBytes + row % kRows * kRowBytes;
-    for (int64_t k = 0; k < s.inner; k += kDepth<T>, to += kTileBytes) {
-      const int64_t bytes =
-          row < rows ? std::min<int64_t>(kRowBytes, (s.inner - k) * static_cast<int64_t>(sizeof(T))) : 0;
-      const __mmask64 there = bytes == kRowBytes ? ~uint64_t{0} : (uint64_t{1} << bytes) - 1;
-      _mm512_store_si512(to, _mm512_maskz_loadu_epi8(there, x + row * stride + k));
+  const int64_t padded = round_up(rows, kPair);
+  std::byte* const tiles = kept.room(padded * s.steps * kRowBytes);
+  for (int64_t block = 0; block < s.steps; block += kDepthBlock) {
+    const int64_t steps = s.steps_from(block);
+    for (int64_t row = 0; row < padded; ++row) {
+      std::byte* to =
+          tiles + block * padded * kRowBytes + row / kPair * steps * kPairBytes + row % kPair * kRowBytes;
+      for (int64_t step = block; step < block + steps; ++step, to += kPairBytes) {
+        const int64_t k = step * kDepth<T>;
+        const int64_t bytes =
+            row < rows ? std::min<int64_t>(kRowBytes, (s.inner - k) * static_cast<int64_t>(sizeof(T))) : 0;
+        const __mmask64 there = bytes == kRowBytes ? ~uint64_t{0} : (uint64_t{1} << bytes) - 1;
+        _mm512_store_si512(to, _mm512_maskz_loadu_epi8(there, x + row * stride + k));
+      }
     }
   }
   return tiles;
@@ -131,27 +151,26 @@ KERNEL_INLINE __m512i rows_together(const int8_t* from, int64_t stride) {
   return _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(low), high, 1);
 }
 
-/// One panel of 16 columns: tiles in depth, each of words [16][16 columns]. The panel two behind is fetched
-/// meanwhile.
+/// One panel of 16 columns, `steps` tiles of words [16][16 columns] kPairBytes apart. The panel two behind is
+/// fetched meanwhile.
 template <typename T>
-void pack_panel(const RunMatrix& w, const Sizes& s, int64_t column, std::byte* to) {
+void pack_panel(const RunMatrix& w, const Sizes& s, int64_t block, int64_t steps, int64_t column,
+                std::byte* to) {
   const __m512i places = interleaving<T>();
-  const int64_t ahead = element_at<T>(w, 0, column + 2 * kRows) - element_at<T>(w, 0, column);
-  for (int64_t k = 0; k < s.inner; k += kDepth<T>, to += kTileBytes) {
+  const int64_t ahead = element_at<T>(w, 0, column + kPair) - element_at<T>(w, 0, column);
+  for (int64_t k = block * kDepth<T>; k < (block + steps) * kDepth<T>; k += kDepth<T>, to += kPairBytes) {
     if (s.inner - k < kDepth<T> || s.columns - column < kRows) {
       pack_edge<T>(w, s, k, column, reinterpret_cast<T*>(to));
       continue;
     }
     const T* from = element_at<T>(w, k, column);
     if (w.by_columns) {
-      Lanes words[kRows];  // moved, never computed with
-      for (int64_t n = 0; n < kRows; ++n, from += w.stride) {
-        __builtin_prefetch(from + ahead);
-        __builtin_prefetch(from + ahead + w.run);
-        words[n] = bits_as<Lanes>(two_runs(from, from + w.run));
+      for (int64_t n = 0; n < kRows; ++n) {
+        __builtin_prefetch(from + n * w.stride + ahead);
+        if (w.run != kRun<T>) __builtin_prefetch(from + n * w.stride + ahead + w.run);
       }
-      transpose(words);
-      std::memcpy(to, words, sizeof(words));
+      constexpr int64_t kBytes = sizeof(T);
+      words_of_columns(from, w.stride * kBytes, w.run * kBytes, to);
     } else {
       for (int64_t i = 0; i < kRows; ++i, from += kGroup<T> * w.stride) {
         for (int64_t row = 0; row < kGroup<T>; row += w.stride == kRun<T> ? 2 : 1)
@@ -163,14 +182,13 @@ void pack_panel(const RunMatrix& w, const Sizes& s, int64_t column, std::byte* t
   }
 }
 
-/// sums [rows][kColumnBlock] (+)= a * b for one or two row tiles and two panels, `steps` deep.
+/// sums [32][32] (+)= a * b for a pair of row tiles, or the first of it, and a pair of panels, `steps` deep.
 template <typename T, bool kTwoRows>
-KERNEL_INLINE void multiply(const std::byte* a, const std::byte* b, int64_t all_steps, int64_t steps,
-                            int32_t* sums, bool accumulate) {
-  constexpr size_t kSumBytes = kColumnBlock * sizeof(int32_t);
-  int32_t* const below = sums + kRows * kColumnBlock;
-  const std::byte* a2 = a + all_steps * kTileBytes;
-  const std::byte* b2 = b + all_steps * kTileBytes;
+KERNEL_INLINE void multiply(const std::byte* a, const std::byte* b, int64_t steps, int32_t* sums,
+                            bool accumulate) {
+  constexpr size_t kSumBytes = kPair * sizeof(int32_t);
+  int32_t* const below = sums + kRows * kPair;
+  written();
   if (accumulate) {
     _tile_loadd(0, sums, kSumBytes);
     _tile_loadd(1, sums + kRows, kSumBytes);
@@ -183,16 +201,16 @@ KERNEL_INLINE void multiply(const std::byte* a, const std::byte* b, int64_t all_
     _tile_zero(3);
   }
   constexpr bool kBytes = sizeof(T) == 1;
-  for (int64_t k = 0; k < steps; ++k, a += kTileBytes, a2 += kTileBytes, b += kTileBytes, b2 += kTileBytes) {
+  for (int64_t k = 0; k < steps; ++k, a += kPairBytes, b += kPairBytes) {
     _tile_stream_loadd(6, b, kRowBytes);
     _tile_loadd(4, a, kRowBytes);
     if constexpr (kBytes) _tile_dpbssd(0, 4, 6);
     if constexpr (!kBytes) _tile_dpbf16ps(0, 4, 6);
-    _tile_stream_loadd(7, b2, kRowBytes);
+    _tile_stream_loadd(7, b + kTileBytes, kRowBytes);
     if constexpr (kBytes) _tile_dpbssd(1, 4, 7);
     if constexpr (!kBytes) _tile_dpbf16ps(1, 4, 7);
     if constexpr (kTwoRows) {
-      _tile_loadd(5, a2, kRowBytes);
+      _tile_loadd(5, a + kTileBytes, kRowBytes);
       if constexpr (kBytes) _tile_dpbssd(2, 5, 6);
       if constexpr (!kBytes) _tile_dpbf16ps(2, 5, 6);
       if constexpr (kBytes) _tile_dpbssd(3, 5, 7);
@@ -203,16 +221,33 @@ KERNEL_INLINE void multiply(const std::byte* a, const std::byte* b, int64_t all_
   _tile_stored(1, sums + kRows, kSumBytes);
   if (kTwoRows) _tile_stored(2, below, kSumBytes);
   if (kTwoRows) _tile_stored(3, below + kRows, kSumBytes);
+  written();
 }
 
-/// Sums of up to 32 rows and a block of packed columns.
-template <typename T, bool kTwoRows>
-KERNEL_INLINE void multiply_block(const std::byte* a, const std::byte* panels, const Sizes& s, int64_t width,
-                                  int32_t* sums) {
-  for (int64_t step = 0; step < s.steps; step += kStepBlock) {
-    for (int64_t n = 0; n < width; n += 2 * kRows)
-      multiply<T, kTwoRows>(a + step * kTileBytes, panels + n * s.steps * kRowBytes + step * kTileBytes,
-                            s.steps, std::min(kStepBlock, s.steps - step), sums + n, step > 0);
+/// What is multiplied at a time: a block of depth of packed columns with all rows.
+struct Block {
+  int64_t first, steps;  ///< of depth
+  int64_t column, width;
+  const std::byte* panels;  ///< [pair of panels][step][2]
+  const std::byte* x;       ///< [pair of row tiles][step][2]
+};
+
+/// Adds the block's products to the sums [pair of panels][32][32] of up to 32 rows, and finishes those that
+/// are whole.
+template <typename T, bool kTwoRows, typename Finish>
+KERNEL_INLINE void multiply_rows(const Block& b, const Sizes& s, int64_t row, int64_t rows, int32_t* sums,
+                                 const Finish& finish) {
+  const std::byte* const x = b.x + row / kPair * b.steps * kPairBytes;
+  for (int64_t step = 0; step < b.steps; step += kStepBlock) {
+    const int64_t steps = std::min(kStepBlock, b.steps - step);
+    for (int64_t n = 0; n < b.width; n += kPair) {
+      int32_t* const found = sums + n / kPair * kPairSums;
+      multiply<T, kTwoRows>(x + step * kPairBytes, b.panels + (n / kPair * b.steps + step) * kPairBytes,
+                            steps, found, b.first + step > 0);
+      if (b.first + step + steps < s.steps) continue;
+      for (int64_t i = 0; i < rows; ++i)
+        finish(row + i, b.column + n, found + i * kPair, std::min(kPair, b.width - n));
+    }
   }
 }
 
@@ -221,23 +256,31 @@ KERNEL_INLINE void multiply_block(const std::byte* a, const std::byte* panels, c
 template <typename T, typename Finish>
 void columns_of(const RunMatrix& w, const std::byte* x, int64_t rows, const Sizes& s, int64_t begin,
                 int64_t end, const Finish& finish) {
-  static thread_local Kept kept;
-  std::byte* const panels = kept.room(kColumnBlock * s.steps * kRowBytes);
-  alignas(64) int32_t sums[2 * kRows * kColumnBlock];
+  static thread_local Kept kept_panels, kept_sums;
+  const int64_t padded = round_up(rows, kPair), deepest = s.steps_from(0);
+  const int64_t most = std::min(kPanelBytes / (deepest * kRowBytes) / kPair * kPair, kSumColumns);
+  std::byte* const panels = kept_panels.room(most * deepest * kRowBytes);
+  // Sums that one block of depth completes are needed for 32 rows at a time.
+  const int64_t row_sums = s.steps > kDepthBlock ? kSumColumns * kPair : 0;
+  auto* const sums = reinterpret_cast<int32_t*>(kept_sums.room(
+      std::max(padded / kPair * row_sums, most * kPair) * static_cast<int64_t>(sizeof(int32_t))));
   const Tiles tiles(kDepth<BFloat>);
-  for (int64_t column = begin; column < end; column += kColumnBlock) {
-    const int64_t width = std::min(kColumnBlock, end - column);
-    for (int64_t n = 0; n < round_up(width, 2 * kRows); n += kRows)
-      pack_panel<T>(w, s, column + n, panels + n * s.steps * kRowBytes);
-    for (int64_t row = 0; row < rows; row += 2 * kRows) {
-      const std::byte* const a = x + row * s.steps * kRowBytes;
-      written();
-      rows - row > kRows ? multiply_block<T, true>(a, panels, s, width, sums)
-                         : multiply_block<T, false>(a, panels, s, width, sums);
-      written();
-      for (int64_t i = 0; i < std::min(2 * kRows, rows - row); ++i)
-        for (int64_t n = 0; n < width; n += 2 * kRows)
-          finish(row + i, column + n, sums + i * kColumnBlock + n, std::min(2 * kRows, width - n));
+  for (int64_t chunk = begin; chunk < end; chunk += kSumColumns) {
+    const int64_t chunk_end = std::min(chunk + kSumColumns, end);
+    for (int64_t first = 0; first < s.steps; first += kDepthBlock) {
+      Block block{first, s.steps_from(first), chunk, 0, panels, x + first * padded * kRowBytes};
+      for (; block.column < chunk_end; block.column += most) {
+        block.width = std::min(most, chunk_end - block.column);
+        for (int64_t n = 0; n < round_up(block.width, kPair); n += kRows)
+          pack_panel<T>(w, s, first, block.steps, block.column + n,
+                        panels + n / kPair * block.steps * kPairBytes + n % kPair * kRowBytes);
+        int32_t* found = sums + (row_sums > 0 ? (block.column - chunk) * kPair : 0);
+        for (int64_t row = 0; row < rows; row += kPair, found += row_sums) {
+          const int64_t count = std::min(kPair, rows - row);
+          count > kRows ? multiply_rows<T, true>(block, s, row, count, found, finish)
+                        : multiply_rows<T, false>(block, s, row, count, found, finish);
+        }
+      }
     }
   }
 }
@@ -253,7 +296,7 @@ void multiplied(const RunMatrix& w, const T* x, int64_t x_row, int64_t rows, int
     const auto placed = [&](int64_t row, int64_t column, const int32_t* sums, int64_t found) {
       finish(first + row, column, sums, found);
     };
-    share_columns(inner, columns, kColumnBlock,
+    share_columns(inner, columns, kShareColumns,
                   [&](int64_t begin, int64_t end) { columns_of<T>(w, tiles, count, s, begin, end, placed); });
   }
 }

@@ -391,7 +391,7 @@ def test_products(dtype: torch.dtype, rows: int, inner: int, columns: int) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "inner", "columns"), [(70, 424, 130), (545, 67, 96)])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(70, 424, 130), (545, 67, 96), (50, 1100, 1090)])
 def test_products_of_many_rows(dtype: torch.dtype, rows: int, inner: int, columns: int) -> None:
     """Bfloat16 by panels of tiles (AMX) where there are any: several blocks of rows, of depth and of columns."""
     x, weight = torch.randn(rows, inner + 5).to(dtype), torch.randn(columns, inner).div(inner**0.5).to(dtype)

@@ -220,7 +220,7 @@ def laid_out(weight: Tensor, layout: str) -> Tensor:
 
 @pytest.mark.parametrize("layout", ["NZ rows", "NZ columns", "ND rows", "ND columns"])
 @pytest.mark.parametrize("rows", [1, 6, 40, 545])
-@pytest.mark.parametrize(("inner", "columns"), [(7, 5), (130, 67), (900, 130)])
+@pytest.mark.parametrize(("inner", "columns"), [(7, 5), (130, 67), (2100, 130)])
 def test_int8_products_of_any_number_of_rows(layout: str, rows: int, inner: int, columns: int) -> None:
     """Sizes that end within a tile, and more than one block of rows and of depth. Sums are exact in every layout."""
     x = torch.randint(-128, 128, (rows, inner), dtype=torch.int8)
