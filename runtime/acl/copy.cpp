@@ -35,7 +35,10 @@ size_t extent(const CopyShape& shape, size_t pitch) {
   return shape.height == 0 ? 0 : (shape.height - 1) * pitch + shape.width;
 }
 
-class CopyTask final : public Task {
+/// Copied sooner than a thread is awake.
+constexpr size_t kBriefBytes = 4096;
+
+class CopyTask final : public Task, public BriefTask {
  public:
   CopyTask(const CopyShape& shape, aclrtMemcpyKind kind) : shape_(shape), kind_(kind) {}
 
@@ -57,6 +60,7 @@ class CopyTask final : public Task {
     }
     copy_rows(shape_);
   }
+  bool brief() const override { return shape_.width * shape_.height <= kBriefBytes; }
   std::string name() const override { return shape_.height == 1 ? "aclrtMemcpyAsync" : "aclrtMemcpy2dAsync"; }
   std::vector<MemoryAccess> accesses() const override {
     return {{shape_.source, extent(shape_, shape_.source_pitch), MemoryAccess::Mode::kRead},

@@ -47,6 +47,24 @@ void Event::reach(uint64_t record) {
   while (completed < record && !state->completed.compare_exchange_weak(completed, record)) {
   }
   changed_.notify();
+  let_go();
+}
+
+void Event::park(std::shared_ptr<Stream> stream) {
+  std::lock_guard lock(parked_mutex_);
+  parked_.push_back(std::move(stream));
+  has_parked_.store(true);
+}
+
+void Event::let_go() {
+  if (!has_parked_.load()) return;
+  std::vector<std::shared_ptr<Stream>> streams;
+  {
+    std::lock_guard lock(parked_mutex_);
+    streams.swap(parked_);
+    has_parked_.store(false);
+  }
+  for (const auto& stream : streams) stream->go_on();
 }
 
 void Event::fail_record(uint64_t record, const StreamFailure& failure) {
@@ -118,6 +136,12 @@ void EventTask::skip(const StreamFailure& failure) {
 bool EventTask::ready() const {
   if (action != Action::kWait) return true;
   return event->kind == Event::Kind::kExternal ? event->flag() : event->reached(record);
+}
+
+bool EventTask::park(std::shared_ptr<Stream> stream) {
+  if (action != Action::kWait || !reaches_once()) return false;
+  event->park(std::move(stream));
+  return true;
 }
 
 void CapturedEventTask::run() {

@@ -33,6 +33,8 @@ class Event {
   bool reached(uint64_t record) const { return state->completed.load() >= record; }
   bool wait(uint64_t record, const Deadline& deadline);
   std::optional<StreamFailure> failure() const;
+  /// Lets the stream go on when the next record is reached.
+  void park(std::shared_ptr<Stream> stream);
 
   void set_flag();
   void clear_flag();
@@ -50,10 +52,15 @@ class Event {
   int64_t capture_node = -1;
 
  private:
+  void let_go();
+
   std::atomic<uint32_t> flag_{0};
   mutable std::mutex failure_mutex_;
   std::optional<StreamFailure> failure_;  // guarded by failure_mutex_
-  WaitPoint changed_;
+  WaitPoint changed_{Spin::kThread};
+  std::mutex parked_mutex_;
+  std::vector<std::shared_ptr<Stream>> parked_;  // guarded by parked_mutex_
+  std::atomic<bool> has_parked_{false};
 };
 
 /// Null, with the error set, when the handle names no event.
@@ -75,7 +82,7 @@ class WaitingTask : public ControlTask {
 };
 
 /// A task that records, waits for or resets an event, alone or as a node of a graph.
-class EventTask : public WaitingTask {
+class EventTask : public WaitingTask, public BriefTask {
  public:
   enum class Action { kRecord, kWait, kReset };
   EventTask(std::shared_ptr<Event> event, Action action, uint64_t record)
@@ -87,10 +94,16 @@ class EventTask : public WaitingTask {
   std::string arguments_json() const override;
   bool ready() const override;
   bool gives_order() const override { return action != Action::kWait; }
+  bool brief() const override { return action != Action::kWait || (reaches_once() && ready()); }
+  bool park(std::shared_ptr<Stream> stream) override;
 
   const std::shared_ptr<Event> event;
   const Action action;
   const uint64_t record;
+
+ private:
+  /// Whether the record stays reached, and this process is told.
+  bool reaches_once() const { return event->kind == Event::Kind::kCounting && !event->between_processes; }
 };
 
 /// An event between the streams of one graph. The order of the nodes already is what it asks for.

@@ -121,11 +121,12 @@ class GraphLaunch final : public ControlTask {
 };
 
 /// The task that puts a finished update into its graph, in the update stream's order.
-class UpdateTask final : public Task {
+class UpdateTask final : public Task, public BriefTask {
  public:
   explicit UpdateTask(GroupUpdate update) : update_(std::move(update)) {}
   void run() override;
   std::string name() const override { return "aclmdlRICaptureTaskUpdateEnd"; }
+  bool brief() const override { return true; }
 
  private:
   GroupUpdate update_;

@@ -62,7 +62,8 @@ aclError Stream::enqueue(TaskPtr task) {
     return fail(failure->code, failure->message);
   }
   trace::Call call(*task);
-  Entry entry{std::move(task), check::submitted(), trace::Launch::next(label.load())};
+  auto* const brief = check::on() ? nullptr : dynamic_cast<BriefTask*>(task.get());
+  Entry entry{std::move(task), brief, check::submitted(), trace::Launch::next(label.load())};
   call.launched(entry.launch);
   {
     std::lock_guard lock(queue_mutex_);
@@ -73,8 +74,12 @@ aclError Stream::enqueue(TaskPtr task) {
     queue_.push_back(std::move(entry));
     submitted_.fetch_add(1);
   }
-  work_arrived_.notify();
   count(Counter::kTasks);
+  if (brief != nullptr && work_arrived_.has_sleepers()) {
+    if (can_go_on()) run_brief();
+  } else if (!parked_.load()) {
+    work_arrived_.notify();
+  }
   return ACL_SUCCESS;
 }
 
@@ -87,7 +92,7 @@ void Stream::start_worker() {
 void Stream::work() {
   run_for(this);
   for (;;) {
-    work_arrived_.wait([this] { return !running_.load() && (!idle() || stop_.load()); });
+    work_arrived_.wait([this] { return !running_.load() && (idle() ? stop_.load() : !parked_.load()); });
     if (!take_turn()) continue;
     run_queued(submitted_.load());
     const bool ends = stop_.load() && idle();
@@ -98,16 +103,19 @@ void Stream::work() {
 
 void Stream::end_turn() {
   running_.store(false);
-  if (!idle() || stop_.load()) work_arrived_.notify();
+  if (can_go_on() || stop_.load()) work_arrived_.notify();
 }
 
-/// Runs queued tasks up to the one numbered `target`. For who has the turn.
-void Stream::run_queued(uint64_t target) {
+/// Runs queued tasks up to the one numbered `target`, or to one that parks, or, if so asked, to one that is
+/// not brief. For who has the turn.
+void Stream::run_queued(uint64_t target, bool only_brief) {
   while (completed_.load() < target) {
     if (batch_.empty()) {
       std::lock_guard lock(queue_mutex_);
       batch_.swap(queue_);
     }
+    const bool brief = batch_.front().brief != nullptr && batch_.front().brief->brief();
+    if (!brief && (park(batch_.front()) || only_brief)) return;
     Entry entry = std::move(batch_.front());
     batch_.pop_front();
     run_one(entry);
@@ -117,11 +125,39 @@ void Stream::run_queued(uint64_t target) {
   }
 }
 
+/// Whether the task that is next waits, and somebody will call go_on(). For who has the turn: who is called
+/// meanwhile finds it taken, so it is looked for once more when the turn ends.
+bool Stream::park(Entry& entry) {
+  if (entry.brief == nullptr || (failed_.load() && stop_on_failure.load())) return false;
+  auto self = weak_from_this().lock();
+  if (!self) return false;
+  parked_.store(true);
+  if (!entry.brief->park(std::move(self)) || entry.brief->brief()) {
+    parked_.store(false);
+    return false;
+  }
+  entry.launch.begin_wait();
+  return true;
+}
+
+void Stream::go_on() {
+  if (parked_.exchange(false)) run_brief();
+}
+
+void Stream::run_brief() {
+  if (!take_turn()) return;
+  Stream* const outer = running_stream();
+  run_for(this);
+  run_queued(submitted_.load(), true);
+  run_for(outer);
+  end_turn();
+}
+
 /// Runs queued tasks up to the one numbered `target` on the calling thread, unless another thread runs them.
 /// None of the later ones: they may wait for what the calling thread does next.
 void Stream::run_while_waiting(uint64_t target) {
   if (running_stream() != nullptr) return;
-  while (completed_.load() < target && take_turn()) {
+  while (completed_.load() < target && !parked_.load() && take_turn()) {
     run_for(this);
     borrowed_thread = true;
     run_queued(target);

@@ -35,7 +35,19 @@ class ControlTask : public Task {
   virtual void skip(const StreamFailure& failure) = 0;
 };
 
-class Stream {
+/// A task that is done sooner than another thread is awake. Whoever finds that it can run, runs it, where the
+/// stream's thread sleeps or is not yet back from what it waited for.
+class BriefTask {
+ public:
+  virtual ~BriefTask() = default;
+  /// Whether run() would return soon; of a task that waits, whether that is over.
+  virtual bool brief() const = 0;
+  /// Of a task that waits: calls Stream::go_on() of its stream once brief() may hold. False where that can't
+  /// be told: then the stream's thread waits.
+  virtual bool park(std::shared_ptr<Stream>) { return false; }
+};
+
+class Stream : public std::enable_shared_from_this<Stream> {
  public:
   enum class Kind { kDefault, kExplicit };
 
@@ -52,6 +64,9 @@ class Stream {
   /// caller runs tasks itself that the stream's thread has not begun: neither thread has to be woken then,
   /// which takes longer than a small graph.
   aclError synchronize(const Deadline& deadline, const char* function);
+  /// What the stream's next task waits for may be there. Runs brief tasks on the calling thread, and leaves
+  /// the rest to the stream's own.
+  void go_on();
   bool idle() const { return completed_.load() >= submitted_.load(); }
   std::optional<StreamFailure> failure() const;
 
@@ -87,6 +102,7 @@ class Stream {
   Stream(Device& device, Kind kind, int32_t id, uint32_t priority, uint32_t flags);
   struct Entry {
     TaskPtr task;
+    BriefTask* brief;                        ///< the task, if it may be one
     std::unique_ptr<VectorClock> submitted;  // of the checking mode
     trace::Launch launch;
   };
@@ -95,7 +111,10 @@ class Stream {
   void work();
   bool take_turn() { return !running_.exchange(true); }
   void end_turn();
-  void run_queued(uint64_t target);
+  bool can_go_on() const { return !idle() && !parked_.load(); }
+  void run_queued(uint64_t target, bool only_brief = false);
+  void run_brief();
+  bool park(Entry& entry);
   void run_while_waiting(uint64_t target);
   void run_one(const Entry& entry);
   void record_failure(aclError code, const std::string& message);
@@ -109,6 +128,8 @@ class Stream {
   std::atomic<uint64_t> completed_{0};
   /// Whether a thread has the turn: it alone takes tasks out of the queue.
   std::atomic<bool> running_{false};
+  /// Whether the next task waits for something that calls go_on(). No thread has to wait meanwhile.
+  std::atomic<bool> parked_{false};
   std::atomic<bool> stop_{false};
   std::atomic<bool> failed_{false};
   mutable std::mutex failure_mutex_;

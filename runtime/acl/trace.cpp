@@ -124,7 +124,13 @@ void Call::finish() const {
 }
 
 Running::Running(const Stream& stream, const Task& task, const Launch& launch)
-    : start_(on() ? now() : 0), stream_(stream), task_(task), launch_(launch) {
+    : start_(!on()                     ? 0
+             : launch.waits_since != 0 ? launch.waits_since
+                                       : now()),
+      stream_(stream),
+      task_(task),
+      launch_(launch),
+      outer_(running_launch()) {
   run_for(launch.id);
 }
 

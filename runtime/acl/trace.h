@@ -45,7 +45,12 @@ struct Launch {
   uint64_t id = 0;
   int64_t submitted = 0;
   uint32_t label = 0;
+  int64_t waits_since = 0;  ///< of a task that waited without a thread
   static Launch next(uint32_t label) { return on() ? make(label) : Launch{}; }
+
+  void begin_wait() {
+    if (id != 0 && waits_since == 0) waits_since = now();
+  }
 
  private:
   static Launch make(uint32_t label);
@@ -74,12 +79,17 @@ class Call {
   uint64_t launch_ = 0;
 };
 
+/// The launch of the task that the calling thread runs, and what a thread that helps it says it runs.
+uint64_t running_launch();
+void run_for(uint64_t launch);
+
 /// Records a task of a stream from construction to destruction.
 class Running {
  public:
   Running(const Stream& stream, const Task& task, const Launch& launch);
   ~Running() {
     if (start_ != 0) finish();
+    run_for(outer_);
   }
   Running(const Running&) = delete;
   Running& operator=(const Running&) = delete;
@@ -91,11 +101,8 @@ class Running {
   const Stream& stream_;
   const Task& task_;
   const Launch& launch_;
+  const uint64_t outer_;
 };
-
-/// The launch of the task that the calling thread runs, and what a thread that helps it says it runs.
-uint64_t running_launch();
-void run_for(uint64_t launch);
 
 /// Records a node of a graph that the calling thread's stream replays.
 void node(const Graph& graph, const Node& node, const Task& task, int64_t start);

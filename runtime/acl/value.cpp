@@ -7,7 +7,7 @@ namespace host_runtime {
 namespace {
 
 WaitPoint& value_written() {
-  static auto* const point = new WaitPoint;
+  static auto* const point = new WaitPoint(Spin::kThread);
   return *point;
 }
 

@@ -5,7 +5,7 @@
 
 namespace host_runtime {
 
-class ValueTask final : public WaitingTask {
+class ValueTask final : public WaitingTask, public BriefTask {
  public:
   ValueTask(bool is_wait, void* address, uint64_t value, uint32_t flag)
       : is_wait(is_wait), address(static_cast<uint64_t*>(address)), value(value), flag(flag) {}
@@ -15,6 +15,7 @@ class ValueTask final : public WaitingTask {
   void skip(const StreamFailure& failure) override;
   bool ready() const override;
   bool gives_order() const override { return !is_wait; }
+  bool brief() const override { return !is_wait; }
   std::string name() const override { return is_wait ? "aclrtValueWait" : "aclrtValueWrite"; }
   std::string arguments_json() const override;
 

@@ -40,8 +40,9 @@ int usable_cores();
 
 /// How long a wait spins at most. kShort: where nothing is known of waits here. kLoop: where a loop waits,
 /// for its next step or for the end of one; as long as the setting `spin_us` allows, if the last wait was
-/// over by then.
-enum class Spin { kShort, kLoop };
+/// over by then. kThread: the same, by the calling thread's last wait at points of this kind, where each step
+/// of a loop has a point of its own.
+enum class Spin { kShort, kLoop, kThread };
 
 /// Lets threads wait until a condition over atomics holds. Whoever may make it true calls notify() after the
 /// store; notify() is one atomic increment unless somebody sleeps.
@@ -56,6 +57,9 @@ class WaitPoint {
     }
   }
 
+  /// Whether notify() would have to wake somebody.
+  bool has_sleepers() const { return sleepers_.load(std::memory_order_seq_cst) != 0; }
+
   /// Returns ready() as of the return: false only when the deadline passed first.
   template <typename Ready>
   bool wait(Ready ready, Deadline deadline = std::nullopt) {
@@ -63,7 +67,7 @@ class WaitPoint {
     const auto start = Clock::now();
     bool crowded = false;
     const bool is_ready = spin(ready, start, deadline, crowded) || sleep(ready, deadline);
-    last_wait_.store(crowded ? Clock::duration::max() : Clock::now() - start, std::memory_order_relaxed);
+    last_wait().store(crowded ? Clock::duration::max() : Clock::now() - start, std::memory_order_relaxed);
     return is_ready;
   }
 
@@ -86,12 +90,17 @@ class WaitPoint {
     inline static std::atomic<int> spinning_{0};
   };
 
+  std::atomic<Clock::duration>& last_wait() {
+    thread_local std::atomic<Clock::duration> of_thread{Clock::duration::max()};
+    return spin_ == Spin::kThread ? of_thread : last_wait_;
+  }
+
   template <typename Ready>
   bool spin(Ready& ready, Clock::time_point start, const Deadline& deadline, bool& crowded) {
     const Clock::duration most = std::chrono::microseconds(settings().spin_us);
     const Clock::time_point latest = deadline.value_or(Clock::time_point::max());
     if (spin_until(std::min(latest, start + std::min(most, kShortSpin)), ready, crowded)) return true;
-    if (spin_ == Spin::kShort || crowded || last_wait_.load(std::memory_order_relaxed) >= most) return false;
+    if (spin_ == Spin::kShort || crowded || last_wait().load(std::memory_order_relaxed) >= most) return false;
     const LongSpin long_spin;
     return long_spin.granted && spin_until(std::min(latest, start + most), ready, crowded);
   }

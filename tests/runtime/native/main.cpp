@@ -3,6 +3,7 @@
 
 #include "tests/runtime/native/check.h"
 
+extern const TestCase kBriefTaskTests[];
 extern const TestCase kStreamTests[];
 extern const TestCase kGraphTests[];
 extern const TestCase kCheckingTests[];
@@ -12,7 +13,8 @@ int main(int argc, char** argv) {
   int run = 0;
   // What the checking mode finds is tested with the mode on; everything else must work in both.
   const bool checking = host_runtime::checking();
-  for (const TestCase* tests : {kStreamTests, kGraphTests, checking ? kCheckingTests : nullptr}) {
+  for (const TestCase* tests :
+       {kStreamTests, kBriefTaskTests, kGraphTests, checking ? kCheckingTests : nullptr}) {
     if (tests == nullptr) continue;
     for (const TestCase* test = tests; test->name != nullptr; ++test) {
       bool wanted = argc == 1;
