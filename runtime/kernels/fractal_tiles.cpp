@@ -21,6 +21,8 @@ namespace {
 
 #include "runtime/kernels/tiles.inc"
 
+/// Below that many rows the product waits for its weights, and the vector kernels need no x in tiles.
+constexpr int64_t kLeastRows = 5;
 constexpr int64_t kDepth = kFractalWidth;  // of x and w that one instruction sums over
 
 /// Two rows of 16 halves in turn, as the second operand of a product wants them.

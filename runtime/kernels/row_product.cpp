@@ -5,6 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "runtime/kernels/fetch.h"
 #include "runtime/kernels/isa.h"
 #include "runtime/kernels/scalar.h"
 #include "runtime/kernels/share.h"

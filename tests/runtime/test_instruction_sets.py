@@ -15,7 +15,7 @@ from npu_compiler.runtime import instruction_set
 SELECTION = (
     "test_rms_norm or test_swiglu or test_rope_from_a_cache or test_head_groups or (test_paged_attention and BSH)"
     " or test_layer_norm or test_add_rms_norm_dynamic_quant or test_swiglu_quant or test_head_groups_with_keys"
-    " or test_queries_and_caches or test_caches_are_quantised or (test_products and 130)"
+    " or test_queries_and_caches or test_caches_are_quantised or (test_products and (130 or 529))"
     " or (test_product_with_packed_weight and 40) or (test_products_of_many_rows_with_packed_weights and 424)"
     " or (test_int8_products_of_any_number_of_rows and 67) or (test_chunks_of_paged_prompts and BSH)"
 )
@@ -24,10 +24,10 @@ SELECTION = (
 CASES = [
     ("avx2", SELECTION),
     ("baseline", SELECTION),
-    pytest.param("avx512", "(test_products and 130) or test_head_groups", marks=pytest.mark.full),
+    pytest.param("avx512", "(test_products and (130 or 529)) or test_head_groups", marks=pytest.mark.full),
     pytest.param(
         "avx512_dots",
-        "(test_products and 130) or test_product_with_packed_weight or test_head_groups",
+        "(test_products and (130 or 529)) or test_product_with_packed_weight or test_head_groups",
         marks=pytest.mark.full,
     ),
 ]

@@ -390,6 +390,24 @@ def test_products(dtype: torch.dtype, rows: int, inner: int, columns: int) -> No
     check(lambda a, b: a @ b, lambda: [matrix(rows, inner), matrix(inner, 2 * columns)[:, ::2]], scale=4)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 16, 23, 50])
+@pytest.mark.parametrize(("inner", "columns"), [(96, 544), (200, 529)])
+def test_products_with_weights_apart(rows: int, inner: int, columns: int) -> None:
+    """Bfloat16 by tiles (AMX) where there are any: columns of the weight with and without gaps, results in a wider
+    matrix, which keeps what lies beside them."""
+    dtype = torch.bfloat16
+    x, wide = torch.randn(rows, inner + 8).to(dtype), torch.randn(columns, inner + 24).div(inner**0.5).to(dtype)
+    bias, given = torch.randn(columns).to(dtype), x.npu()[:, :inner]
+    for weight in (wide[:, :inner], wide[:, 24:].contiguous()):
+        expected = x[:, :inner].double() @ weight.double().t()
+        out = torch.full((rows, columns + 3), 7.0, dtype=dtype, device="npu")
+        torch.mm(given, on_device(weight).t(), out=out[:, :columns])
+        reference.assert_close(out[:, :columns], expected, dtype)
+        assert bool((out[:, columns:] == 7).all())
+        scaled = torch.addmm(bias.npu(), given, on_device(weight).t(), beta=0.5, alpha=2)
+        reference.assert_close(scaled, 2 * expected + 0.5 * bias.double(), dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(70, 424, 130), (545, 67, 96), (50, 1100, 1090)])
 def test_products_of_many_rows(dtype: torch.dtype, rows: int, inner: int, columns: int) -> None:
