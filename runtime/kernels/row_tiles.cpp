@@ -139,7 +139,11 @@ KERNEL_INLINE void multiply(const Gemv& p, const BFloat* x, const BFloat* w, int
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < p.inner; k += kDepth, w += kDepth, x += kRowTiles * kTile) {
-    behind.fetch_step();
+    if constexpr (kTwo) {
+      behind.fetch_step();
+    } else {  // with as much to compute, asking once is enough
+      for (int64_t i = 0; i < kRows; ++i) __builtin_prefetch(w + (kRows + i) * p.w_stride, 0, 2);
+    }
     const Operand first(w, p.w_stride, columns, p.inner - k, edges);
     written();
     _tile_loadd(4, first.at, first.stride * sizeof(BFloat));
