@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "runtime/kernels/fetch.h"
 #include "runtime/kernels/isa.h"
 #include "runtime/kernels/scalar.h"
 #include "runtime/kernels/share.h"
@@ -76,6 +77,41 @@ void packed_rows(const Arguments& a, int64_t column, float* sums) {
   if (kTwo) _tile_stored(1, sums + kRows * kFractalWidth, kRowBytes);
 }
 
+/// The same of kTogether tiles of columns and one of x, to `sums` [column tile][16][16]: at each step 2 KiB
+/// lie together. Those of the step after next are fetched meanwhile, as reading w is what the product waits
+/// for.
+constexpr int64_t kTogether = 4;
+void packed_rows_together(const Arguments& a, int64_t column, float* sums) {
+  constexpr int64_t kFractal = kRows * kFractalWidth;
+  constexpr size_t kBytes = kFractalWidth * sizeof(BFloat);
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(BFloat));
+  const BFloat* w = static_cast<const BFloat*>(a.p.w) + column * kFractalWidth;
+  const BFloat* x = a.x;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < a.depth; k += kDepth, w += a.p.block, x += Arguments::kTile) {
+    const BFloat* behind = w + 2 * a.p.block;
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < kTogether * kFractal; i += kLine) __builtin_prefetch(behind + i, 0, 2);
+    _tile_loadd(6, x, kRowBytes);
+    _tile_loadd(4, w, kBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, w + kFractal, kBytes);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(4, w + 2 * kFractal, kBytes);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(5, w + 3 * kFractal, kBytes);
+    _tile_dpbf16ps(3, 5, 6);
+  }
+  _tile_stored(0, sums, kRowBytes);
+  _tile_stored(1, sums + kFractal, kRowBytes);
+  _tile_stored(2, sums + 2 * kFractal, kRowBytes);
+  _tile_stored(3, sums + 3 * kFractal, kRowBytes);
+  written();
+}
+
 /// Sums of x and 16 columns that lie together in w, [row, column].
 template <bool kTwo>
 void packed_columns(const Arguments& a, int64_t column, float* sums) {
@@ -120,9 +156,17 @@ void store_columns(const Arguments& a, const float* sums, int64_t column) {
 
 template <bool kTwo>
 void columns_of(const Arguments& a, int64_t begin, int64_t end) {
-  alignas(64) float sums[2 * kRows * kFractalWidth];
+  alignas(64) float sums[kTogether * kRows * kFractalWidth];
   const Tiles tiles(kDepth);
-  for (int64_t column = begin; column < end; column += kFractalWidth) {
+  int64_t column = begin;
+  if (!kTwo && a.p.by_rows) {
+    for (; column + kTogether * kFractalWidth <= end; column += kTogether * kFractalWidth) {
+      packed_rows_together(a, column, sums);
+      for (int64_t i = 0; i < kTogether; ++i)
+        store_columns(a, sums + i * kRows * kFractalWidth, column + i * kFractalWidth);
+    }
+  }
+  for (; column < end; column += kFractalWidth) {
     a.p.by_rows ? packed_rows<kTwo>(a, column, sums) : packed_columns<kTwo>(a, column, sums);
     store_columns(a, sums, column);
   }

@@ -44,7 +44,7 @@ def test_storage_is_as_the_format_says(shape: tuple[int, ...], dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("m", [1, 5, 16, 20, 32, 33])
-@pytest.mark.parametrize(("inner", "columns"), [(40, 50), (7, 130), (272, 16)])
+@pytest.mark.parametrize(("inner", "columns"), [(40, 50), (7, 130), (272, 16), (100, 200)])
 def test_product_with_packed_weight(dtype: torch.dtype, m: int, inner: int, columns: int) -> None:
     """Few rows by vectors, more of bfloat16 by tiles (AMX) where there are any, more than 32 by panels of them."""
     x, by_rows, bias = make((m, inner), dtype), make((columns, inner), dtype, seed=1), make((columns,), dtype, seed=2)
