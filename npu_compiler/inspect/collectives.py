@@ -17,7 +17,7 @@ from torch import fx
 
 from npu_compiler.errors import OptionError
 from npu_compiler.graph.build import call
-from npu_compiler.graph.effects import tensors
+from npu_compiler.graph.effects import argument, tensors
 from npu_compiler.graph.groups import group_of
 from npu_compiler.graph.source import where
 from npu_compiler.graph.spec import refresh_aliases
@@ -129,6 +129,18 @@ def _scattered(add: Add, node: fx.Node, ranks: int) -> fx.Node:
     return add(aten.mul.Tensor, part, node.args[2] if _sums(node) else 1)
 
 
+def _gathered_along(add: Add, node: fx.Node, ranks: int) -> fx.Node:
+    dim, count = argument(node, "dim"), argument(node, "world_size")
+    return add(aten.cat.default, [node.args[0]] * count, dim)
+
+
+def _scattered_along(add: Add, node: fx.Node, ranks: int) -> fx.Node:
+    (result,) = tensors(node)
+    dim, count = argument(node, "dim"), argument(node, "world_size")
+    part = add(aten.slice.Tensor, node.args[0], dim, 0, result.shape[dim])
+    return add(aten.mul.Tensor, part, count)
+
+
 def _copied(add: Add, node: fx.Node, ranks: int) -> fx.Node:
     return add(aten.clone.default, node.args[0])
 
@@ -176,6 +188,8 @@ _ALONE: dict[str, Alone] = {
     "_c10d_functional::broadcast": _copied,
     "_c10d_functional::wait_tensor": _waited,
     "vllm::all_reduce": _summed,
+    "vllm::all_gather": _gathered_along,
+    "vllm::reduce_scatter": _scattered_along,
     "npu_fused::matmul_all_reduce": _product_summed,
     "npu_fused::reduce_scatter_rows": _rows_summed,
     "npu_fused::all_gather_rows": _rows_gathered,

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from npu_compiler.errors import BundleError
-from npu_compiler.inspect import bundle
+from npu_compiler.inspect import bundle, collectives
 from npu_compiler.inspect.bundle import StoredGraph
 from npu_compiler.inspect.contents import Surroundings
 from npu_compiler.inspect.outcome import Point
@@ -26,6 +27,7 @@ from tests.serving import oracle
 from tests.serving.engine import engine, generate, graphs
 
 PAGE = Path(__file__).parents[2] / "docs" / "bisect_served.md"
+OF_VLLM = "tp:0"
 PROMPTS = ([5, 6, 7, 8, 9], [11] * 20)
 
 
@@ -121,6 +123,22 @@ def test_a_made_up_step_is_one_that_vllm_could_have(tokens: int) -> None:
     assert step.query_ends[-1] == step.num_tokens == tokens == len(set(step.slots))
     assert sorted(blocks) == list(range(step.blocks))
     assert all(length >= 1 for length in step.kv_lengths) and max(step.slots) < step.blocks * 128
+
+
+def along_a_dimension(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.vllm.all_gather(x, -1, 2, OF_VLLM), torch.ops.vllm.reduce_scatter(x, 1, 2, group_name=OF_VLLM)
+
+
+def test_collectives_of_vllm_run_alone() -> None:
+    """As where all ranks have equal values."""
+    x = torch.rand(3, 4)
+    module = make_fx(along_a_dimension, tracing_mode="fake")(x)
+    assert len(collectives.in_order(module.graph)) == 2
+    collectives.replace(module, 2)
+    assert not collectives.in_order(module.graph)
+    gathered, scattered = module(x)
+    assert torch.equal(gathered, torch.cat([x, x], 1))
+    assert torch.equal(scattered, x[:, :2] * 2)
 
 
 FORMS = {
