@@ -67,16 +67,22 @@ format: setup  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format .
 	git ls-files 'runtime/*.cpp' 'runtime/*.h' | xargs $(BIN)/clang-format -i
 
-test-sanitize: setup  ## the C interface's tests under the thread and address sanitizers, operators' under the latter
-	for kind in thread address; do \
-	  cmake -S . -B build/$$kind -G Ninja -DHOST_RUNTIME_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+# Little optimisation and few debug symbols: compiling takes most of the time.
+sanitized = ASAN_OPTIONS=detect_leaks=$(1) UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+
+test-sanitize: setup  ## the C interface's tests under the thread, address and undefined sanitizers, operators' under the last two
+	for kind in thread address,undefined; do \
+	  build=build/$${kind%,*}; \
+	  cmake -S . -B $$build -G Ninja -DHOST_RUNTIME_SANITIZE=$$kind \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
 	    -DTORCH_DIR=$$($(BIN)/python tools/setup_environment.py --where torch) \
 	    -DTORCH_NPU_DIR=$$($(BIN)/python tools/setup_environment.py --where torch_npu) && \
-	  cmake --build build/$$kind --target runtime_tests && ctest --test-dir build/$$kind --output-on-failure || exit 1; \
+	  cmake --build $$build --target runtime_tests && \
+	  $(call sanitized,1) ctest --test-dir $$build --output-on-failure || exit 1; \
 	done
 	cmake --build build/address
-	NPU_COMPILER_RUNTIME=host:$(CURDIR)/build/address/lib LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) \
-	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not full" \
+	NPU_COMPILER_RUNTIME=host:$(CURDIR)/build/address/lib LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
+	  $(call sanitized,0) $(RUN) -m pytest -q -n 2 -m "not full" \
 	  tests/runtime/test_*operators*.py tests/runtime/test_prefill_attention.py tests/runtime/test_transpose_matmul.py
 
 wheel: setup  ## a wheel in dist/

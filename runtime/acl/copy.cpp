@@ -2,6 +2,7 @@
 #include <cstring>
 #include <vector>
 
+#include "runtime/acl/bounds.h"
 #include "runtime/acl/capture.h"
 #include "runtime/acl/check.h"
 #include "runtime/acl/counters.h"
@@ -24,6 +25,7 @@ struct CopyShape {
 };
 
 void copy_rows(const CopyShape& shape) {
+  const auto addressable = bounds::lifted();
   auto* to = static_cast<char*>(shape.destination);
   auto* from = static_cast<const char*>(shape.source);
   for (size_t row = 0; row < shape.height; ++row) {
@@ -91,6 +93,7 @@ class FillTask final : public Task {
     return "{\"bytes\": " + std::to_string(bytes_) + ", \"value\": " + std::to_string(value_) + "}";
   }
   static void fill(void* address, int32_t value, size_t bytes) {
+    const auto addressable = bounds::lifted();
     if ((value & 0xFF) == 0) {
       zero_fill(address, bytes);
     } else {

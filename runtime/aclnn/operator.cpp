@@ -9,6 +9,8 @@
 #include <optional>
 #include <sstream>
 
+#include "runtime/acl/bounds.h"
+
 namespace aclnn {
 namespace {
 
@@ -61,6 +63,14 @@ const at::ThreadLocalState& state_of_new_thread() {
 }  // namespace
 
 void Operator::run() {
+  std::optional<host_runtime::bounds::OnlyThese> addressable;
+  if constexpr (host_runtime::bounds::kKept) {
+    auto touched = accesses();
+    if (workspace_ != nullptr)
+      touched.push_back(
+          {workspace_->address, workspace_bytes_, host_runtime::MemoryAccess::Mode::kReadWrite});
+    addressable.emplace(touched);
+  }
   if (workspace_ != nullptr) host_runtime::poison(workspace_->address, workspace_bytes_);
   try {
     if (calls_aten_) {

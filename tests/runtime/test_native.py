@@ -1,6 +1,6 @@
 """The C interface of libascendcl, tested by a C++ program (tests/runtime/native), with the checking mode off and on.
 
-The same program runs under the thread and the address sanitizer with `make test-sanitize`.
+The same program runs under the thread, address and undefined-behaviour sanitizers with `make test-sanitize`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 
 #include "tests/runtime/native/check.h"
 
+extern const TestCase kBoundsTests[];
 extern const TestCase kBriefTaskTests[];
 extern const TestCase kStreamTests[];
 extern const TestCase kGraphTests[];
@@ -14,7 +15,7 @@ int main(int argc, char** argv) {
   // What the checking mode finds is tested with the mode on; everything else must work in both.
   const bool checking = host_runtime::checking();
   for (const TestCase* tests :
-       {kStreamTests, kBriefTaskTests, kGraphTests, checking ? kCheckingTests : nullptr}) {
+       {kBoundsTests, kStreamTests, kBriefTaskTests, kGraphTests, checking ? kCheckingTests : nullptr}) {
     if (tests == nullptr) continue;
     for (const TestCase* test = tests; test->name != nullptr; ++test) {
       bool wanted = argc == 1;
