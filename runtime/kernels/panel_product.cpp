@@ -23,11 +23,13 @@ namespace host_runtime::kernels {
 namespace {
 
 #define KERNEL_LANES 16
+#define KERNEL_DOTS
 // clang-format off: in this order
 #include "runtime/kernels/simd.inc"
 #include "runtime/kernels/tiles.inc"
 #include "runtime/kernels/int8_product.inc"
 // clang-format on
+#undef KERNEL_DOTS
 #undef KERNEL_LANES
 
 constexpr int64_t kTileBytes = kRows * kRowBytes;

@@ -8,6 +8,7 @@
 
 namespace host_runtime::kernels {
 
+#define KERNEL_HAS_DOTS
 #define KERNEL_SOURCE "runtime/kernels/rotary.inc"
 #include "runtime/kernels/per_isa.h"
 
@@ -52,7 +53,7 @@ const T* token_frequencies(const CachedRotary& a, int64_t token, T* mixed) {
 }  // namespace
 
 void rotary(const Rotary& arguments) {
-  visit(arguments.type, [&](auto zero) { PER_ISA(rotary_rows<decltype(zero)>)(arguments); });
+  visit(arguments.type, [&](auto zero) { PER_ISA_OR_DOTS(rotary_rows<decltype(zero)>)(arguments); });
 }
 
 void cached_rotary(const CachedRotary& arguments) {
@@ -60,7 +61,7 @@ void cached_rotary(const CachedRotary& arguments) {
     using T = decltype(zero);
     constexpr int64_t kMaxRotaryWidth = 1024;
     if (arguments.rotary_width > kMaxRotaryWidth) throw std::out_of_range("rotary width above 1024");
-    const auto rotate = PER_ISA(rotate_heads<T>);
+    const auto rotate = PER_ISA_OR_DOTS(rotate_heads<T>);
     T mixed[kMaxRotaryWidth];
     for (int64_t token = 0; token < arguments.tokens; ++token)
       rotate(arguments, token, token_frequencies<T>(arguments, token, mixed));

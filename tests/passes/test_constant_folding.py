@@ -139,16 +139,27 @@ def test_a_written_constant_is_made_anew() -> None:
     assert not records[constant_folding.NAME].fired
 
 
+def test_the_compressed_causal_mask_is_kept() -> None:
+    """What torch_npu's attention with `is_causal` makes at every call."""
+
+    def program(x: Tensor) -> Tensor:
+        later = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+        return x.masked_fill(later, 0.0)
+
+    record = folded(program, torch.randn(2048, 2048))
+    assert [fired.rule for fired in record.fired] == ["constant_folding: aten.triu.default"]
+
+
 def test_the_last_value_that_may_be_kept_is_kept() -> None:
     """An expanded tensor is a view, and its sum with something else too large: what it is made from is kept."""
 
     def program(x: Tensor) -> Tensor:
-        row = torch.arange(1024, dtype=torch.float32).exp()
-        return x + (row.expand(1024, 1024) + row[:, None])
+        row = torch.arange(2048, dtype=torch.float32).exp()
+        return x + (row.expand(2048, 2048) + row[:, None])
 
-    record = folded(program, torch.randn(1024, 1024))
+    record = folded(program, torch.randn(2048, 2048))
     assert [fired.rule for fired in record.fired] == ["constant_folding: aten.exp.default"]
-    assert ["would keep 4194304 bytes" in refused.reason for refused in record.refused] == [True]
+    assert ["would keep 16777216 bytes" in refused.reason for refused in record.refused] == [True]
 
 
 class Decay(nn.Module):
