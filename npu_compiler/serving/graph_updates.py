@@ -13,7 +13,7 @@ previous replay of the same graph; the events hold the replay back until its len
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 import torch_npu
@@ -24,6 +24,10 @@ from npu_compiler.serving import streams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+Integers: TypeAlias = "list[int] | torch._C.ScriptList[int]"
+"""A ScriptList is taken as it is; of a Python list an operator asks each element, at each call, what it is."""
 
 
 class Lengths(Protocol):
@@ -55,7 +59,7 @@ class AttentionCall:
     workspace: Tensor | None = None
     softmax_lse: Tensor | None = None
 
-    def _arguments(self, query_ends: list[int], kv_lengths: list[int]) -> dict[str, object]:
+    def _arguments(self, query_ends: Integers, kv_lengths: Integers) -> dict[str, object]:
         return {
             "query": self.query,
             "key": self.key,
@@ -72,7 +76,7 @@ class AttentionCall:
             "block_size": self.block_size,
         }
 
-    def run(self, query_ends: list[int], kv_lengths: list[int]) -> None:
+    def run(self, query_ends: Integers, kv_lengths: Integers) -> None:
         """Attends and writes `output`. Lengths as in NPUAttentionMetadata."""
         lse = self.softmax_lse if self.softmax_lse is not None else self.unused_lse()
         torch_npu.npu_fused_infer_attention_score.out(
@@ -120,6 +124,7 @@ class GraphUpdates:
     def __init__(self, resources: UpdateResources) -> None:
         self._resources = resources
         self._groups: list[_Group] = []
+        self._operands: list[tuple[torch._C.ScriptList[int], torch._C.ScriptList[int]]] = []
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -158,10 +163,23 @@ class GraphUpdates:
     def after_replay(self, metadata: Mapping[str, Lengths]) -> None:
         """Enqueues the update of every group with its layer's lengths. Never waits on the host."""
         stream = self._resources.stream
+        operands: dict[int, tuple[Integers, Integers]] = {}  # of metadata, which the layers of a KV cache group share
         with streams.On(stream):
             for group in self._groups:
                 lengths = metadata[group.layer_name]
+                if id(lengths) not in operands:
+                    operands[id(lengths)] = self._operand(len(operands), lengths)
                 npu.graph_task_update_begin(stream, group.handle)
-                group.call.run(lengths.query_ends, lengths.kv_lengths)
+                group.call.run(*operands[id(lengths)])
                 npu.graph_task_update_end(stream)
                 group.event.record(stream)
+
+    def _operand(self, place: int, lengths: Lengths) -> tuple[Integers, Integers]:
+        """`lengths` as the operator takes them, in lists that are used again: filling one is quicker than making it."""
+        if place == len(self._operands):
+            self._operands.append((torch._C.ScriptList([0]), torch._C.ScriptList([0])))
+        found = self._operands[place]
+        for operand, integers in zip(found, (lengths.query_ends, lengths.kv_lengths), strict=True):
+            operand.clear()
+            operand.extend(integers)
+        return found
