@@ -22,8 +22,12 @@ namespace {
 
 #include "runtime/kernels/tiles.inc"
 
-/// Below that many rows the product waits for its weights, and the vector kernels need no x in tiles.
+/// Below that many rows the vector kernels keep pace: their weights come from a cache, or columns lie
+/// together.
 constexpr int64_t kLeastRows = 5;
+/// More weights than that, in rows, come from memory, of which the vector kernels' four columns at a time get
+/// less than half of what tiles do.
+constexpr int64_t kCachedWeights = int64_t{1} << 20;
 constexpr int64_t kDepth = kFractalWidth;  // of x and w that one instruction sums over
 
 /// Two rows of 16 halves in turn, as the second operand of a product wants them.
@@ -141,16 +145,13 @@ void store_columns(const Arguments& a, const float* sums, int64_t column) {
   const int64_t count = lanes_at(column, a.p.columns);
   const auto* given = static_cast<const BFloat*>(a.p.bias);
   const Lanes bias = given == nullptr ? Lanes{} : load_at(given, column, count);
-  for (int64_t row = 0; row < a.p.rows; ++row) {
-    const float* tile = sums + row / kRows * kRows * kFractalWidth;
-    const int64_t m = row % kRows;
-    Lanes found;
-    if (a.p.by_rows) {  // their sums lie [column, row]
-      for (int64_t i = 0; i < kLanes; ++i) found[i] = tile[i * kRows + m];
-    } else {
-      found = load(tile + m * kFractalWidth);
-    }
-    store_at(static_cast<BFloat*>(a.p.out) + row * a.p.columns, column, found + bias, count);
+  for (int64_t row = 0; row < a.p.rows; row += kRows, sums += kRows * kFractalWidth) {
+    Lanes found[kRows];
+    for (int64_t i = 0; i < kRows; ++i) found[i] = load(sums + i * kFractalWidth);
+    if (a.p.by_rows) transpose(found);  // their sums lie [column, row]
+    BFloat* out = static_cast<BFloat*>(a.p.out) + row * a.p.columns;
+    for (int64_t m = 0; m < std::min(kRows, a.p.rows - row); ++m, out += a.p.columns)
+      store_at(out, column, found[m] + bias, count);
   }
 }
 
@@ -175,8 +176,10 @@ void columns_of(const Arguments& a, int64_t begin, int64_t end) {
 }  // namespace
 
 bool takes_tiles(const FractalProduct& product) {
-  return product.type == Type::kBFloat && product.rows >= kLeastRows && product.rows <= kFractalTilesRows &&
-         this_machine() >= InstructionSet::kTiles;
+  const bool few = product.rows < kLeastRows;
+  const bool from_memory = product.inner * product.columns > kCachedWeights;
+  return product.type == Type::kBFloat && (!few || (product.by_rows && from_memory)) &&
+         product.rows <= kFractalTilesRows && this_machine() >= InstructionSet::kTiles;
 }
 
 void fractal_tiles(const FractalProduct& product, float* scratch) {

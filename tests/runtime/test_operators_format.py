@@ -63,9 +63,13 @@ def test_product_with_packed_weight(dtype: torch.dtype, m: int, inner: int, colu
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "inner", "columns"), [(33, 900, 130), (545, 424, 66), (40, 1030, 1041)])
-def test_products_of_many_rows_with_packed_weights(dtype: torch.dtype, rows: int, inner: int, columns: int) -> None:
-    """Sizes that end within a tile, more than one block of rows and of depth; threads share the last one's columns."""
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"),
+    [(33, 900, 130), (545, 424, 66), (1, 1030, 1041), (16, 1030, 1041), (40, 1030, 1041)],
+)
+def test_larger_products_with_packed_weights(dtype: torch.dtype, rows: int, inner: int, columns: int) -> None:
+    """Sizes that end within a tile, more than one block of rows and of depth, weights that come from memory even for
+    one row, and whose columns threads share."""
     x, bias = make((rows, inner), dtype), make((columns,), dtype, seed=2)
     by_rows = (make((columns, inner), torch.float32, seed=1) / inner**0.5).to(dtype)
     packed = torch_npu.npu_format_cast(by_rows.npu(), NZ)
