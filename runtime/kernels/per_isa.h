@@ -1,10 +1,9 @@
 // Compiles KERNEL_SOURCE once per instruction set, each copy in its own namespace with simd.inc before it,
 // and defines PER_ISA(function<...>), which calls the copy for this machine. Include it inside namespace
 // host_runtime::kernels, after everything KERNEL_SOURCE needs. A source that gains by the instructions for
-// bfloat16 (dot products, rounding) defines KERNEL_HAS_DOTS: it is compiled once more, with KERNEL_DOTS, and calls by
-// PER_ISA_OR_DOTS.
-// The pragma has to stand before the code is parsed: vector types that the target lacks are taken apart
-// there, so target_clones would come too late.
+// bfloat16 (dot products, rounding) defines KERNEL_HAS_DOTS: it is compiled once more, with KERNEL_DOTS, and
+// calls by PER_ISA_OR_DOTS. The pragma has to stand before the code is parsed: vector types that the target
+// lacks are taken apart there, so target_clones would come too late.
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
