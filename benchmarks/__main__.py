@@ -187,10 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         print(table(measured["about"]["title"], measured["records"]) + "\n", flush=True)
     stored = kept_rows(options.results)
+    if options.page and not stored:
+        parser.error(f"no rows in {options.results}: `make bench` measures them")
     picture = options.results / "benchmarks.png"
     problem = plot.draw([*stored.values()], picture)
     print(f"benchmarks: {problem or picture}", file=sys.stderr)
-    if not options.quick and options.results == RESULTS:
+    if options.page or (options.rows is None and not options.quick and options.results == RESULTS):
         PAGE.write_text(rows_page.page(stored | kept_rows(options.results, instructions.ROWS)))
         print(f"benchmarks: {PAGE}", file=sys.stderr)
     return 1 if failed else 0

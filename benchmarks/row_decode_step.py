@@ -53,7 +53,7 @@ def on_cpu(name: str, case: Case, compiled: bool) -> Factory:
         arguments = decode_model.inputs(case.size)
         if compiled:
             with devices.needed(name), torch.inference_mode():
-                step = torch.compile(step, fullgraph=True, dynamic=False)
+                step = torch.compile(step)
                 step(*arguments)
         return contestant(name, step, arguments, devices.nothing)
 
@@ -110,7 +110,8 @@ def compiled(
         options["clone_outputs"] = False
         if not ahead:
             options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    step: Any = torch.compile(model, backend=backend, fullgraph=True, dynamic=False, options=options or None)
+    # As it is called by default: `dynamic=False` and `fullgraph=True` have torch set its configuration at each call.
+    step: Any = torch.compile(model, backend=backend, fullgraph=ahead, options=options or None)
     if not ahead:
         return step  # type: ignore[no-any-return]
     function = step.forward.aot_compile((arguments, {}))

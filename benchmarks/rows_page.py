@@ -8,7 +8,7 @@ from typing import Any
 Record = Mapping[str, Any]
 HEAD = """# Figures of the benchmarks
 
-Written by `make bench` (`python -m benchmarks`) from the rows it stores; `python -m benchmarks --page` writes it again.
+Written by `make bench` from the rows it stores; `python -m benchmarks --page` writes it after `--rows`.
 What each row and contestant is, and how it is measured, is in [benchmarks.md](benchmarks.md). Nothing here ran on an
 Ascend card: `npu` is the host runtime. A time is the median of the rounds; behind it stands the time as a multiple of
 that of the row's first line, the median of the ratios inside a round, with their range. Rows are of the runs named in

@@ -1,11 +1,10 @@
-"""The page of figures: what it says of a row, and that the committed one is of the stored rows."""
+"""The page of figures: what it says of a row."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import __main__ as command
-from benchmarks import instructions, rows_page
+from benchmarks import rows_page
 
 ABOUT = {"time": "2026-01-01T00:00:00Z", "machine": {"processor": "a processor"}, "quick": False}
 
@@ -34,8 +33,3 @@ def test_a_row() -> None:
 
 def test_nothing_missed() -> None:
     assert "## Targets that are missed\n\nNone.\n" in page(record("ours", goal=">= 1.2x", met=True))
-
-
-def test_the_committed_page_is_of_the_committed_rows() -> None:
-    stored = {**command.kept_rows(command.RESULTS), **command.kept_rows(command.RESULTS, instructions.ROWS)}
-    assert stored and command.PAGE.read_text() == rows_page.page(stored)
