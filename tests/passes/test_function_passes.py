@@ -148,7 +148,7 @@ CONSTANTS: tuple[NearMiss, ...] = (
     (lambda x: (x + torch.arange(4.0).exp(), torch.arange(4.0).exp()), (X[..., :4],), ", and may write it"),
     (lambda x: x * torch.arange(4.0).sort(descending=True)[0], (X[..., :4],), "has several results"),
     (lambda x: x * torch.arange(3).sum(), (X.npu(),), "is in host memory, which a captured graph does not read"),
-    (lambda x: x + torch.ones(4, 1 << 20) * 2, (ones(4, 1),), "would keep 16777216 bytes, allowed are 1048576"),
+    (lambda x: x + torch.ones(4, 1 << 20) * 2, (ones(4, 1),), "would keep 16777216 bytes, allowed are 4194304"),
 )
 
 
