@@ -39,7 +39,7 @@ serve: setup  ## the same, left running
 
 bench: setup  ## all peers in one interleaved run; rows and a plot go to benchmarks/results/
 	@$(BIN)/python tools/setup_environment.py --venv $(VENV) --bench
-	$(RUN) -m benchmarks; rows=$$?; $(RUN) -m benchmarks instructions && exit $$rows
+	$(RUN) -m benchmarks instructions; counted=$$?; $(RUN) -m benchmarks && exit $$counted
 
 bench-check: setup  ## fails where a row of the last `make bench` is below its floor (benchmarks/floors.toml)
 	$(RUN) -m benchmarks check

@@ -63,7 +63,6 @@ def measure_apart(name: str, quick: bool, results: Path) -> dict[str, Any]:
         RuntimeError: the process failed; its error output is in the message.
     """
     target = results / f"{name}.json"
-    target.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks", "--measure", name, "--results", str(results)]
     done = subprocess.run(
         command + ["--quick"] * quick,
@@ -75,7 +74,7 @@ def measure_apart(name: str, quick: bool, results: Path) -> dict[str, Any]:
         text=True,
         timeout=ROW_TIMEOUT_S,
     )
-    if done.returncode != 0 or not target.exists():
+    if done.returncode != 0:
         raise RuntimeError(f"row {name}: exit code {done.returncode}\n{done.stdout[-3000:]}")
     return dict(json.loads(target.read_text()))
 
@@ -84,6 +83,19 @@ def kept_rows(results: Path, names: Iterable[str] | None = None) -> dict[str, An
     """The stored rows by name, as far as there are any; without `names` those of the table, in its order."""
     files = {name: results / f"{name}.json" for name in (all_rows() if names is None else names)}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def write_page(results: Path) -> bool:
+    """Writes the page of figures, if `results` has every row, none of them of --quick; else says what is not there."""
+    wanted = [*all_rows(), *instructions.ROWS]
+    stored = kept_rows(results, wanted)
+    left = [name for name in wanted if name not in stored or stored[name]["about"]["quick"]]
+    if left:
+        print(f"benchmarks: {PAGE.name} is not written: {results} has no full {', '.join(left)}", file=sys.stderr)
+        return False
+    PAGE.write_text(rows_page.page(stored))
+    print(f"benchmarks: {PAGE}", file=sys.stderr)
+    return True
 
 
 def number(value: float | None) -> str:
@@ -173,7 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.results.mkdir(parents=True, exist_ok=True)
     if options.measure:
         measured = measure_here(options.measure, options.quick)
-        (options.results / f"{options.measure}.json").write_text(json.dumps(measured, indent=1) + "\n")
+        unfinished = options.results / f"{options.measure}.json.part"  # an older row stays until there is a new one
+        unfinished.write_text(json.dumps(measured, indent=1) + "\n")
+        unfinished.replace(options.results / f"{options.measure}.json")
         return 0
     failed = False
     names = [] if options.page else chosen(options.rows, options.quick)
@@ -185,16 +199,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"benchmarks: {error}\n", file=sys.stderr)
             failed = True
             continue
+        except KeyboardInterrupt:
+            print(f"\nbenchmarks: interrupted in {name}; the rows before it are stored", file=sys.stderr)
+            return 130
         print(table(measured["about"]["title"], measured["records"]) + "\n", flush=True)
     stored = kept_rows(options.results)
-    if options.page and not stored:
-        parser.error(f"no rows in {options.results}: `make bench` measures them")
     picture = options.results / "benchmarks.png"
     problem = plot.draw([*stored.values()], picture)
     print(f"benchmarks: {problem or picture}", file=sys.stderr)
-    if options.page or (options.rows is None and not options.quick and options.results == RESULTS):
-        PAGE.write_text(rows_page.page(stored | kept_rows(options.results, instructions.ROWS)))
-        print(f"benchmarks: {PAGE}", file=sys.stderr)
+    if options.page or (options.rows is None and not options.quick):
+        failed = not write_page(options.results) or failed
     return 1 if failed else 0
 
 

@@ -8,11 +8,11 @@ from typing import Any
 Record = Mapping[str, Any]
 HEAD = """# Figures of the benchmarks
 
-Written by `make bench` from the rows it stores; `python -m benchmarks --page` writes it after `--rows`.
-What each row and contestant is, and how it is measured, is in [benchmarks.md](benchmarks.md). Nothing here ran on an
-Ascend card: `npu` is the host runtime. A time is the median of the rounds; behind it stands the time as a multiple of
-that of the row's first line, the median of the ratios inside a round, with their range. Rows are of the runs named in
-the last table; times of different rows are not compared.
+Written by `make bench` from the rows it stores; `python -m benchmarks --page` writes it after rows that were measured
+one by one. What each row and contestant is, and how it is measured, is in [benchmarks.md](benchmarks.md). Nothing here
+ran on an Ascend card: `npu` is the host runtime. A time is the median of the rounds; behind it stands the time as a
+multiple of that of the row's first line, the median of the ratios inside a round, with their range. Rows are of the
+runs named in the last table; times of different rows are not compared.
 """
 
 
@@ -47,11 +47,11 @@ def _missed(name: str, records: Sequence[Record]) -> Iterator[str]:
 def _reached(record: Record) -> str:
     """What a target is compared with, as far as the record has it."""
     if record["peer"] != record["subject"]:
-        return f"{number(record['ratio'])}x"
+        return f"{record['ratio']:.3f}x"
     parts = [f"{number(record['median'])} {record['unit']}"]
     if record["best_ratio"] is not None:
-        parts.append(f"{number(record['best_ratio'])}x of {record['best_rival']}")
-    if record["floor"]:
+        parts.append(f"{record['best_ratio']:.3f}x of {record['best_rival']}")
+    if "floor" in record["goal"]:
         parts.append(f"{record['floor'] / record['median']:.0%} of the floor")
     if record["rest"] is not None:
         parts.append(f"{number(record['rest'])} {record['unit']} beside its part")
@@ -79,9 +79,9 @@ def _target(record: Record) -> str:
     parts = [f"{record['goal']}: {'met' if record['met'] else 'missed'}"] if record["goal"] else []
     if record["rest"] is not None:
         parts.append(f"{number(max(0.0, record['rest']))} {record['unit']} beside its part")
-    if record["floor"]:
-        parts.append(f"{record['floor'] / record['median']:.0%} of the floor" * (record["peer"] == record["subject"]))
-    return "; ".join(filter(None, parts))
+    if record["goal"] and "floor" in record["goal"]:
+        parts.append(f"{record['floor'] / record['median']:.0%} of the floor")
+    return "; ".join(parts)
 
 
 def _conditions(name: str, row: Mapping[str, Any]) -> str:

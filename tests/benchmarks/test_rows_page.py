@@ -24,7 +24,7 @@ def test_a_row() -> None:
     ours = record("ours", goal=">= 1.2x", met=False, best_rival="theirs", best_ratio=1.1)
     theirs = record("theirs", median=275.0, ratio=1.1, ratio_min=1.0, ratio_max=12.5)
     text = page(ours, theirs, record("absent", missing="not installed", ratio=None, median=None))
-    assert "- `demo`, ours: >= 1.2x; reached 250 us, 1.10x of theirs\n" in text
+    assert "- `demo`, ours: >= 1.2x; reached 250 us, 1.100x of theirs\n" in text
     assert "| `demo` | ours | 250 us | 1 | >= 1.2x: missed |" in text
     assert "|  | theirs | 275 us | 1.10 (1.00 .. 12.5) |  |" in text
     assert "|  | absent | missing |  | not installed |" in text
