@@ -32,7 +32,7 @@ from benchmarks import (
     row_vllm,
     rows_page,
 )
-from benchmarks.harness import Row, Settings, run
+from benchmarks.harness import Row, Settings, number, run
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = apart.ROOT / "docs" / "benchmark_figures.md"
@@ -96,12 +96,6 @@ def write_page(results: Path) -> bool:
     PAGE.write_text(rows_page.page(stored))
     print(f"benchmarks: {PAGE}", file=sys.stderr)
     return True
-
-
-def number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def table(title: str, found: Sequence[dict[str, Any]]) -> str:

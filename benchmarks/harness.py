@@ -344,6 +344,13 @@ def run(row: Row, settings: Settings, agree: Agree = alone) -> list[dict[str, An
     return records(row, measured, errors, missing, floor)
 
 
+def number(value: float | None) -> str:
+    """A figure as it is printed: three digits, or all in front of the point."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
 def machine() -> dict[str, str]:
     """The kind of machine, for the JSON: processor model, cores, kernel, Python."""
     model = platform.processor() or platform.machine()

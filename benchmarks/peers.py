@@ -29,8 +29,8 @@ Peer = Callable[[nn.Module, Arguments, torch.dtype], Run]
 
 
 def aot_inductor(model: nn.Module, arguments: Arguments, dtype: torch.dtype) -> Run:
-    """The program that AOTInductor compiles, called past torch's Python wrapper, which parses its call's structure each
-    time and takes as long as a small model."""
+    """The program that AOTInductor compiles, called past torch's Python wrapper, which parses the structure of its
+    call each time."""
     del dtype  # that of the model
     with devices.needed("aot inductor"), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         package = torch._inductor.aoti_compile_and_package(

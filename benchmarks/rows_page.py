@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.harness import number
+
 Record = Mapping[str, Any]
 HEAD = """# Figures of the benchmarks
 
@@ -32,10 +34,6 @@ def page(stored: Mapping[str, Mapping[str, Any]]) -> str:
     lines += ["", "## Conditions", "", "| row | measured | rounds | processor |", "|---" * 4 + "|"]
     lines += [_conditions(name, row) for name, row in stored.items()]
     return "\n".join(lines) + "\n"
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _missed(name: str, records: Sequence[Record]) -> Iterator[str]:

@@ -8,6 +8,7 @@
 #include "runtime/acl/task.h"
 #include "runtime/kernels/attention_amx.h"
 #include "runtime/kernels/attention_tile.h"
+#include "runtime/kernels/fetch.h"
 
 namespace host_runtime::kernels {
 #define KERNEL_HAS_DOTS
