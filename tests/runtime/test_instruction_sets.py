@@ -17,7 +17,7 @@ SELECTION = (
     " or test_layer_norm or test_add_rms_norm_dynamic_quant or test_swiglu_quant or test_head_groups_with_keys"
     " or test_queries_and_caches or test_caches_are_quantised or (test_products and (130 or 529))"
     " or (test_product_with_packed_weight and 40) or (test_larger_products_with_packed_weights and 424)"
-    " or (test_int8_products_of_any_number_of_rows and 67) or (test_chunks_of_paged_prompts and BSH)"
+    " or (test_int8_products_of_any_number_of_rows and 67) or (test_chunks_of_paged_prompts and BSH) or test_sums"
 )
 # Products and attention have code for the dot products of bfloat16, which `avx512` goes without, and for AMX, which all
 # go without.
