@@ -8,7 +8,8 @@ import ctypes
 def chosen() -> str:
     """The best that the processor has, or less where NPU_COMPILER_HOST_ISA says so.
 
-    One of "baseline", "avx2", "avx512", "avx512_dots" (with dot products of bfloat16) and "amx" (with tiles besides).
+    One of "baseline", "avx2", "avx512", "avx512_dots" (with dot products of bfloat16 and of bytes) and "amx" (with
+    tiles besides).
 
     Raises:
         RuntimeError: the host runtime is not loaded.

@@ -8,9 +8,12 @@ namespace host_runtime::kernels {
 
 /// From more rows on, ATen's blocked products win.
 constexpr int64_t kInt8ProductRows = 32;
+/// Columns at whose multiples threads take over: whole blocks of the kernels.
+constexpr int64_t kInt8ColumnBlock = 128;
 
 /// out = x @ w * scale * row_scale + bias. Of int8 x the sums are exact, and an int32 bias is added to them;
-/// else they are formed in float. x [rows, inner] and out [rows, columns] are contiguous.
+/// else they are formed in float, or more exactly (int8_digits.h). x [rows, inner] and out [rows, columns]
+/// are contiguous.
 struct Int8Product {
   Type type;    ///< of out; of x, unless it is int8
   bool int8_x;  ///< x is int8

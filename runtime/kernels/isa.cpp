@@ -32,9 +32,10 @@ InstructionSet supported() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512cd"))
-    return !__builtin_cpu_supports("avx512bf16") ? InstructionSet::kAvx512
-           : may_use_tiles()                     ? InstructionSet::kTiles
-                                                 : InstructionSet::kAvx512Dots;
+    return !__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")
+               ? InstructionSet::kAvx512
+           : may_use_tiles() ? InstructionSet::kTiles
+                             : InstructionSet::kAvx512Dots;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
     return InstructionSet::kAvx2;
 #endif

@@ -17,8 +17,8 @@
 
 namespace host_runtime::kernels {
 
-/// From least to most; kAvx512Dots is AVX-512 with dot products of bfloat16, kTiles that with AMX's products
-/// of bfloat16 and int8 tiles and with permutations of bytes.
+/// From least to most; kAvx512Dots is AVX-512 with dot products of bfloat16 and of bytes, kTiles that with
+/// AMX's products of bfloat16 and int8 tiles and with permutations of bytes.
 enum class InstructionSet : uint8_t { kBaseline, kAvx2, kAvx512, kAvx512Dots, kTiles };
 
 /// The best set that the processor has and the system lets us use, or what

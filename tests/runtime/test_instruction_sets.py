@@ -18,16 +18,19 @@ SELECTION = (
     " or test_queries_and_caches or test_caches_are_quantised or (test_products and (130 or 529))"
     " or (test_product_with_packed_weight and 40) or (test_larger_products_with_packed_weights and 424)"
     " or (test_int8_products_of_any_number_of_rows and 67) or (test_chunks_of_paged_prompts and BSH) or test_sums"
+    " or (test_int8_weights and not any_size)"
 )
 # Products and attention have code for the dot products of bfloat16, which `avx512` goes without, and for AMX, which all
 # go without.
 CASES = [
     ("avx2", SELECTION),
     ("baseline", SELECTION),
-    pytest.param("avx512", "(test_products and (130 or 529)) or test_head_groups", marks=pytest.mark.full),
+    pytest.param(
+        "avx512", "(test_products and (130 or 529)) or test_head_groups or test_int8_weights", marks=pytest.mark.full
+    ),
     pytest.param(
         "avx512_dots",
-        "(test_products and (130 or 529)) or test_product_with_packed_weight or test_head_groups",
+        "(test_products and (130 or 529)) or test_product_with_packed_weight or test_head_groups or test_int8_weights",
         marks=pytest.mark.full,
     ),
 ]
@@ -41,7 +44,7 @@ def best() -> str:
         return "baseline"
     if not flags >= {f"avx512{part}" for part in ("f", "bw", "dq", "vl", "cd")}:
         return "avx2"
-    if "avx512_bf16" not in flags:
+    if not flags >= {"avx512_bf16", "avx512_vnni"}:
         return "avx512"
     return "amx" if flags >= {"amx_tile", "amx_bf16", "amx_int8", "avx512vbmi"} else "avx512_dots"
 
@@ -54,6 +57,7 @@ def test_narrower_instruction_sets_agree_with_the_references(narrower: str, sele
         "prefill_attention",
         "qkv_operators",
         "quant_operators",
+        "int8_weights",
         "prepared_operators",
     ]
     files = [f"tests/runtime/test_{name}.py" for name in (*names, "operators_format")]
