@@ -302,7 +302,8 @@ def _compile(
         if keep is not None:
             with stages.stage(STORE):
                 guards = cache.guards_since(environment, known_guards)
-                keep(Program(program, functional.stable, compiled.records, guards), functional.convention)
+                kept = Program(program, functional.stable, compiled.records, guards, functional.around)
+                keep(kept, functional.convention)
         return _serve_once(compiled, replace(functional, graph=program), serve, watch, dump, captures)
 
     with _no_collections(), dumps.open_graph(compiled.name, compiled.options, interface.names) as dump:
@@ -325,11 +326,11 @@ def _take(
 ) -> CompiledGraph:
     """The road of a program that was stored: it has lowering and passes behind it."""
     compiled.records, compiled.stored = found.records, origin
-    functional = Functional(found.graph, list(inputs), found.stable)
+    functional = Functional(found.graph, list(inputs), found.stable, found.around)
     with _no_collections(), dumps.open_graph(compiled.name, compiled.options, interface.names) as dump:
         watch = dumps.shown_to(compiled.name, dump)
         with compiled.stages.stage(PLAN):
-            call = _serve_once(compiled, functional, serve, watch, dump, captures)
+            call = found.around.call(_serve_once(compiled, functional, serve, watch, dump, captures))
     return _finished(compiled, call, interface)
 
 
@@ -451,7 +452,7 @@ def _with_values(
     count = len(functional.inputs)
     inputs = [*functional.inputs, *(node.meta["val"] for node in part.values)]
     lasting = (*functional.stable, *range(count, len(inputs)))
-    call = serve(Functional(functional.graph, inputs, lasting, functional.convention))
+    call = serve(replace(functional, inputs=inputs, stable=lasting))
     values = once.Once(part)
     return lambda *args: call(*args, *values(args))
 

@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from npu_compiler.errors import OptionError
 from npu_compiler.fusion_kernels import register
 from npu_compiler.graph import serialized
+from npu_compiler.graph.around import Around
 from npu_compiler.graph.content import of_content
 from npu_compiler.graph.digest import of_text
 from npu_compiler.graph.effects import storage
@@ -53,7 +54,7 @@ KEYED = ("torch", "torch_npu", "npu_compiler")
 """Packages of which the key holds the version or the sources as a whole."""
 LITERALS = (torch.tensor, torch.as_tensor, torch.scalar_tensor)
 """Functions that make a tensor of numbers that stand in the user's code."""
-MAGIC = b"npu_compiler program 4\n"
+MAGIC = b"npu_compiler program 5\n"
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,14 @@ class Program:
         graph: the program after the passes. `stable`: see lowering.functional.Functional.
         records: what the passes did, for the report.
         guards: what lowering and passes assumed about sizes, which holds for every caller.
+        around: what is done around it at each call.
     """
 
     graph: fx.GraphModule | Rolled
     stable: tuple[int, ...]
     records: list[PassRecord]
     guards: tuple[sympy.Basic, ...]
+    around: Around
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def write(program: Program) -> bytes:
     Raises:
         NotStorable: it holds what no other process knows (graph/serialized.py).
     """
-    rest = pickle.dumps((program.stable, program.records, program.guards))
+    rest = pickle.dumps((program.stable, program.records, program.guards, program.around))
     body = pickle.dumps((serialized.dumps(program.graph), rest))
     return MAGIC + hashlib.sha256(body).digest() + body
 
@@ -189,14 +192,14 @@ def read(data: bytes, inputs: Sequence[Any]) -> Program | str:
     if not data.startswith(MAGIC) or hashlib.sha256(data[head:]).digest() != data[len(MAGIC) : head]:
         return "the stored file is damaged or of another version"
     graph, rest = pickle.loads(data[head:])
-    stable, records, guards = pickle.loads(rest)
+    stable, records, guards, around = pickle.loads(rest)
     environment = next((item.node.shape_env for item in inputs if isinstance(item, torch.SymInt)), None)
     for guard in guards:
         if environment is None or not environment.evaluate_expr(guard):
             return f"it was compiled for sizes with {guard}"
     register()
     try:
-        return Program(serialized.loads(graph, inputs), stable, records, guards)
+        return Program(serialized.loads(graph, inputs), stable, records, guards, around)
     except AttributeError as missing:  # how torch.ops says that there is no such operator
         return f"an operator of the stored program is not there: {missing}"
 

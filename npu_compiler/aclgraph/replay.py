@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch_npu
 from torch import fx
 
 from npu_compiler import reasons
@@ -39,6 +40,7 @@ from npu_compiler.reasons import Why
 from npu_compiler.stages import CAPTURE, FIRST_CALL, Stages
 
 Key = tuple[Any, ...]
+_at_addresses = torch_npu._C._tensors_data_ptrs_at_indices_equal  # (tensors, addresses, positions): compared in C++
 MOVES_BEFORE_COPY = 2
 """After this many recaptures that did not pay because a written input moved, it is copied in and back instead."""
 PAYING_REPLAYS = 4
@@ -51,8 +53,8 @@ class Replayable:
     """A captured graph and what a replay of it needs.
 
     Attributes:
-        bound: positions whose address is part of the graph, and `addresses` there.
-        feeds: (argument position, the buffer to copy it to, the part of that to write: see `writable`).
+        bound: positions whose address is part of the graph. `addresses`: for every position; what counts is at these.
+        feeds: (argument position, the buffer to copy it to, the part of that to write: see `writable`, its address).
         returns: (argument position, the buffer to copy back from).
         streams: how many it uses.
         replays: how often it was replayed.
@@ -61,7 +63,7 @@ class Replayable:
     graph: Any
     bound: list[int]
     addresses: list[int]
-    feeds: list[tuple[int, torch.Tensor, torch.Tensor]]
+    feeds: list[tuple[int, torch.Tensor, torch.Tensor, int]]
     returns: list[tuple[int, torch.Tensor]]
     outputs: OutputPlan
     streams: int
@@ -129,37 +131,38 @@ class Replayer:
     def __call__(self, *args: Any) -> Any:
         if self.why_uncaptured is not None:
             return self._uncaptured(args, self.why_uncaptured)
-        if torch.npu.current_device() != self._device:
-            with torch.npu.device(self._device), self._lock:
-                return self._serve(args)
+        if torch.accelerator.current_device_index() != self._device:
+            with torch.npu.device(self._device):
+                return self(*args)
         with self._lock:
-            return self._serve(args)
+            key = tuple([args[position] for position in self._plan.sizes])
+            found = self._graphs.get(key)
+            if found is None:
+                return self._unknown(key, args)
+            if not _at_addresses(list(args), found.addresses, found.bound):
+                reason = self._what_moved(found, args)
+                del found  # its memory is for the graph that takes its place
+                self._drop(key)
+                return self._first(key, args, reason)
+            self._graphs.move_to_end(key)
+            return self._replay(found, args)
 
-    def _serve(self, args: Sequence[Any]) -> Any:
-        key = tuple([args[position] for position in self._plan.sizes])
-        found = self._graphs.get(key)
-        if found is None:
-            if self._allowed and not self._allowed.issuperset(key):
-                return self._uncaptured(args, reasons.SIZE_NOT_LISTED.said())
-            if key in self._refused:
-                return self._uncaptured(args, self._refused[key])
-            return self._first(key, args, self._what_is_new(key))
-        if [args[position].data_ptr() for position in found.bound] != found.addresses:
-            reason = self._what_moved(found, args)
-            del found  # its memory is for the graph that takes its place
-            self._drop(key)
-            return self._first(key, args, reason)
-        self._graphs.move_to_end(key)
-        return self._replay(found, args)
+    def _unknown(self, key: Key, args: Sequence[Any]) -> Any:
+        """Serves a call of a shape that has no graph."""
+        if self._allowed and not self._allowed.issuperset(key):
+            return self._uncaptured(args, reasons.SIZE_NOT_LISTED.said())
+        if key in self._refused:
+            return self._uncaptured(args, self._refused[key])
+        return self._first(key, args, self._what_is_new(key))
 
     def _replay(self, found: Replayable, args: Sequence[Any]) -> list[Any]:
         if self._handed_out is not None:
             self._handed_out.refuse_stale()
         self._handed_out = found.outputs
         self._follow_last_stream()
-        for position, buffer, part in found.feeds:
+        for position, buffer, part, address in found.feeds:
             source = args[position]
-            if source.data_ptr() != buffer.data_ptr():
+            if source.data_ptr() != address:
                 part.copy_(source if part is buffer else writable(source), non_blocking=True)
         found.graph.replay()
         for position, buffer in found.returns:
@@ -257,8 +260,8 @@ class Replayer:
         return Replayable(
             graph=made.graph,
             bound=bound,
-            addresses=[tensor.data_ptr() for tensor in owners],
-            feeds=[(position, buffer, writable(buffer)) for position, buffer in feeds],
+            addresses=[_address(value) for value in args],
+            feeds=[(position, buffer, writable(buffer), buffer.data_ptr()) for position, buffer in feeds],
             returns=[(position, buffer) for position, buffer in feeds if position in copied_back],
             outputs=OutputPlan(
                 made.outputs, self._returned_inputs, owners, self._options.clone_outputs, self._place_of_output
@@ -284,20 +287,19 @@ class Replayer:
 
     def _follow_last_stream(self) -> None:
         """Replays share buffers and pool, so one on another stream has to wait for the last."""
-        stream = torch.accelerator.current_stream()  # a tenth of the cost of torch.npu.current_stream()
+        stream = torch.accelerator.current_stream(self._device)  # torch.npu.current_stream() takes ten times as long
         if self._last_stream is not None and stream != self._last_stream:
             stream.wait_stream(self._last_stream)
         self._last_stream = stream
 
     def _what_moved(self, found: Replayable, args: Sequence[Any]) -> Why:
-        moved = [i for i, address in zip(found.bound, found.addresses, strict=True) if args[i].data_ptr() != address]
+        moved = [i for i in found.bound if args[i].data_ptr() != found.addresses[i]]
         for position in moved:
             if position in self._plan.written and found.replays < PAYING_REPLAYS:
                 self._moves[position] += 1
         copied = [i for i in moved if self._moves[i] >= MOVES_BEFORE_COPY]
         note = "; it is copied in and back from now on" if copied else ""
-        before = dict(zip(found.bound, found.addresses, strict=True))
-        texts = [f"{self._plan.names[i]} {before[i]:#x} -> {args[i].data_ptr():#x}" for i in moved]
+        texts = [f"{self._plan.names[i]} {found.addresses[i]:#x} -> {args[i].data_ptr():#x}" for i in moved]
         return reasons.MOVED.said(f"{', '.join(texts)}{note}")
 
     def _what_is_new(self, key: Key) -> Why:
@@ -317,6 +319,10 @@ class Replayer:
     def _key_text(self, key: Key) -> str:
         pairs = zip((self._plan.names[i] for i in self._plan.sizes), key, strict=True)
         return ", ".join(f"{name}={size}" for name, size in pairs) or "static"
+
+
+def _address(value: Any) -> int:
+    return value.data_ptr() if isinstance(value, torch.Tensor) else 0
 
 
 def _why_not(graph: fx.Graph, plan: InputPlan, options: Options) -> Why | None:

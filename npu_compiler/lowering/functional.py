@@ -2,7 +2,8 @@
 
 What comes out is functional except for its tail: a mutated input is written by one `copy_` at the end, and a custom
 operator that mutates is wrapped in `auto_functionalized_v2`. AOTAutograd itself keeps the calling convention: repeated
-and aliased inputs, outputs that are views of inputs, and sizes as inputs never reach the passes.
+and aliased inputs, outputs that are views of inputs, and sizes as inputs never reach the passes. Where its metadata
+says that there is nothing of the kind, calls behind the first pass its wrapper by (graph/around.py).
 
 No decomposition is asked for. Composite operators still fall apart (F.linear, nn.RMSNorm); the rest (silu, mm, every
 operator of a vendor's or vLLM's namespace) keeps its name, which is what the rules match.
@@ -11,6 +12,7 @@ operator of a vendor's or vLLM's namespace) keeps its name, which is what the ru
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import fx
 from torch._dynamo.utils import detect_fake_mode
-from torch._functorch._aot_autograd.schemas import OutputType, PlainTensorMeta
+from torch._functorch._aot_autograd.schemas import PlainTensorMeta, ViewAndMutationMeta
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,6 +30,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from npu_compiler.errors import TrainingWarning
+from npu_compiler.graph.around import Around
 from npu_compiler.graph.rolled import Rolled
 from npu_compiler.graph.running import caller
 from npu_compiler.graph.source import beginning
@@ -49,12 +52,14 @@ class Functional:
         inputs: the fake inputs, in placeholder order.
         stable: indices of inputs whose address does not change between calls: parameters, buffers, tensors marked with
             torch._dynamo.mark_static_address, and values computed once.
-        convention: what AOTAutograd does around the graph at each call, as text; empty where it only calls it.
+        around: what is done around the graph at each call where nothing of AOTAutograd's wrapper is needed.
+        convention: what needs the wrapper, as text; empty if nothing.
     """
 
     graph: fx.GraphModule | Rolled
     inputs: list[Any]
     stable: tuple[int, ...]
+    around: Around
     convention: str = ""
 
 
@@ -72,11 +77,21 @@ def lower(
     """
 
     marked = _marked_static(dynamo.graph)
+    autocast = torch._C._is_any_autocast_enabled()  # AOTAutograd turns it off while it compiles
+    held = any(True for _ in itertools.chain(dynamo.parameters(), dynamo.buffers()))
+    plain: tuple[Around, Callable[..., Any]] | None = None
 
     def inference(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
-        convention = _convention(inputs, example_inputs)
-        stable = {*_stable_inputs(len(inputs)), *(marked if len(inputs) == len(example_inputs) else ())}
-        return _boxed(finish(Functional(graph, inputs, tuple(sorted(stable)), convention)))
+        nonlocal plain
+        context = TracingContext.try_get()
+        metadata = None if context is None else context.fw_metadata
+        convention = _convention(metadata, len(inputs) == len(example_inputs) and not held)
+        around = _around(metadata, autocast)
+        stable = {*_stable_inputs(metadata, len(inputs)), *(marked if len(inputs) == len(example_inputs) else ())}
+        run = finish(Functional(graph, inputs, tuple(sorted(stable)), around, convention))
+        if not convention:
+            plain = around, run
+        return _boxed(run)
 
     def forward(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
         warnings.warn(f"{NEEDS_GRADIENTS} ({beginning(graph.graph)})", TrainingWarning, stacklevel=2)
@@ -89,7 +104,7 @@ def lower(
     uncached = {"enable_autograd_cache": False, "bundled_autograd_cache": False, "strict_autograd_cache": False}
     # Code is generated for the program that is called, not for each one on the way, as Inductor does it.
     with _tracing_context(example_inputs), functorch_config.patch(uncached), _use_lazy_graph_module(True):
-        return aot_module_simplified(
+        wrapped = aot_module_simplified(
             dynamo,
             example_inputs,
             fw_compiler=forward,
@@ -98,6 +113,10 @@ def lower(
             decompositions={},
             keep_inference_input_mutations=True,
         )
+    if plain is None:
+        return wrapped
+    around, run = plain
+    return around.call(run, first=wrapped)  # at a first call torch watches whether custom operators return aliases
 
 
 def _boxed(run: Callable[..., Any]) -> Callable[[list[Any]], Any]:
@@ -110,11 +129,10 @@ def _boxed(run: Callable[..., Any]) -> Callable[[list[Any]], Any]:
     return boxed
 
 
-def _stable_inputs(count: int) -> tuple[int, ...]:
-    context = TracingContext.try_get()
-    if context is None or context.fw_metadata is None:
+def _stable_inputs(metadata: ViewAndMutationMeta | None, count: int) -> tuple[int, ...]:
+    if metadata is None:
         return ()
-    return tuple(index for index in context.fw_metadata.static_input_indices if index < count)
+    return tuple(index for index in metadata.static_input_indices if index < count)
 
 
 def _marked_static(dynamo: fx.Graph) -> list[int]:
@@ -124,24 +142,44 @@ def _marked_static(dynamo: fx.Graph) -> list[int]:
     return [index for index, node in inputs if "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})]
 
 
-def _convention(inputs: Sequence[Any], example_inputs: Sequence[Any]) -> str:
-    """What AOTAutograd's wrapper does beyond calling the graph it made; empty if nothing."""
-    context = TracingContext.try_get()
-    metadata = None if context is None else context.fw_metadata
+def _convention(metadata: ViewAndMutationMeta | None, same_inputs: bool) -> str:
+    """What a call of the graph needs AOTAutograd's wrapper for; empty if nothing.
+
+    Args:
+        same_inputs: the graph has the inputs of Dynamo's graph, and no others.
+    """
     if metadata is None:
         return "nothing is known about AOTAutograd's calling convention"
     if metadata.tokens:
         return EFFECTS
-    if len(inputs) != len(example_inputs):
-        return "inputs that share memory are merged"
+    if not same_inputs:
+        return "inputs are merged or added"
+    if metadata.is_rng_op_functionalized:
+        return "the state of random numbers is an input"
     if metadata.mutated_inp_runtime_indices:
         return "inputs are written behind the graph"
-    if any(entry.output_type is not OutputType.non_alias for entry in metadata.output_info):
+    if metadata.num_outputs_aliased:
         return "outputs are views of inputs or of each other"
     if metadata.grad_enabled_mutation is not None or metadata.num_intermediate_bases:
         return EFFECTS
-    plain = all(isinstance(entry, (int, PlainTensorMeta)) for entry in metadata.subclass_inp_meta)
-    return "" if plain else "inputs are tensor subclasses"
+    layouts = (*metadata.subclass_inp_meta, *metadata.subclass_fw_graph_out_meta)
+    if metadata.act_input_indices or not all(isinstance(entry, (int, PlainTensorMeta)) for entry in layouts):
+        return "inputs or outputs are tensor subclasses"
+    return "torch checks its own guards at each call (debug_assert)" if functorch_config.debug_assert else ""
+
+
+def _around(metadata: ViewAndMutationMeta | None, autocast: bool) -> Around:
+    if metadata is None:
+        return Around()
+    return Around(
+        written=tuple(metadata.mutated_graph_handled_indices_seen_by_autograd),
+        dynamic=tuple(
+            (position, tuple(sorted(info.dynamic_dims)))
+            for position, info in enumerate(metadata.output_info)
+            if info.dynamic_dims
+        ),
+        autocast=autocast,
+    )
 
 
 def _tracing_context(example_inputs: Sequence[Any]) -> contextlib.AbstractContextManager[object]:
