@@ -15,7 +15,7 @@ using kernels::RunMatrix;
 
 constexpr int64_t kFractalWidth = 32;  // of int8
 /// Below that many rows of x a plain weight is read where it lies, sooner than it is packed.
-constexpr int64_t kPanelRows = 5;
+constexpr int64_t kPanelRows = 9;
 
 /// False when `tensor` is none of one contiguous value or `width` of them, of floats or, where allowed,
 /// int32.

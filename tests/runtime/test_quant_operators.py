@@ -239,7 +239,7 @@ def test_int8_products_of_any_number_of_rows(layout: str, rows: int, inner: int,
     assert torch.equal(actual.cpu(), (sums.float() * single).bfloat16())
 
 
-@pytest.mark.parametrize("rows", [1, 6, 32, 33])
+@pytest.mark.parametrize("rows", [1, 6, 7, 9, 32, 33])
 @pytest.mark.parametrize(("inner", "columns"), [(1, 1), (7, 5), (64, 32), (130, 67), (1100, 1029)])
 def test_products_with_the_int8_weight_of_a_linear_layer(rows: int, inner: int, columns: int) -> None:
     """The largest sums of int8 need all 32 bits, and more than float32 has; the last size is shared among threads."""
