@@ -22,6 +22,7 @@ const char* const names[] = {
     "skipped_tasks",
     "races",
     "unchecked_tasks",
+    "bytes_fetched_ahead",
 };
 static_assert(sizeof names / sizeof names[0] == static_cast<size_t>(Counter::kCount));
 

@@ -20,6 +20,7 @@ enum class Counter : size_t {
   kSkippedTasks,          ///< tasks not run because an earlier one on their stream failed
   kRaces,                 ///< missing waits that the checking mode reported
   kUncheckedTasks,        ///< tasks the checking mode could not judge: they do not say what they touch
+  kBytesFetchedAhead,     ///< of weights, between two replays of a graph
   kCount
 };
 

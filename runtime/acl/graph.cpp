@@ -77,6 +77,7 @@ void Graph::finish() {
     node.blocks = dynamic_cast<WaitingTask*>(node.task.get()) != nullptr;
     if (node.blocks) blocking_.push_back(node.index);
   }
+  fetch_ahead_ = FetchAhead::of(nodes);
   if (SideBySide::pays(*this)) side_by_side_ = std::make_unique<SideBySide>(*this);
   finished.store(true);
 }
@@ -106,11 +107,13 @@ void Graph::rethrow(size_t index) const {
 void Graph::run_range(size_t from, size_t to) {
   const bool checked = check::on();
   const bool traced = trace::on();
+  const FetchAhead* const ahead = fetch_ahead_.get();
   size_t i = from;
   try {
     for (; i < to; ++i) {
       Task* task = order_[i].load(std::memory_order_acquire);
       if (task == nullptr) continue;
+      if (ahead != nullptr) ahead->beside(i);
       if (checked) check::before_node(*this, nodes[i], *task);
       const int64_t start = traced ? trace::now() : 0;
       task->run();
@@ -219,6 +222,7 @@ void GraphLaunch::run() {
   check::begin_replay(*stream, *graph_);
   graph_->run();
   check::end_replay(*stream, *graph_);
+  if (!on_borrowed_thread()) stream->between_replays().replayed(graph_->fetch_ahead());
 }
 
 std::string GraphLaunch::name() const { return "aclmdlRIExecuteAsync"; }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "runtime/acl/event.h"
+#include "runtime/acl/fetch_ahead.h"
 #include "runtime/acl/side_by_side.h"
 #include "runtime/acl/stream.h"
 
@@ -75,6 +76,8 @@ class Graph : public std::enable_shared_from_this<Graph> {
   std::string description() const;
   TaskPtr task_of(const Node& node) const;
 
+  const std::shared_ptr<const FetchAhead>& fetch_ahead() const { return fetch_ahead_; }
+
   Device& device;
   const uint32_t id;
   std::string name;
@@ -99,9 +102,10 @@ class Graph : public std::enable_shared_from_this<Graph> {
 
   mutable std::mutex mutex_;
   std::mutex run_mutex_;
-  std::unique_ptr<std::atomic<Task*>[]> order_;  ///< by node; null for a disabled node
-  std::vector<size_t> blocking_;                 ///< nodes that may block, ascending
-  std::unique_ptr<SideBySide> side_by_side_;     ///< null where the nodes run in the order of capture
+  std::unique_ptr<std::atomic<Task*>[]> order_;    ///< by node; null for a disabled node
+  std::shared_ptr<const FetchAhead> fetch_ahead_;  ///< null without weights
+  std::vector<size_t> blocking_;                   ///< nodes that may block, ascending
+  std::unique_ptr<SideBySide> side_by_side_;       ///< null where the nodes run in the order of capture
   std::vector<TaskPtr> retired_;  ///< replaced tasks that a run may still be using; guarded by mutex_
   std::atomic<bool> has_retired_{false};
 };

@@ -98,6 +98,7 @@ void Stream::work() {
     const bool ends = stop_.load() && idle();
     end_turn();
     if (ends) return;
+    between_replays_.fetch([this] { return !idle() || stop_.load(); });
   }
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "runtime/acl/device.h"
+#include "runtime/acl/fetch_ahead.h"
 #include "runtime/acl/shadow.h"
 #include "runtime/acl/side_by_side.h"
 #include "runtime/acl/task.h"
@@ -78,6 +79,8 @@ class Stream : public std::enable_shared_from_this<Stream> {
   std::string description() const;
   /// Threads for the graphs that this stream replays.
   Helpers& helpers() { return helpers_; }
+  /// Of the stream's thread.
+  BetweenReplays& between_replays() { return between_replays_; }
 
   Device& device;
   const Kind kind;
@@ -137,6 +140,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   WaitPoint work_arrived_{Spin::kLoop};
   WaitPoint work_done_{Spin::kLoop};
   Helpers helpers_{*this};
+  BetweenReplays between_replays_;
 };
 
 /// The stream of a handle (null handle: the current context's default stream); null with the error set

@@ -22,6 +22,7 @@ struct MemoryAccess {
   const void* address;
   size_t bytes;
   Mode mode;
+  bool whole = false;  ///< read from the first byte to the last: the weight of a product
 };
 
 /// One asynchronous unit of work. A stream runs its tasks one at a time, in order of submission; a captured

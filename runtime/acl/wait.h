@@ -2,6 +2,7 @@
 #pragma once
 
 #include <linux/futex.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -64,17 +65,20 @@ class WaitPoint {
   template <typename Ready>
   bool wait(Ready ready, Deadline deadline = std::nullopt) {
     if (ready()) return true;
-    const auto start = Clock::now();
-    bool crowded = false;
-    const bool is_ready = spin(ready, start, deadline, crowded) || sleep(ready, deadline);
-    last_wait().store(crowded ? Clock::duration::max() : Clock::now() - start, std::memory_order_relaxed);
-    return is_ready;
+    for (auto start = Clock::now();;) {
+      bool crowded = false;
+      const bool is_ready = spin(ready, start, deadline, crowded) || sleep(ready, deadline);
+      const auto now = Clock::now();
+      last_wait().store(crowded ? Clock::duration::max() : now - start, std::memory_order_relaxed);
+      if (is_ready || now >= deadline.value_or(Clock::time_point::max())) return is_ready;
+      start = now;  // woken for what another thread took: in a loop the next comes as soon
+    }
   }
 
  private:
   /// Being woken takes some tens of microseconds.
   static constexpr Clock::duration kShortSpin = std::chrono::microseconds(30);
-  /// A yield that takes longer gave the core to another thread, which wants it more.
+  /// A yield that takes longer may have given the core to another thread, which wants it more.
   static constexpr Clock::duration kOwnYield = std::chrono::microseconds(50);
 
   /// The right to spin for long: one core is left to those that work.
@@ -110,28 +114,36 @@ class WaitPoint {
   template <typename Ready>
   static bool spin_until(Clock::time_point end, Ready& ready, bool& crowded) {
     auto now = Clock::now();
-    const auto polite_from = now + std::chrono::microseconds(1);
+    for (const auto polite_from = now + std::chrono::microseconds(1); now < std::min(end, polite_from);) {
+      for (int i = 0; i < 8; ++i) relax_cpu();
+      if (ready()) return true;
+      now = Clock::now();
+    }
+    const int64_t gave_way = times_gave_way();
     while (now < end && !crowded) {
-      if (now < polite_from) {
-        for (int i = 0; i < 8; ++i) relax_cpu();
-      } else {
-        syscall(SYS_sched_yield);
-      }
+      syscall(SYS_sched_yield);
       if (ready()) return true;
       const auto last = std::exchange(now, Clock::now());
-      crowded = now - last > kOwnYield;
+      crowded = now - last > kOwnYield && times_gave_way() != gave_way;
     }
     return false;
   }
 
+  /// How often the calling thread left its core to another one while it could have run. A virtual machine's
+  /// core that its host takes away is not counted: there is nobody to make room for.
+  static int64_t times_gave_way() {
+    rusage usage{};
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_nivcsw;
+  }
+
+  /// Until notify() is called, or the deadline. Returns ready().
   template <typename Ready>
   bool sleep(Ready& ready, const Deadline& deadline) {
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
-    bool is_ready = false;
-    for (;;) {
-      const uint32_t epoch = epoch_.load(std::memory_order_seq_cst);
-      is_ready = ready();
-      if (is_ready) break;
+    const uint32_t epoch = epoch_.load(std::memory_order_seq_cst);
+    bool is_ready = ready();
+    while (!is_ready && epoch_.load(std::memory_order_seq_cst) == epoch) {
       timespec remaining{};
       if (deadline) {
         const auto left =
@@ -141,6 +153,7 @@ class WaitPoint {
         remaining.tv_nsec = left % 1000000000;
       }
       syscall(SYS_futex, &epoch_, FUTEX_WAIT_PRIVATE, epoch, deadline ? &remaining : nullptr, nullptr, 0);
+      is_ready = ready();
     }
     sleepers_.fetch_sub(1, std::memory_order_seq_cst);
     return is_ready;

@@ -10,6 +10,7 @@ from pathlib import Path
 TENSOR_MODES = {
     "In": "kRead",
     "OptIn": "kRead",
+    "Weight": "kRead",
     "Out": "kWrite",
     "OptOut": "kWrite",
     "DynOut": "kWrite",
@@ -97,6 +98,8 @@ class Parameter:
     def record(self) -> str:
         """The statement that hands the argument to the Call."""
         n = self.name
+        if self.kind == "Weight":
+            return f'aclnn_call.weight("{n}", {n});'
         if self.is_tensor or self.is_list:
             mode = TENSOR_MODES[self.kind] if self.is_tensor else LIST_MODES[self.kind]
             function = "tensor" if self.is_tensor else "tensors"

@@ -15,6 +15,7 @@ The column `=>` says what the name is in a prepared expression, `=` what it is i
 
     kind                          C type                 =>                          =
     In, Out, InOut                const aclTensor*       const Tensor&               at::Tensor&
+    Weight                        the same: an In that the operator reads from its first byte to its last
     OptIn                         const aclTensor*       const Tensor* (or null)     std::optional<at::Tensor>
     OptOut                        const aclTensor*       const Tensor* (or null)     at::Tensor& (maybe undefined)
     DynOut                        const aclTensor*       Tensor&                     Tensor& (use write_dynamic)

@@ -17,12 +17,12 @@ namespace {
 /// The bytes that a view can touch: from its lowest to its highest element.
 host_runtime::MemoryAccess extent(const Operand& operand) {
   const Tensor& t = *operand.tensor;
-  if (t.numel() == 0) return {t.storage, 0, operand.mode};
+  if (t.numel() == 0) return {t.storage, 0, operand.mode, operand.whole};
   const auto item = static_cast<int64_t>(t.itemsize());
   if (!t.is_plain()) {
     int64_t count = 1;
     for (int64_t size : t.storage_shape) count *= size;
-    return {t.storage, static_cast<size_t>(count * item), operand.mode};
+    return {t.storage, static_cast<size_t>(count * item), operand.mode, operand.whole};
   }
   int64_t low = t.offset, high = t.offset;
   for (int64_t i = 0; i < t.dim(); ++i) {
@@ -30,7 +30,7 @@ host_runtime::MemoryAccess extent(const Operand& operand) {
     (reach < 0 ? low : high) += reach;
   }
   return {static_cast<const char*>(t.storage) + low * item, static_cast<size_t>((high - low + 1) * item),
-          operand.mode};
+          operand.mode, operand.whole};
 }
 
 void print(std::ostream& out, const Attribute& attribute) {

@@ -35,6 +35,7 @@ struct Operand {
   const char* name;
   TensorRef tensor;
   Mode mode;
+  bool whole = false;  ///< as MemoryAccess has it
 };
 
 /// A non-tensor argument, kept for the graph's debug print.
@@ -88,6 +89,11 @@ class Call {
     } else if (!optional) {
       null_argument(argument);
     }
+  }
+  /// A tensor that is read from the first byte to the last.
+  void weight(const char* argument, const aclTensor* value) {
+    tensor(argument, value, Mode::kRead);
+    operator_->operands_.back().whole = true;
   }
   void tensors(const char* argument, const aclTensorList* value, Mode mode, bool optional = false);
 

@@ -7,6 +7,8 @@ extern const TestCase kBoundsTests[];
 extern const TestCase kBriefTaskTests[];
 extern const TestCase kStreamTests[];
 extern const TestCase kGraphTests[];
+extern const TestCase kFetchAheadTests[];
+extern const TestCase kWaitTests[];
 extern const TestCase kCheckingTests[];
 
 int main(int argc, char** argv) {
@@ -14,8 +16,8 @@ int main(int argc, char** argv) {
   int run = 0;
   // What the checking mode finds is tested with the mode on; everything else must work in both.
   const bool checking = host_runtime::checking();
-  for (const TestCase* tests :
-       {kBoundsTests, kStreamTests, kBriefTaskTests, kGraphTests, checking ? kCheckingTests : nullptr}) {
+  for (const TestCase* tests : {kBoundsTests, kStreamTests, kBriefTaskTests, kGraphTests, kFetchAheadTests,
+                                kWaitTests, checking ? kCheckingTests : nullptr}) {
     if (tests == nullptr) continue;
     for (const TestCase* test = tests; test->name != nullptr; ++test) {
       bool wanted = argc == 1;
