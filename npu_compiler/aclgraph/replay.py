@@ -53,7 +53,7 @@ class Replayable:
     """A captured graph and what a replay of it needs.
 
     Attributes:
-        bound: positions whose address is part of the graph. `addresses`: for every position; what counts is at these.
+        bound: positions whose address is part of the graph. `addresses`: by position, 0 at others.
         feeds: (argument position, the buffer to copy it to, the part of that to write: see `writable`, its address).
         returns: (argument position, the buffer to copy back from).
         streams: how many it uses.
@@ -256,15 +256,19 @@ class Replayer:
             ),
             plan,
         )
-        owners = [args[position] for position in bound]
+        owners = {position: args[position] for position in bound}
         return Replayable(
             graph=made.graph,
             bound=bound,
-            addresses=[_address(value) for value in args],
+            addresses=[owners[i].data_ptr() if i in owners else 0 for i in range(len(args))],
             feeds=[(position, buffer, writable(buffer), buffer.data_ptr()) for position, buffer in feeds],
             returns=[(position, buffer) for position, buffer in feeds if position in copied_back],
             outputs=OutputPlan(
-                made.outputs, self._returned_inputs, owners, self._options.clone_outputs, self._place_of_output
+                made.outputs,
+                self._returned_inputs,
+                list(owners.values()),
+                self._options.clone_outputs,
+                self._place_of_output,
             ),
             streams=streams,
         )
@@ -319,10 +323,6 @@ class Replayer:
     def _key_text(self, key: Key) -> str:
         pairs = zip((self._plan.names[i] for i in self._plan.sizes), key, strict=True)
         return ", ".join(f"{name}={size}" for name, size in pairs) or "static"
-
-
-def _address(value: Any) -> int:
-    return value.data_ptr() if isinstance(value, torch.Tensor) else 0
 
 
 def _why_not(graph: fx.Graph, plan: InputPlan, options: Options) -> Why | None:
