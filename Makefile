@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 RUN    := OMP_NUM_THREADS=1 $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build browser test test-full demo serve bench bench-check bench-compiler bench-parallel pairs sweep lint format test-sanitize wheel clean
+.PHONY: help setup build browser test test-full demo serve bench bench-check bench-compiler bench-parallel pairs sweep lint format test-sanitize sanitize-thread sanitize-address sanitize-operators wheel clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
 
 setup:  ## prepare .venv: torch, torch_npu, vLLM, this project (editable); quick when nothing changed
 	@$(PYTHON) tools/setup_environment.py --venv $(VENV)
@@ -70,16 +70,25 @@ format: setup  ## let ruff and clang-format rewrite the sources
 # Little optimisation and few debug symbols: compiling takes most of the time.
 sanitized = ASAN_OPTIONS=detect_leaks=$(1) UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
-test-sanitize: setup  ## the C interface's tests under the thread, address and undefined sanitizers, operators' under the last two
-	for kind in thread address,undefined; do \
-	  build=build/$${kind%,*}; \
-	  cmake -S . -B $$build -G Ninja -DHOST_RUNTIME_SANITIZE=$$kind \
-	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
-	    -DTORCH_DIR=$$($(BIN)/python tools/setup_environment.py --where torch) \
-	    -DTORCH_NPU_DIR=$$($(BIN)/python tools/setup_environment.py --where torch_npu) && \
-	  cmake --build $$build --target runtime_tests && \
-	  $(call sanitized,1) ctest --test-dir $$build --output-on-failure || exit 1; \
-	done
+sanitize = build=build/$(firstword $(subst $(comma), ,$(1))); \
+  cmake -S . -B $$build -G Ninja -DHOST_RUNTIME_SANITIZE=$(1) \
+    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
+    -DTORCH_DIR=$$($(BIN)/python tools/setup_environment.py --where torch) \
+    -DTORCH_NPU_DIR=$$($(BIN)/python tools/setup_environment.py --where torch_npu) && \
+  cmake --build $$build --target runtime_tests && \
+  $(call sanitized,1) ctest --test-dir $$build --output-on-failure
+comma := ,
+
+# About half an hour on two idle cores, most of it compiling; the three parts can be made one by one.
+test-sanitize: sanitize-thread sanitize-operators  ## C interface and operators under the sanitizers: half an hour; its parts follow
+
+sanitize-thread: setup  ## the C interface's tests under the thread sanitizer
+	$(call sanitize,thread)
+
+sanitize-address: setup  ## the C interface's tests under the address and undefined sanitizers
+	$(call sanitize,address$(comma)undefined)
+
+sanitize-operators: sanitize-address  ## the operators' tests under the address and undefined sanitizers, after those
 	cmake --build build/address
 	NPU_COMPILER_RUNTIME=host:$(CURDIR)/build/address/lib LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
 	  $(call sanitized,0) $(RUN) -m pytest -q -n 2 -m "not full" \

@@ -4,69 +4,61 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
+import importlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from benchmarks import (
-    apart,
-    check,
-    compiler,
-    dumping,
-    harness,
-    instructions,
-    kernels,
-    parallel,
-    plot,
-    row_compile,
-    row_decode_step,
-    row_graph_launch,
-    row_int8,
-    row_prefill,
-    row_streams,
-    row_vllm,
-    rows_page,
-)
-from benchmarks.harness import Row, Settings, number, run
+from benchmarks import plot, stored
 
-RESULTS = Path(__file__).parent / "results"
-PAGE = apart.ROOT / "docs" / "benchmark_figures.md"
+# What imports torch, and with it torch_npu, is imported where it is used: --help and `check` need no device.
+if TYPE_CHECKING:
+    from benchmarks.harness import Row
+
+COMMANDS = {
+    "check": ("check", "stored rows against their floors"),
+    "compiler": ("compiler", "nodes, kernels, seconds and MiB of compilation"),
+    "dump": ("dumping", "what a bundle costs"),
+    "instructions": ("instructions", "of a replay, counted by valgrind"),
+    "kernels": ("kernels", "the captured tasks of one decoder layer"),
+    "parallel": ("parallel", "several ranks, token drop, weights in FRACTAL_NZ, streams"),
+}
+"""By the name of a command: its module in this folder, and what it is about."""
+FAMILIES = ("graph_launch", "decode_step", "int8", "prefill", "streams", "vllm", "compile")
+"""The modules of rows, row_*.py, in the order of the table."""
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "benchmark_figures.md"
 ROW_TIMEOUT_S = 3600
 
 
 def all_rows() -> dict[str, Row]:
     """Every row by name, in the order of the table."""
-    families = (row_graph_launch, row_decode_step, row_int8, row_prefill, row_streams, row_vllm, row_compile)
+    families = [importlib.import_module(f"benchmarks.row_{family}") for family in FAMILIES]
     return {row.name: row for family in families for row in family.rows()}
 
 
-def measure_here(name: str, quick: bool) -> dict[str, Any]:
+def measure_here(name: str, quick: bool) -> stored.Row:
     """One row in this process, as the JSON object that is stored."""
+    from benchmarks import harness
 
     row = all_rows()[name]
-    found = run(row, Settings.of(row, quick))
-    loaded = ("torch", "torch_npu", "onnxruntime", "openvino")
-    versions = {module: sys.modules[module].__version__ for module in loaded if module in sys.modules}
-    about = {"title": row.title, "quick": quick, "machine": harness.machine(), "versions": versions}
-    return {"about": {**about, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, "records": found}
+    found = harness.run(row, harness.Settings.of(row, quick))
+    return {"about": stored.about(row.title, quick), "records": found}
 
 
-def measure_apart(name: str, quick: bool, results: Path) -> dict[str, Any]:
+def measure_apart(name: str, quick: bool, results: Path) -> stored.Row:
     """One row in a process of its own, so that no peer's compiler or signal handlers disturb the next row.
 
     Raises:
         RuntimeError: the process failed; its error output is in the message.
     """
-    target = results / f"{name}.json"
     command = [sys.executable, "-m", "benchmarks", "--measure", name, "--results", str(results)]
     done = subprocess.run(
         command + ["--quick"] * quick,
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         # Streams are threads too, and torch.set_num_threads() holds for the calling thread only.
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -76,30 +68,37 @@ def measure_apart(name: str, quick: bool, results: Path) -> dict[str, Any]:
     )
     if done.returncode != 0:
         raise RuntimeError(f"row {name}: exit code {done.returncode}\n{done.stdout[-3000:]}")
-    return dict(json.loads(target.read_text()))
+    measured = stored.read(results, name)
+    assert measured is not None, f"row {name}: the process wrote nothing"
+    return measured
 
 
-def kept_rows(results: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """The stored rows by name, as far as there are any; without `names` those of the table, in its order."""
-    files = {name: results / f"{name}.json" for name in (all_rows() if names is None else names)}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+def kept_rows(results: Path, names: Iterable[str]) -> dict[str, stored.Row]:
+    """The stored rows by name, as far as there are any."""
+    found = {name: stored.read(results, name) for name in names}
+    return {name: row for name, row in found.items() if row is not None}
 
 
 def write_page(results: Path) -> bool:
     """Writes the page of figures, if `results` has every row, none of them of --quick; else says what is not there."""
-    wanted = [*all_rows(), *instructions.ROWS]
-    stored = kept_rows(results, wanted)
-    left = [name for name in wanted if name not in stored or stored[name]["about"]["quick"]]
+    from benchmarks import instructions, rows_page
+
+    rows = all_rows()
+    wanted = [*rows, *instructions.ROWS]
+    kept = kept_rows(results, wanted)
+    left = [name for name in wanted if name not in kept or kept[name]["about"]["quick"]]
     if left:
         print(f"benchmarks: {PAGE.name} is not written: {results} has no full {', '.join(left)}", file=sys.stderr)
         return False
-    PAGE.write_text(rows_page.page(stored))
+    PAGE.write_text(rows_page.page(kept, {name: row.peers for name, row in rows.items()}))
     print(f"benchmarks: {PAGE}", file=sys.stderr)
     return True
 
 
 def table(title: str, found: Sequence[dict[str, Any]]) -> str:
     """The row as text: a line per peer, its time, and the ratio to the subject (median, range)."""
+    from benchmarks.harness import number
+
     unit, subject = found[0]["unit"], found[0]["subject"]
     lines = [title, f"  {'':14s} {'median':>9s} {'min':>9s} {'max':>9s} {unit:>3s}   time / time of {subject}"]
     for record in found:
@@ -122,9 +121,9 @@ def table(title: str, found: Sequence[dict[str, Any]]) -> str:
         lines.append(f"  {subject} beside its part: {number(first['rest'])} {unit}  ({span})")
     notes = [f"{max(record['rounds'] for record in found)} rounds, {first['rejected']} disturbed"]
     notes += ["TOO FEW UNDISTURBED ROUNDS, disturbed ones counted"] * bool(first["noisy"])
-    if first["floor"] is not None:
-        share = f", {first['floor'] / first['median']:.0%} of it reached" if first["median"] else ""
-        notes.append(f"floor {number(first['floor'])} {unit}{share}")
+    if first["roof"] is not None:
+        share = f", {first['roof'] / first['median']:.0%} of it reached" if first["median"] else ""
+        notes.append(f"roof {number(first['roof'])} {unit}{share}")
     return "\n".join([*lines, f"  [{'; '.join(notes)}]"])
 
 
@@ -140,48 +139,66 @@ def chosen(names: str | None, quick: bool) -> list[str]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise SystemExit(f"benchmarks: no row {name!r}, did you mean {nearest!r}? Rows: {', '.join(known)}")
+            meant = nearest(name, known)
+            raise SystemExit(f"benchmarks: no row {name!r}, did you mean {meant!r}? Rows: {', '.join(known)}")
     return [name for name in known if name in wanted]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+def command(name: str, arguments: Sequence[str]) -> int:
+    """Runs one of COMMANDS.
+
+    Raises:
+        SystemExit: there is none of this name; the nearest one is named, or how to measure the row of this name.
+    """
+    if name in COMMANDS:
+        module = importlib.import_module(f"benchmarks.{COMMANDS[name][0]}")
+        return int(module.main(arguments))
+    rows = list(all_rows())
+    meant = nearest(name, [*COMMANDS, *rows])
+    meant = f"--rows {meant}" if meant in rows else meant
+    raise SystemExit(f"benchmarks: no command {name!r}, did you mean {meant!r}? Commands: {', '.join(COMMANDS)}")
+
+
+class ListRows(argparse.Action):
+    """--list: prints the rows with their titles, and ends the program."""
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        for name, row in all_rows().items():
+            print(f"{name:26s} {row.title}")
+        raise SystemExit(0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when every chosen row was measured (missing peers and missed goals are reported, not failures), else 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["kernels"]:
-        return kernels.main(arguments[1:])
-    if arguments[:1] == ["compiler"]:
-        return compiler.main(arguments[1:])
-    if arguments[:1] == ["parallel"]:
-        return parallel.main(arguments[1:])
-    if arguments[:1] == ["dump"]:
-        return dumping.main(arguments[1:])
-    if arguments[:1] == ["instructions"]:
-        return instructions.main(arguments[1:])
-    if arguments[:1] == ["check"]:
-        return check.main(arguments[1:])
+    if {"-h", "--help"} & set(arguments):
+        os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # where torch is imported all the same
+    if arguments and not arguments[0].startswith("-"):
+        return command(arguments[0], arguments[1:])
+    others = "\n".join(f"  {name:14s}{about}" for name, (_, about) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
-        epilog="Other commands, as the first argument: `kernels` (the captured tasks of one decoder layer), `compiler` "
-        "(nodes, kernels, seconds and MiB of compilation), `check` (stored rows against their floors), `dump` (what a "
-        "bundle costs), `instructions` (of a replay, counted by valgrind), `parallel` (several ranks, token drop, "
-        "weights in FRACTAL_NZ, streams); each has its --help.",
+        epilog=f"Other commands, as the first argument; each has its --help:\n{others}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rows", metavar="ROW[,ROW...]", help=f"rows; default all: {', '.join(all_rows())}")
+    parser.add_argument("--rows", metavar="ROW[,ROW...]", help="rows to measure; default all, which --list names")
+    parser.add_argument("--list", action=ListRows, nargs=0, help="print the rows with their titles")
     parser.add_argument(
         "--quick", action="store_true", help="few short rounds: shows that it runs, the figures are rough"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
+    parser.add_argument(
+        "--results", type=Path, default=stored.RESULTS, help="folder of the JSON files (default: %(default)s)"
+    )
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page from the rows there are")
     parser.add_argument("--measure", metavar="ROW", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.results.mkdir(parents=True, exist_ok=True)
     if options.measure:
-        measured = measure_here(options.measure, options.quick)
-        unfinished = options.results / f"{options.measure}.json.part"  # an older row stays until there is a new one
-        unfinished.write_text(json.dumps(measured, indent=1) + "\n")
-        unfinished.replace(options.results / f"{options.measure}.json")
+        stored.write(options.results, options.measure, measure_here(options.measure, options.quick))
         return 0
     failed = False
     names = [] if options.page else chosen(options.rows, options.quick)
@@ -197,9 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\nbenchmarks: interrupted in {name}; the rows before it are stored", file=sys.stderr)
             return 130
         print(table(measured["about"]["title"], measured["records"]) + "\n", flush=True)
-    stored = kept_rows(options.results)
     picture = options.results / "benchmarks.png"
-    problem = plot.draw([*stored.values()], picture)
+    problem = plot.draw([*kept_rows(options.results, all_rows()).values()], picture)
     print(f"benchmarks: {problem or picture}", file=sys.stderr)
     if options.page or (options.rows is None and not options.quick):
         failed = not write_page(options.results) or failed

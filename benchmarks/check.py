@@ -5,7 +5,7 @@ A table of the file is a row. Its keys:
     at_most = 100.0       the subject's own time, in the row's unit
     rest = 1500.0         what the subject takes beside the row's part, at most, in the row's unit
     best = 1.2            time of the best rival / time of the subject, at least
-    of_floor = 0.85       the row's floor (what the hardware allows) / time of the subject, at least
+    of_roof = 0.85        the time at the row's roof (what the hardware allows) / time of the subject, at least
     "npu eager" = 8.0     time of that contestant / time of the subject, at least
 
 Nothing is measured here: `make bench` does. A row that was not measured and a contestant that is missing fail too; a
@@ -15,17 +15,17 @@ row with too few undisturbed rounds is noted.
 from __future__ import annotations
 
 import argparse
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import instructions
+from benchmarks import stored
 
 FLOORS = Path(__file__).parent / "floors.toml"
-RESULTS = Path(__file__).parent / "results"
 MOST = ("at_most", "rest")
+OF_ROOF = ("of_roof", "of_floor")
+"""The second one is what older files of floors call it."""
 Floors = Mapping[str, Mapping[str, float]]
 
 
@@ -38,17 +38,17 @@ def figure(key: str, found: Mapping[str, dict[str, Any]]) -> float | None:
         return subject.get("rest")
     if key == "best":
         return subject["best_ratio"]
-    if key == "of_floor":
-        return subject["floor"] / subject["median"] if subject["floor"] and subject["median"] else None
+    if key in OF_ROOF:
+        return subject["roof"] / subject["median"] if subject["roof"] and subject["median"] else None
     return found[key]["ratio"] if key in found else None
 
 
-def broken(row: str, limits: Mapping[str, float], stored: Mapping[str, Any] | None) -> list[str]:
+def broken(row: str, limits: Mapping[str, float], kept: stored.Row | None) -> list[str]:
     """A sentence for each floor of `row` that its stored records don't hold."""
-    if stored is None:
-        command = "instructions" if row in instructions.ROWS else f"--rows {row}"
-        return [f"{row}: not measured; run `make bench` or `python -m benchmarks {command}`"]
-    found = {record["peer"]: record for record in stored["records"]}
+    if kept is None:
+        command = "instructions" if row.startswith("instructions_") else f"--rows {row}"
+        return [f"{row}: not measured; run `make bench` or `.venv/bin/python -m benchmarks {command}`"]
+    found = {record["peer"]: record for record in kept["records"]}
     sentences = []
     for key, limit in limits.items():
         value = figure(key, found)
@@ -68,10 +68,9 @@ def check(floors: Floors, results: Path) -> tuple[list[str], list[str]]:
     """The floors that don't hold, and notes on rows whose figures are rough, in the order of `floors`."""
     wrong, notes = [], []
     for row, limits in floors.items():
-        file = results / f"{row}.json"
-        stored = json.loads(file.read_text()) if file.exists() else None
-        wrong += broken(row, limits, stored)
-        if stored and (stored["about"]["quick"] or stored["records"][0]["noisy"]):
+        kept = stored.read(results, row)
+        wrong += broken(row, limits, kept)
+        if kept and (kept["about"]["quick"] or kept["records"][0]["noisy"]):
             notes.append(f"{row}: measured with --quick or on a busy machine; measure again before you believe it")
     return wrong, notes
 
@@ -82,11 +81,14 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m benchmarks check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--floors", type=Path, default=FLOORS, help="TOML file of floors (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
+    parser.add_argument(
+        "--results", type=Path, default=stored.RESULTS, help="folder of the JSON files (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     floors = tomllib.loads(options.floors.read_text())
     if not any((options.results / f"{row}.json").exists() for row in floors):
-        print(f"nothing is measured yet in {options.results}; run `make bench`, or `python -m benchmarks --rows ROW`")
+        print(f"nothing is measured yet in {options.results}; run `make bench`,")
+        print("or `.venv/bin/python -m benchmarks --rows ROW` for some rows")
         return 1
     wrong, notes = check(floors, options.results)
     for note in notes:

@@ -9,11 +9,9 @@ it took more than `PROBE_TOLERANCE` times its best is rejected and repeated, up 
 from __future__ import annotations
 
 import dataclasses
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,14 +61,14 @@ class Goal:
     Attributes:
         limit: for the subject itself, in the row's unit.
         faster_than: ratio of the peer's time; for the subject itself, of the best of the row's rivals.
-        floor_share: for the subject itself, the row's floor / its time.
+        roof_share: for the subject itself, the time at the row's roof / its time.
         rest: for the subject itself, what it takes beside the row's part, in the row's unit.
     """
 
     peer: str
     limit: float | None = None
     faster_than: float | None = None
-    floor_share: float | None = None
+    roof_share: float | None = None
     rest: float | None = None
 
     def text(self, unit: str) -> str:
@@ -78,7 +76,7 @@ class Goal:
             return f"<= {self.rest:g} {unit} beside its part"
         if self.limit is not None:
             return f"<= {self.limit:g} {unit}"
-        return f"{self.floor_share:.0%} of the floor" if self.floor_share is not None else f">= {self.faster_than:g}x"
+        return f"{self.roof_share:.0%} of the roof" if self.roof_share is not None else f">= {self.faster_than:g}x"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +87,12 @@ class Row:
         name: also the name of the JSON file.
         unit: "ns", "us", "ms" or "s", for the printed and stored figures.
         divisor: units of work in one call of `batch(1)`; figures are per unit.
-        floor: what physics or a published figure allows at best, in `unit`, or None; a function measures it here.
+        roof: the time that the hardware or a published figure allows at best, in `unit`, or None; a function measures
+            it here.
         tolerance: allowed absolute difference from the reference's output.
         reference: the contestant whose output is right by definition (plain PyTorch on the CPU).
         rivals: contestants the best of which the subject is to beat.
+        kin: contestants that are no peers: the subject in another way or format, or what every peer does too.
         part: a contestant that does a part of the subject's work and nothing else; what the subject takes beside it is
             its `rest`.
         long: takes minutes, so `--quick` leaves it out unless it is asked for by name.
@@ -106,9 +106,10 @@ class Row:
     reference: str
     goals: tuple[Goal, ...] = ()
     divisor: int = 1
-    floor: float | Callable[[], float] | None = None
+    roof: float | Callable[[], float] | None = None
     tolerance: float = 0.0
     rivals: tuple[str, ...] = ()
+    kin: tuple[str, ...] = ()
     part: str | None = None
     long: bool = False
     starts: bool = False
@@ -116,6 +117,11 @@ class Row:
     @property
     def subject(self) -> str:
         return next(iter(self.contestants))
+
+    @property
+    def peers(self) -> list[str]:
+        """Those that the subject can be slower than."""
+        return [name for name in self.contestants if name not in (self.subject, self.part, *self.kin)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +280,7 @@ def records(
     measured: Measured,
     errors: dict[str, float | None],
     missing: dict[str, str],
-    floor: float | None = None,
+    roof: float | None = None,
 ) -> list[dict[str, Any]]:
     """The row as JSON objects, one per peer (the subject is its own peer, with ratio 1).
 
@@ -290,7 +296,7 @@ def records(
         keys = ("median", "min", "max", "ratio", "ratio_min", "ratio_max", "max_abs_error")
         record.update(dict.fromkeys(keys))
         record.update(best_rival=None, best_ratio=None, rest=None, rest_min=None, rest_max=None)
-        record.update(floor=floor, goal="; ".join(goal.text(row.unit) for goal in goals) or None, met=None)
+        record.update(roof=roof, goal="; ".join(goal.text(row.unit) for goal in goals) or None, met=None)
         record.update(missing=missing.get(name), rounds=0, rejected=measured.rejected, noisy=measured.noisy)
         if name in measured.seconds:
             seconds = measured.seconds[name]
@@ -318,8 +324,8 @@ def records(
 def _met(goal: Goal, record: dict[str, Any]) -> bool:
     if goal.limit is not None:
         return bool(record["median"] <= goal.limit)
-    if goal.floor_share is not None:
-        return record["floor"] is not None and bool(record["floor"] / record["median"] >= goal.floor_share)
+    if goal.roof_share is not None:
+        return record["roof"] is not None and bool(record["roof"] / record["median"] >= goal.roof_share)
     if goal.rest is not None:
         return record["rest"] is not None and bool(record["rest"] <= goal.rest)
     ratio = record["best_ratio"] if record["peer"] == record["subject"] else record["ratio"]
@@ -333,15 +339,15 @@ def run(row: Row, settings: Settings, agree: Agree = alone) -> list[dict[str, An
         AssertionError: a contestant computes something else than the reference.
     """
     torch.set_num_threads(1)
-    floor = row.floor() if callable(row.floor) else row.floor
+    roof = row.roof() if callable(row.roof) else row.roof
     contestants, missing = build(row)
     if not contestants:
-        return records(row, Measured({}, 0, False), {}, missing, floor)
+        return records(row, Measured({}, 0, False), {}, missing, roof)
     check_outputs(contestants, row.reference, row.tolerance)
     measured = measure(contestants, row.divisor, settings, agree)
     # Once more: a replay that drifts or reads memory given back since shows only now.
     errors = check_outputs(contestants, row.reference, row.tolerance)
-    return records(row, measured, errors, missing, floor)
+    return records(row, measured, errors, missing, roof)
 
 
 def number(value: float | None) -> str:
@@ -349,14 +355,3 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def machine() -> dict[str, str]:
-    """The kind of machine, for the JSON: processor model, cores, kernel, Python."""
-    model = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        names = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
-        if names:
-            model = f"{names[0]} ({len(names)} logical cores)"
-    return {"processor": model, "system": platform.platform(), "python": platform.python_version()}

@@ -9,21 +9,18 @@ kernels find that by the processor's features, as on any machine, and run their 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import native
-from benchmarks.harness import Missing, machine
+from benchmarks import native, stored
+from benchmarks.harness import Missing
 
-RESULTS = Path(__file__).parent / "results"
 NODES, REPLAYS = 1000, 3
 COUNTED = "host_runtime::Graph::run()"
 TIMEOUT_S = 900
@@ -88,11 +85,10 @@ def record(row: str, found: Sequence[int], missing: str | None) -> dict[str, Any
     nodes = ROWS[row][1]
     per_node = [count / nodes for count in found[1:]]
     figures = {"median": per_node[-1], "min": min(per_node), "max": max(per_node)} if per_node else {}
-    about = {"title": ROWS[row][2], "quick": False, "machine": machine()}
-    about["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    empty = dict.fromkeys(("median", "min", "max", "ratio_min", "ratio_max", "best_rival", "best_ratio", "floor"))
+    empty = dict.fromkeys(("median", "min", "max", "ratio_min", "ratio_max", "best_rival", "best_ratio", "roof"))
     empty |= dict.fromkeys(("goal", "met", "max_abs_error", "rest", "rest_min", "rest_max"))
     own = {"row": row, "subject": "replay", "peer": "replay", "unit": "instructions", "ratio": None, **empty, **figures}
+    about = stored.about(ROWS[row][2], quick=False)
     return {"about": about, "records": [{**own, "missing": missing, "noisy": False, "rounds": 1, "rejected": 0}]}
 
 
@@ -103,9 +99,10 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
+    parser.add_argument(
+        "--results", type=Path, default=stored.RESULTS, help="folder of the JSON files (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
-    options.results.mkdir(parents=True, exist_ok=True)
     missing = None
     found: list[list[int]] = [[] for _ in ROWS]
     try:
@@ -115,10 +112,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"benchmarks: {missing}")
     same = True
     for row, of_row in zip(ROWS, found, strict=True):
-        stored = record(row, of_row, missing)
-        (options.results / f"{row}.json").write_text(json.dumps(stored, indent=1) + "\n")
+        made = record(row, of_row, missing)
+        stored.write(options.results, row, made)
         if of_row:
-            print(f"{ROWS[row][2]}: {stored['records'][0]['median']:.2f}")
+            print(f"{ROWS[row][2]}: {made['records'][0]['median']:.2f}")
         if len(set(of_row[1:])) > 1:
             same = False
             print(f"  NOT repeatable: the replays took {', '.join(map(str, of_row))} instructions")

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import apart, kept, parallel_page, parallel_ranks
-from npu_compiler.backend import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = apart.ROOT / "docs" / "parallel_figures.md"
@@ -71,6 +70,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(part: str, options: argparse.Namespace) -> bool:
     """Measures a part, prints and keeps it; whether that worked."""
+    from npu_compiler.backend import fingerprint  # brings up torch_npu, which --help needs not
+
     compiler = fingerprint()
     there = _kept(options.results, part)
     if options.resume and there and (there["about"]["compiler"], there["about"]["quick"]) == (compiler, options.quick):

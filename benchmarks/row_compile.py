@@ -67,6 +67,7 @@ def row(kind: str, start: Callable[[str], Factory], names: Sequence[str]) -> Row
         unit="s",
         contestants={name: start(name) for name in names},
         reference=DYNAMO,
+        kin=(DYNAMO,),
         goals=(Goal(peer="aot_eager", faster_than=OF_AOT_EAGER),),
         long=True,
         starts=True,

@@ -119,7 +119,7 @@ def compiled(
     return functools.partial(function, model)
 
 
-def bytes_floor(case: Case) -> float:
+def bytes_roof(case: Case) -> float:
     """Microseconds to read the weights and the cache once at the bandwidth that one thread has here."""
     with torch.device("meta"):
         model = decode_model.Decoder(case.size).to(case.dtype)
@@ -148,9 +148,10 @@ def row(label: str, case: Case, goals: tuple[Goal, ...], from_memory: bool = Fal
         },
         reference="cpu eager",
         goals=goals,
-        floor=(lambda: bytes_floor(case)) if from_memory else None,
+        roof=(lambda: bytes_roof(case)) if from_memory else None,
         tolerance=TOLERANCE[case.dtype],
         rivals=RIVALS,
+        kin=("ascend bound",),
     )
 
 
@@ -174,6 +175,7 @@ def ahead_row(case: Case, goal: float) -> Row:
         goals=(Goal(peer="ascend ahead", faster_than=goal),),
         tolerance=TOLERANCE[case.dtype],
         rivals=RIVALS,
+        kin=("ascend ahead bound",),
     )
 
 
@@ -189,6 +191,6 @@ def rows() -> list[Row]:
             label = "h256" if batch == 1 else f"h256_b{batch}"
             found.append(row(label, Case(size, dtype), goals))
     for dtype in FAMILIES:
-        goals = (Goal(peer="ascend", floor_share=0.85),)
+        goals = (Goal(peer="ascend", roof_share=0.85),)
         found.append(row("h1024", Case(decode_model.HIDDEN_1024, dtype), goals, from_memory=True))
     return found

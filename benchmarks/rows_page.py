@@ -6,31 +6,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness import number
+from benchmarks.stored import PACKAGES
 
 Record = Mapping[str, Any]
 HEAD = """# Figures of the benchmarks
 
-Written by `make bench` from the rows it stores; `python -m benchmarks --page` writes it after rows that were measured
-one by one. What each row and contestant is, and how it is measured, is in [benchmarks.md](benchmarks.md). Nothing here
-ran on an Ascend card: `npu` is the host runtime. A time is the median of the rounds; behind it stands the time as a
-multiple of that of the row's first line, the median of the ratios inside a round, with their range. Rows are of the
-runs named in the last table; times of different rows are not compared.
+Written by `make bench` from the rows it stores; `.venv/bin/python -m benchmarks --page` writes it after rows that were
+measured one by one. What each row and contestant is, and how it is measured, is in [benchmarks.md](benchmarks.md).
+Nothing here ran on an Ascend card: `npu` is the host runtime. A time is the median of the rounds; behind it stands the
+time as a multiple of that of the row's first line, the median of the ratios inside a round, with their range. Rows are
+of the runs named in the last table; times of different rows are not compared.
 """
+SLOWER = """Peers whose time is below that of the row's first contestant, in the median of the rounds; where the range
+goes above 1, some rounds say otherwise. What does a part of the work, or is the first contestant in another way or
+format, is no peer."""
 
 
-def page(stored: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page in Markdown; `stored` are the rows by name, as in their JSON files."""
-    missed = [line for name, row in stored.items() for line in _missed(name, row["records"])]
-    lines = [HEAD, "## Targets that are missed", ""]
-    lines += missed or ["None."]
-    lines += [
-        "",
-        "## Rows",
-        "",
-        "| row | contestant | median | time / the first's (range) | targets |",
-        "|---" * 5 + "|",
-    ]
+def page(stored: Mapping[str, Mapping[str, Any]], peers: Mapping[str, Sequence[str]]) -> str:
+    """The page in Markdown; `stored` are the rows by name, as they are read, `peers` those that a row may be slower
+    than."""
+    sections = {
+        "Targets that are missed": ("", _missed),
+        "Slower than a peer": (SLOWER, lambda name, records: _slower(name, records, peers.get(name, ()))),
+    }
+    lines = [HEAD]
+    for title, (text, of_row) in sections.items():
+        found = [line for name, row in stored.items() for line in of_row(name, row["records"])]
+        lines += [f"## {title}", "", *([text, ""] if text else []), *(found or ["None."]), ""]
+    lines += ["## Rows", "", "| row | contestant | median | time / the first's (range) | targets |", "|---" * 5 + "|"]
     lines += [line for name, row in stored.items() for line in _lines(name, row["records"])]
+    lines += ["", "## Versions", "", "| package | version | rows |", "|---" * 3 + "|", *_versions(stored)]
     lines += ["", "## Conditions", "", "| row | measured | rounds | processor |", "|---" * 4 + "|"]
     lines += [_conditions(name, row) for name, row in stored.items()]
     return "\n".join(lines) + "\n"
@@ -42,6 +47,29 @@ def _missed(name: str, records: Sequence[Record]) -> Iterator[str]:
             yield f"- `{name}`, {record['peer']}: {record['goal']}; reached {_reached(record)}"
 
 
+def _slower(name: str, records: Sequence[Record], peers: Sequence[str]) -> Iterator[str]:
+    first = records[0]
+    for record in records:
+        if record["peer"] in peers and record["ratio"] is not None and record["ratio"] < 1:
+            yield (
+                f"- `{name}`: {first['peer']} {number(first['median'])} {first['unit']}, "
+                f"{record['peer']} {number(record['median'])} {record['unit']}; {record['ratio']:.3f}x "
+                f"({number(record['ratio_min'])} .. {number(record['ratio_max'])})"
+            )
+
+
+def _versions(stored: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each version of a package, the one of most rows first. Rows of before note only what they loaded."""
+    for package in PACKAGES:
+        rows: dict[str, list[str]] = {}
+        for name, row in stored.items():
+            rows.setdefault(row["about"].get("versions", {}).get(package, "not noted"), []).append(f"`{name}`")
+        most = max(rows, key=lambda version: len(rows[version]))
+        yield f"| {package} | {most} | {'all' if len(rows) == 1 else 'all others'} |"
+        for version in rows.keys() - {most}:
+            yield f"| {package} | {version} | {', '.join(rows[version])} |"
+
+
 def _reached(record: Record) -> str:
     """What a target is compared with, as far as the record has it."""
     if record["peer"] != record["subject"]:
@@ -49,8 +77,8 @@ def _reached(record: Record) -> str:
     parts = [f"{number(record['median'])} {record['unit']}"]
     if record["best_ratio"] is not None:
         parts.append(f"{record['best_ratio']:.3f}x of {record['best_rival']}")
-    if "floor" in record["goal"]:
-        parts.append(f"{record['floor'] / record['median']:.0%} of the floor")
+    if "roof" in record["goal"]:
+        parts.append(f"{record['roof'] / record['median']:.0%} of the roof")
     if record["rest"] is not None:
         parts.append(f"{number(record['rest'])} {record['unit']} beside its part")
     return ", ".join(parts)
@@ -77,8 +105,8 @@ def _target(record: Record) -> str:
     parts = [f"{record['goal']}: {'met' if record['met'] else 'missed'}"] if record["goal"] else []
     if record["rest"] is not None:
         parts.append(f"{number(max(0.0, record['rest']))} {record['unit']} beside its part")
-    if record["goal"] and "floor" in record["goal"]:
-        parts.append(f"{record['floor'] / record['median']:.0%} of the floor")
+    if record["goal"] and "roof" in record["goal"]:
+        parts.append(f"{record['roof'] / record['median']:.0%} of the roof")
     return "; ".join(parts)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -200,15 +202,58 @@ def test_unknown_row_names_the_nearest() -> None:
         command.main(["--rows", "graph_lunch"])
 
 
+def test_an_unknown_command_names_the_nearest() -> None:
+    with pytest.raises(SystemExit, match="no command 'instruction', did you mean 'instructions'"):
+        command.main(["instruction"])
+    with pytest.raises(SystemExit, match="did you mean '--rows graph_launch'"):
+        command.main(["graph_lunch"])
+
+
+def test_every_row_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(command.all_rows())
+
+
+def test_help_and_check_need_no_device(tmp_path: Path) -> None:
+    """torch_npu warns when it is imported, in front of what was asked for."""
+    program = f"""
+import sys
+from benchmarks import __main__ as command
+assert command.main(["check", "--results", {str(tmp_path)!r}]) == 1
+assert "torch" not in sys.modules
+for name in ([], *([name] for name in command.COMMANDS)):
+    try:
+        command.main([*name, "--help"])
+    except SystemExit as ended:
+        assert ended.code == 0
+    else:
+        raise AssertionError(name)
+assert "torch_npu" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=command.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"usage: python -m benchmarks {name} " in done.stdout for name in command.COMMANDS)
+
+
+def test_peers_are_those_that_the_subject_can_be_slower_than() -> None:
+    rows = command.all_rows()
+    assert rows["two_streams"].peers == ["one stream", "cpu eager"]
+    assert rows["vllm_decode_b1"].peers == ["PIECEWISE", "NONE"]
+    assert rows["decode_step_h32_ahead"].peers == ["cpu eager", "aot inductor", "onnx runtime", "openvino"]
+    for row in rows.values():
+        assert {*row.kin} <= row.contestants.keys() and not {*row.rivals} & {*row.kin}
+
+
 @pytest.mark.timeout(300)
 def test_command_runs_a_row_in_its_own_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--quick", "--rows", "graph_launch", "--results", str(tmp_path)]) == 0
     stored = json.loads((tmp_path / "graph_launch.json").read_text())
-    keys = {"row", "subject", "peer", "unit", "median", "min", "max", "ratio", "floor", "goal"}
+    keys = {"row", "subject", "peer", "unit", "median", "min", "max", "ratio", "roof", "goal"}
     assert all(keys <= set(record) for record in stored["records"])
     assert [record["peer"] for record in stored["records"]] == ["graph replay", "npu eager", "cpu eager"]
     printed = capsys.readouterr().out
-    assert "launch and wait of a graph" in printed and "floor 0.18 us" in printed
+    assert "launch and wait of a graph" in printed and "roof 0.18 us" in printed
     cpu = stored["records"][-1]
     assert cpu["max_abs_error"] == 0.0 and 0.3 < cpu["min"] < 1e3
 

@@ -56,15 +56,15 @@ def test_a_peer_that_is_not_installed_says_how_to_get_it() -> None:
         peers.installed("no_such_peer")
 
 
-def test_goals_against_the_best_rival_and_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goals_against_the_best_rival_and_the_roof(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"own": 1e-3, "quick": 1.5e-3, "slow": 3e-3, "no rival": 1e-4}
     contestants = {name: lambda name=name: Contestant(name, lambda count: None) for name in names}
-    goals = (Goal("own", faster_than=1.4), Goal("own", floor_share=0.9))
-    row = Row("demo", "t", "ms", contestants, "own", goals, rivals=("slow", "quick"), floor=lambda: 0.95)
+    goals = (Goal("own", faster_than=1.4), Goal("own", roof_share=0.9))
+    row = Row("demo", "t", "ms", contestants, "own", goals, rivals=("slow", "quick"), roof=lambda: 0.95)
     seconds = {name: [value] * 3 for name, value in names.items()}
     monkeypatch.setattr(harness, "measure", lambda *_: harness.Measured(seconds, 0, False))
     own = harness.run(row, Settings.quick())[0]
     assert (own["best_rival"], own["best_ratio"], own["met"]) == ("quick", pytest.approx(1.5), True)
-    assert own["goal"] == ">= 1.4x; 90% of the floor" and own["floor"] == 0.95
+    assert own["goal"] == ">= 1.4x; 90% of the roof" and own["roof"] == 0.95
     seconds["quick"] = [1.2e-3] * 3
     assert harness.run(row, Settings.quick())[0]["met"] is False
