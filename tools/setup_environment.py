@@ -12,6 +12,8 @@ Steps, each remembered by a hash of what it depends on (in `<venv>/.npu_compiler
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -20,11 +22,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "runtime"
+LOCK = ROOT / ".setup.lock"
 NEEDED_BYTES = 8 << 30  # .venv takes 3 GB; pip and the build need the rest on the way
 HEARTBEAT_S = 30
 TORCH, TORCH_NPU, VLLM = "2.13.0", "2.13.0", "0.32.0"
@@ -93,6 +97,19 @@ def steps(bench: bool) -> list[Step]:
         ),
         *peers,
     ]
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Waits until no other process is in here with the file `lock`: two at once would break each other's packages and
+    build. The system gives the lock back when a process ends, however it ends."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another `make setup` is at work in {lock.parent}; waiting until it is done")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def prepare(venv: Path, bench: bool) -> None:
@@ -179,7 +196,8 @@ def main() -> None:
         return
     check_machine(arguments.venv.absolute())
     try:
-        prepare(arguments.venv.absolute(), arguments.bench)
+        with alone(LOCK):
+            prepare(arguments.venv.absolute(), arguments.bench)
     except KeyboardInterrupt:
         raise SystemExit("\nsetup: stopped; finished steps are kept, run `make setup` again") from None
 
