@@ -43,8 +43,9 @@ class Around:
         def call(*args: Any) -> list[Any]:
             nonlocal pending
             if (wrapped := pending) is not None:
-                pending = None
-                return list(wrapped(*args))
+                outputs = list(wrapped(*args))
+                pending = None  # a call that failed was no first call
+                return outputs
             if autocast or torch.is_grad_enabled():
                 with torch.no_grad(), torch._C._DisableAutocast() if autocast else contextlib.nullcontext():
                     outputs = list(run(*args))

@@ -158,9 +158,9 @@ def _convention(metadata: ViewAndMutationMeta | None, same_inputs: bool) -> str:
         return "the state of random numbers is an input"
     if metadata.mutated_inp_runtime_indices:
         return "inputs are written behind the graph"
-    if metadata.num_outputs_aliased:
+    if metadata.num_outputs_aliased or metadata.num_intermediate_bases:
         return "outputs are views of inputs or of each other"
-    if metadata.grad_enabled_mutation is not None or metadata.num_intermediate_bases:
+    if metadata.grad_enabled_mutation is not None:
         return EFFECTS
     layouts = (*metadata.subclass_inp_meta, *metadata.subclass_fw_graph_out_meta)
     if metadata.act_input_indices or not all(isinstance(entry, (int, PlainTensorMeta)) for entry in layouts):

@@ -53,6 +53,8 @@ std::shared_ptr<const FetchAhead> FetchAhead::of(const std::deque<Node>& nodes) 
   for (const auto& [node, weight] : weights) {
     const auto* address = static_cast<const char*>(weight.address);
     if (node > 0) result->next_[node - 1] = {address, std::min(weight.bytes, kBeginning)};
+    const auto same = [address](const Weight& other) { return other.address == address; };
+    if (std::any_of(result->first_.begin(), result->first_.end(), same)) continue;  // read by several nodes
     const size_t taken = std::min(left, weight.bytes);
     if (taken > 0) result->first_.push_back({address, taken});
     left -= taken;

@@ -130,7 +130,8 @@ class WaitPoint {
   }
 
   /// How often the calling thread left its core to another one while it could have run. A virtual machine's
-  /// core that its host takes away is not counted: there is nobody to make room for.
+  /// core that its host takes away is not counted: there is nobody to make room for. An earlier yield
+  /// of the same wait that was short is: to ask behind each would take longer than the yield.
   static int64_t times_gave_way() {
     rusage usage{};
     getrusage(RUSAGE_THREAD, &usage);

@@ -30,7 +30,7 @@ host_runtime::MemoryAccess extent(const Operand& operand) {
     (reach < 0 ? low : high) += reach;
   }
   return {static_cast<const char*>(t.storage) + low * item, static_cast<size_t>((high - low + 1) * item),
-          operand.mode, operand.whole};
+          operand.mode, operand.whole && high - low + 1 == t.numel()};
 }
 
 void print(std::ostream& out, const Attribute& attribute) {

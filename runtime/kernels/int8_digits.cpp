@@ -70,6 +70,27 @@ int32_t largest_bits(const T* x, int64_t size) {
   return most;
 }
 
+/// The exponents that values of T may lie below their row's largest: what is rounded off them is then about
+/// what T itself rounds off.
+template <typename T>
+constexpr int32_t kDepthOfExponents = std::is_same_v<T, float>  ? 8
+                                      : std::is_same_v<T, Half> ? 14
+                                                                : 16;
+
+/// Whether more than an eighth of the values, zeros aside, lie deeper than that.
+template <typename T>
+bool has_outliers(const T* x, int64_t size, int32_t largest) {
+  const int32_t least = largest - (kDepthOfExponents<T> << 23);
+  if (least <= 0) return false;
+  int64_t deeper = 0;
+  for (int64_t k = 0; k < size; k += kLanes) {
+    const auto bits = bits_as<__m512i>(absolute(load_within(x, k, size)));
+    const __mmask16 there = _mm512_cmpgt_epi32_mask(bits, _mm512_setzero_si512());
+    deeper += __builtin_popcount(_mm512_mask_cmplt_epi32_mask(there, bits, _mm512_set1_epi32(least)));
+  }
+  return deeper > size / 8;
+}
+
 KERNEL_INLINE __m512i add_negative(__m512i start, const int8_t* digits) {
   const __m512i sum =
       _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(kUnsigned), _mm512_load_si512(digits));
@@ -98,6 +119,7 @@ bool turn_row(const T* x, int64_t size, DigitBlock<T>* to, float* unit) {
   // With the exponent e the largest value is below 2^(e - 126), and times 2^(156 - e) below 2^30.
   const int32_t exponent = bits == 0 ? 127 : bits >> 23;
   if (exponent < 30 || exponent == 255) return false;
+  if (has_outliers(x, size, bits)) return false;
   *unit = same_bits<float>((exponent - 29) << 23);
   const Lanes factor = splat(same_bits<float>((283 - exponent) << 23));
   // Added to an integer, this makes each of its bytes a balanced digit plus 128.

@@ -62,7 +62,7 @@ struct Stream {
 void weights_of_a_graph_in_a_loop_are_fetched() {
   const Stream stream;
   const Weight first, second;
-  const Graph graph(stream.handle, {{first.whole()}, {}, {second.whole()}});
+  const Graph graph(stream.handle, {{first.whole()}, {}, {second.whole()}, {first.whole()}});
   // The first replay says nothing yet about the next one.
   CHECK(graph.fetched_behind(1) == 0);
   CHECK(graph.fetched_behind(1) == (kCacheKnown ? 2 * kBytes : 0));
