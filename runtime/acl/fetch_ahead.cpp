@@ -10,7 +10,7 @@
 namespace host_runtime {
 namespace {
 
-/// Measured: more than this of a weight before its product gains no more.
+/// What of a weight is fetched before its product: until the product's own fetching ahead has caught up.
 constexpr size_t kBeginning = 16 << 10;
 
 /// What first() may fill of the second-level cache: the rest is for what a replay computes with.

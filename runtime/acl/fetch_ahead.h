@@ -1,6 +1,5 @@
-// Weights of a graph, fetched into a core's own cache before a replay comes to them. Fetching takes no time
-// of the thread, so it fills gaps: those between products, and the one that the host leaves between two
-// replays.
+// Weights of a graph, fetched into a core's own cache before a replay comes to them: in the gaps between
+// products, and in the one that the host leaves between two replays.
 #pragma once
 
 #include <algorithm>
@@ -50,7 +49,7 @@ class FetchAhead {
     size_t bytes = 0;
   };
   static constexpr size_t kLine = 64;
-  static constexpr size_t kPiece = 16 * kLine;  ///< fetched in half a microsecond from the last cache
+  static constexpr size_t kPiece = 16 * kLine;  ///< between two looks whether it is enough
 
   static void fetch(const char* address, size_t from, size_t to) {
     for (; from < to; from += kLine) __builtin_prefetch(address + from, 0, 2);

@@ -222,6 +222,7 @@ void GraphLaunch::run() {
   check::begin_replay(*stream, *graph_);
   graph_->run();
   check::end_replay(*stream, *graph_);
+  // Another thread's cache is not the one that the stream's thread fills.
   if (!on_borrowed_thread()) stream->between_replays().replayed(graph_->fetch_ahead());
 }
 

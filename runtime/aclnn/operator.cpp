@@ -17,7 +17,7 @@ namespace {
 /// The bytes that a view can touch: from its lowest to its highest element.
 host_runtime::MemoryAccess extent(const Operand& operand) {
   const Tensor& t = *operand.tensor;
-  if (t.numel() == 0) return {t.storage, 0, operand.mode, operand.whole};
+  if (t.numel() == 0) return {t.storage, 0, operand.mode};
   const auto item = static_cast<int64_t>(t.itemsize());
   if (!t.is_plain()) {
     int64_t count = 1;

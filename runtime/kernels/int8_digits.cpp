@@ -70,8 +70,8 @@ int32_t largest_bits(const T* x, int64_t size) {
   return most;
 }
 
-/// The exponents that values of T may lie below their row's largest: what is rounded off them is then about
-/// what T itself rounds off.
+/// The exponents that values of T may lie below their row's largest: what is rounded off them is then hardly
+/// more than what T itself rounds off, and less for the types of 16 bits.
 template <typename T>
 constexpr int32_t kDepthOfExponents = std::is_same_v<T, float>  ? 8
                                       : std::is_same_v<T, Half> ? 14

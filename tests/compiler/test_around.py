@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from npu_compiler.backend import ascend, compile_fx
 from npu_compiler.cache import FOLDER
 from npu_compiler.errors import TrainingWarning
+from npu_compiler.graph.around import Around
 from tests.compiler.test_capture import Compiled, assert_same, check, to_npu
 
 WRAPPER = "_aot_autograd/runtime_wrappers.py"
@@ -108,6 +109,22 @@ def test_what_the_program_does_not_do_keeps_the_wrapper(case: str) -> None:
         for got, want in zip(found, expected, strict=True):
             same = want.untyped_storage().data_ptr() == here.untyped_storage().data_ptr()
             assert (got.untyped_storage().data_ptr() == there.untyped_storage().data_ptr()) == same
+
+
+def test_a_first_call_that_fails_is_made_again() -> None:
+    """At a first call torch watches what custom operators return: nothing is watched in one that fails."""
+    calls = []
+
+    def first(x: int) -> list[int]:
+        calls.append(x)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError
+        return [x]
+
+    call = Around().call(lambda x: [-x], first=first)
+    with pytest.raises(torch.OutOfMemoryError):
+        call(1)
+    assert [call(2), call(3)] == [[2], [-3]]
 
 
 def test_inputs_that_overlap_and_are_written_keep_the_wrapper() -> None:
