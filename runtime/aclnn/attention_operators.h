@@ -45,7 +45,7 @@ struct FusedInferAttention {
 /// Checks the documented constraints and prepares the kernel; asks for its scratch as workspace.
 Work fused_infer_attention(Call& call, const FusedInferAttention& arguments);
 
-/// aclnnFlashAttentionScore and aclnnFlashAttentionVarLenScore(V2..V4), forward only.
+/// aclnnFlashAttentionScore(V2) and aclnnFlashAttentionVarLenScore, forward only.
 struct FlashAttention {
   const Tensor* query = nullptr;
   const Tensor* key = nullptr;
@@ -68,6 +68,7 @@ struct FlashAttention {
   const Tensor* softmax_max = nullptr;
   const Tensor* softmax_sum = nullptr;
   const Tensor* attention_out = nullptr;
+  int64_t pse_type = 1;  ///< 0: realShift is added to the scaled scores; 1: scores are scaled with it
 };
 Work flash_attention(Call& call, const FlashAttention& arguments);
 

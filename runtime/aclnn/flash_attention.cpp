@@ -1,4 +1,4 @@
-// aclnnFlashAttentionScore (forward), which torch's scaled_dot_product_attention reaches on npu.
+// aclnnFlashAttentionScore and V2 (forward): torch's scaled_dot_product_attention reaches the first on npu.
 #include <algorithm>
 #include <memory>
 
@@ -152,16 +152,7 @@ class Builder {
 
   void set_mask() {
     const ScoreShape shape{query_.batches, query_.heads, query_.tokens, key_.tokens};
-    if (a_.real_shift != nullptr && a_.real_shift->numel() > 0) {
-      if (packed_) call_.refuse("realShift", "is not implemented for layout TND by the host runtime");
-      require_same_dtype(call_, "realShift", *a_.real_shift, "query", *a_.query);
-      require_rank(call_, "realShift", *a_.real_shift, 4, 4);
-      const ScoreAxes axes = score_axes(call_, "realShift", *a_.real_shift, shape, false);
-      kernel_.bias = a_.real_shift->data();
-      kernel_.bias_head_stride = axes.head_stride;
-      kernel_.bias_row_stride = axes.token_stride;
-      for (int64_t i = 0; i < query_.batches; ++i) kernel_.sequences[i].bias_offset = i * axes.batch_stride;
-    }
+    set_shift();
     // "Without attenMask sparseMode, preTokens and nextTokens have no effect."
     const Tensor* mask = a_.atten_mask != nullptr && a_.atten_mask->numel() > 0 ? a_.atten_mask : nullptr;
     if (mask == nullptr) return;
@@ -177,6 +168,30 @@ class Builder {
     kernel_.mask_head_stride = axes.head_stride;
     kernel_.mask_row_stride = axes.token_stride;
     for (int64_t i = 0; i < query_.batches; ++i) kernel_.sequences[i].mask_offset = i * axes.batch_stride;
+  }
+
+  /// [B, N, Sq, Sk], [B, N, 1, Sk] or [1, N, Sq, Sk].
+  void set_shift() {
+    constexpr int64_t kAddedToScaled = 0, kScaledToo = 1;
+    if (a_.pse_type != kAddedToScaled && a_.pse_type != kScaledToo)
+      call_.refuse("pseType", "has to be 0 or 1 on the host runtime, which makes no shift itself; it is " +
+                                  text(a_.pse_type));
+    if (a_.real_shift == nullptr || a_.real_shift->numel() == 0) return;
+    const Tensor& shift = *a_.real_shift;
+    if (packed_) call_.refuse("realShift", "is not implemented for layout TND by the host runtime");
+    require_same_dtype(call_, "realShift", shift, "query", *a_.query);
+    require_rank(call_, "realShift", shift, 4, 4);
+    const bool one_row = shift.size(2) == 1;
+    if (shift.size(1) != query_.heads || (one_row && shift.size(0) != query_.batches))
+      call_.refuse("realShift", "has to be [B, N, Sq, Skv], [B, N, 1, Skv] or [1, N, Sq, Skv]; it is " +
+                                    describe(shift) + " for query " + describe(*a_.query));
+    const ScoreShape shape{query_.batches, query_.heads, one_row ? 1 : query_.tokens, key_.tokens};
+    const ScoreAxes axes = score_axes(call_, "realShift", shift, shape, false);
+    kernel_.bias = shift.data();
+    kernel_.bias_head_stride = axes.head_stride;
+    kernel_.bias_row_stride = one_row ? 0 : axes.token_stride;
+    if (a_.pse_type == kScaledToo) kernel_.bias_scale = kernel_.scale;
+    for (int64_t i = 0; i < query_.batches; ++i) kernel_.sequences[i].bias_offset = i * axes.batch_stride;
   }
 
   Call& call_;

@@ -67,7 +67,8 @@ struct Attention {
   float* row_sum = nullptr;
   const uint8_t* mask = nullptr;  ///< nonzero: not seen
   int64_t mask_row_stride = 0, mask_head_stride = 0;
-  const void* bias = nullptr;  ///< added to the scaled scores
+  const void* bias = nullptr;  ///< its product with bias_scale is added to the scaled scores
+  float bias_scale = 1.0f;
   int64_t bias_row_stride = 0, bias_head_stride = 0;
   const float* sink = nullptr;  ///< one a head: joins the denominator
   const int32_t* block_table = nullptr;
