@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from npu_compiler.fusion_kernels import watched
+from npu_compiler.fusion_kernels.attention import ATTENTION
 from npu_compiler.fusion_kernels.expert_dispatch import MC2_COMBINE, MC2_DISPATCH, MC2_DISPATCH_QUANT
 from npu_compiler.fusion_kernels.expert_exchange import ALL_TO_ALL_COMBINE, ALL_TO_ALL_DISPATCH
 from npu_compiler.fusion_kernels.geglu import GEGLU
@@ -69,6 +70,7 @@ OPERATORS: tuple[FusedOperator, ...] = (
     GEGLU,
     GEGLU_DYNAMIC_QUANT,
     FAST_GELU,
+    ATTENTION,
     TRANSPOSE_BMM,
     MATMUL_ALL_REDUCE,
     REDUCE_SCATTER_ROWS,

@@ -18,7 +18,7 @@ from torch import fx
 
 Bindings = dict[str, object]
 VIEWS = ("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default")
-CASTS = ("aten._to_copy.default", "prims.convert_element_type.default")
+CASTS = ("aten._to_copy.default", "prims.convert_element_type.default", "npu._npu_dtype_cast.default")
 SPLITS = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default")
 
 

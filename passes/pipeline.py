@@ -25,6 +25,7 @@ from npu_compiler.graph.spec import SpecCheck, lint, refresh_aliases
 from npu_compiler.passes import (
     add_layer_norm,
     add_rms_norm,
+    attention,
     attention_exchange,
     cat_split,
     common,
@@ -116,6 +117,11 @@ PASSES: tuple[Pass, ...] = (
     Pass(gelu.NAME, "before geglu, which looks for the operator", rules=gelu.RULES),
     Pass(geglu.NAME, "any place among the rules", rules=geglu.RULES),
     Pass(geglu_quant.NAME, "behind geglu, whose operator it looks for", rules=geglu_quant.RULES),
+    Pass(
+        attention.NAME,
+        "before transpose_bmm and matmul_bias, which look at products and additions too",
+        rules=attention.RULES,
+    ),
     Pass(transpose_bmm.NAME, "any place among the rules", rules=transpose_bmm.RULES),
     Pass(matmul_bias.NAME, "behind the norms, which claim additions of a residual", rules=matmul_bias.RULES),
     Pass(

@@ -194,7 +194,9 @@ def _rewrite(graph: fx.Graph, rule: Rule, match: Match, record: PassRecord, eras
     record.fire(rule.name, match.root, match.nodes, saves, build.made)
     for old, new in zip(replaced, outputs, strict=True):
         old.replace_all_uses_with(new)
+    sources = [source for node in match.nodes for source in node.all_input_nodes]
     erased |= erase_unused(graph, match.nodes)
+    erased |= _erase_unused_sources(graph, [source for source in sources if source not in erased])
     return verdict
 
 
@@ -382,6 +384,19 @@ def _unaffected(user: fx.Node, node: fx.Node, new: torch.Tensor) -> bool:
         return False
     now, then = list(tensors(user)), list(tensors(infer(user, {node: new})))
     return len(now) == len(then) and all(same_layout(*pair, "result") for pair in zip(now, then, strict=True))
+
+
+def _erase_unused_sources(graph: fx.Graph, sources: list[fx.Node]) -> set[fx.Node]:
+    """Erases what only erased calls used, such as copies that a rule passes by; returns it."""
+    gone: set[fx.Node] = set()
+    while sources:
+        source = sources.pop()
+        if source in gone or source.users or source.op != "call_function" or not is_pure(source):
+            continue
+        sources += source.all_input_nodes
+        graph.erase_node(source)
+        gone.add(source)
+    return gone
 
 
 def erase_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:

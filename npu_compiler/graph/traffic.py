@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from npu_compiler.facts.sizes import expression
-from npu_compiler.graph.effects import tensors
+from npu_compiler.graph.effects import storage, tensors
 
 UNDECLARED_VIEW = "aten._unsafe_view.default"
 """A view whose schema does not say so: autograd is not to track it."""
@@ -23,7 +23,20 @@ Amount: TypeAlias = "int | sympy.Expr"
 def is_view(node: fx.Node) -> bool:
     """Whether a call only looks at memory in another way (split and getitem included)."""
     target = node.target
-    return target is operator.getitem or (isinstance(target, torch._ops.OpOverload) and is_view_operator(target))
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    return is_view_operator(target) and not (_may_copy(target) and _copies(node))
+
+
+@functools.cache
+def _may_copy(target: torch._ops.OpOverload) -> bool:
+    """Whether a view operator is made of others, as reshape is, which copies what can't be viewed."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+
+
+def _copies(node: fx.Node) -> bool:
+    made = {storage(tensor) for tensor in tensors(node)}
+    return made.isdisjoint(storage(tensor) for source in node.all_input_nodes for tensor in tensors(source))
 
 
 @functools.cache

@@ -66,11 +66,16 @@ FAMILIES: dict[str, tuple[dict[str, Any], int, int, set[str]]] = {
 DECODERS = {"gpt2", "opt", "phi", "gpt_neox"}
 
 
-def kernels(family: str, layers: int) -> tuple[list[str], list[str]]:
+# Where attention is written out: kernels of a layer before and after.
+WRITTEN_OUT = {"bert": (22, 10), "gpt2": (28, 8), "phi": (41, 14), "modernbert": (38, 9)}
+
+
+def kernels(family: str, layers: int, attention: str = "sdpa") -> tuple[list[str], list[str]]:
     """The kernels of a model before and after the passes, sorted."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SMALL | FAMILIES[family][0])
     config.num_hidden_layers = layers
+    config._attn_implementation = attention
     model = AutoModel.from_config(config, dtype=torch.bfloat16).eval()
     more = {"use_cache": False} if family in DECODERS else {}
     tokens = torch.randint(3, 96, (2, 7))
@@ -103,3 +108,13 @@ def test_kernels_of_a_layer(family: str) -> None:
     layer = difference(two[1], one[1])
     assert len(layer) == after, layer
     assert {name for name in layer if "attention" not in name} == left
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name == "bert" else pytest.mark.full) for name in WRITTEN_OUT]
+)
+def test_kernels_of_a_layer_with_attention_written_out(family: str) -> None:
+    one, two = kernels(family, 1, "eager"), kernels(family, 2, "eager")
+    before, after = (difference(more, fewer) for more, fewer in zip(two, one, strict=True))
+    assert (len(before), len(after)) == WRITTEN_OUT[family], (before, after)
+    assert "npu_fused.attention.default" in after

@@ -98,6 +98,10 @@ GRAPHS = {
         (4, 5),
         dtype=torch.float16,
     ),
+    # a reshape that copies was taken for a view: on several streams nobody waited for what it reads
+    "reshape that copies": Graph(
+        (Own(4), ("cos", (0,)), ("transposed", (1,)), ("flat", (2,)), ("clone", (3,))), outputs=(4, 3)
+    ),
 }
 
 
