@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from benchmarks import plot, stored
+from benchmarks import conditions, plot, stored
 
 # What imports torch, and with it torch_npu, is imported where it is used: --help and `check` need no device.
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def write_page(results: Path) -> bool:
     return True
 
 
-def table(title: str, found: Sequence[dict[str, Any]]) -> str:
-    """The row as text: a line per peer, its time, and the ratio to the subject (median, range)."""
+def table(title: str, found: Sequence[dict[str, Any]], disturbances: Sequence[str] = ()) -> str:
+    """The row as text: a line per peer, its time, and the ratio to the subject (median, range); what disturbed it."""
     from benchmarks.harness import number
 
     unit, subject = found[0]["unit"], found[0]["subject"]
@@ -121,17 +121,20 @@ def table(title: str, found: Sequence[dict[str, Any]]) -> str:
         lines.append(f"  {subject} beside its part: {number(first['rest'])} {unit}  ({span})")
     notes = [f"{max(record['rounds'] for record in found)} rounds, {first['rejected']} disturbed"]
     notes += ["TOO FEW UNDISTURBED ROUNDS, disturbed ones counted"] * bool(first["noisy"])
+    if first["conditions"] is not None:
+        notes.append(f"others had {first['conditions']['others']:.0%} of the cores")
     if first["roof"] is not None:
         share = f", {first['roof'] / first['median']:.0%} of it reached" if first["median"] else ""
         notes.append(f"roof {number(first['roof'])} {unit}{share}")
-    return "\n".join([*lines, f"  [{'; '.join(notes)}]"])
+    lines.append(f"  [{'; '.join(notes)}]")
+    return "\n".join([*lines, *(f"  DISTURBED ALL THE WHILE: {one}; measure again" for one in disturbances)])
 
 
 def chosen(names: str | None, quick: bool) -> list[str]:
     """The rows asked for, in the order of the table; without names all, but no long one when `quick`.
 
     Raises:
-        SystemExit: an unknown row; the nearest one is named.
+        SystemExit: an unknown row; one that is spelled nearly so is named.
     """
     known = list(rows := all_rows())
     if names is None:
@@ -139,28 +142,29 @@ def chosen(names: str | None, quick: bool) -> list[str]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in known:
-            meant = nearest(name, known)
-            raise SystemExit(f"benchmarks: no row {name!r}, did you mean {meant!r}? Rows: {', '.join(known)}")
+            meant = suggestion(name, known)
+            raise SystemExit(f"benchmarks: no row {name!r}{meant} Rows: {', '.join(known)}")
     return [name for name in known if name in wanted]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+def suggestion(name: str, known: Iterable[str], rows: Iterable[str] = ()) -> str:
+    """How a sentence ends: with the near one of `known`, with its option if it is of `rows`, or with a full stop."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean '{'--rows ' * (near[0] in rows)}{near[0]}'?" if near else "."
 
 
 def command(name: str, arguments: Sequence[str]) -> int:
     """Runs one of COMMANDS.
 
     Raises:
-        SystemExit: there is none of this name; the nearest one is named, or how to measure the row of this name.
+        SystemExit: there is none of this name; one that is spelled nearly so is named, or how to measure such a row.
     """
     if name in COMMANDS:
         module = importlib.import_module(f"benchmarks.{COMMANDS[name][0]}")
         return int(module.main(arguments))
     rows = list(all_rows())
-    meant = nearest(name, [*COMMANDS, *rows])
-    meant = f"--rows {meant}" if meant in rows else meant
-    raise SystemExit(f"benchmarks: no command {name!r}, did you mean {meant!r}? Commands: {', '.join(COMMANDS)}")
+    meant = suggestion(name, [*COMMANDS, *rows], rows)
+    raise SystemExit(f"benchmarks: no command {name!r}{meant} Commands: {', '.join(COMMANDS)}")
 
 
 class ListRows(argparse.Action):
@@ -213,7 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"\nbenchmarks: interrupted in {name}; the rows before it are stored", file=sys.stderr)
             return 130
-        print(table(measured["about"]["title"], measured["records"]) + "\n", flush=True)
+        disturbances = conditions.disturbances(measured, kept_rows(options.results, all_rows()).values())
+        print(table(measured["about"]["title"], measured["records"], disturbances) + "\n", flush=True)
     picture = options.results / "benchmarks.png"
     problem = plot.draw([*kept_rows(options.results, all_rows()).values()], picture)
     print(f"benchmarks: {problem or picture}", file=sys.stderr)

@@ -9,7 +9,7 @@ A table of the file is a row. Its keys:
     "npu eager" = 8.0     time of that contestant / time of the subject, at least
 
 Nothing is measured here: `make bench` does. A row that was not measured and a contestant that is missing fail too; a
-row with too few undisturbed rounds is noted.
+row that was disturbed is noted.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import stored
+from benchmarks import conditions, stored
 
 FLOORS = Path(__file__).parent / "floors.toml"
 MOST = ("at_most", "rest")
-OF_ROOF = ("of_roof", "of_floor")
-"""The second one is what older files of floors call it."""
 Floors = Mapping[str, Mapping[str, float]]
 
 
@@ -38,7 +36,7 @@ def figure(key: str, found: Mapping[str, dict[str, Any]]) -> float | None:
         return subject.get("rest")
     if key == "best":
         return subject["best_ratio"]
-    if key in OF_ROOF:
+    if key == "of_roof":
         return subject["roof"] / subject["median"] if subject["roof"] and subject["median"] else None
     return found[key]["ratio"] if key in found else None
 
@@ -67,10 +65,12 @@ def broken(row: str, limits: Mapping[str, float], kept: stored.Row | None) -> li
 def check(floors: Floors, results: Path) -> tuple[list[str], list[str]]:
     """The floors that don't hold, and notes on rows whose figures are rough, in the order of `floors`."""
     wrong, notes = [], []
+    rows = {row: stored.read(results, row) for row in floors}
+    there = [kept for kept in rows.values() if kept]
     for row, limits in floors.items():
-        kept = stored.read(results, row)
+        kept = rows[row]
         wrong += broken(row, limits, kept)
-        if kept and (kept["about"]["quick"] or kept["records"][0]["noisy"]):
+        if kept and (kept["about"]["quick"] or kept["records"][0]["noisy"] or conditions.disturbances(kept, there)):
             notes.append(f"{row}: measured with --quick or on a busy machine; measure again before you believe it")
     return wrong, notes
 

@@ -4,15 +4,56 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import dataclasses
+import os
 import resource
 import threading
 import time
+from collections.abc import Iterable
 
 import psutil
 
 POOL = "torch/_inductor/compile_worker"
 """Part of the command line of Inductor's pool of compile workers."""
 TICK_S = 0.01
+LOADED = 0.1
+"""Above this share of the machine's cores that other programs had, times are rough."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """Who used the cores for a while.
+
+    Attributes:
+        seconds: by the clock.
+        all: CPU seconds of all programs of the machine, and those that its host gave to other machines (steal).
+        own: CPU seconds of this process, and of its children that have ended and were waited for.
+    """
+
+    seconds: float
+    all: float
+    own: float
+
+    @staticmethod
+    def until_now() -> Use:
+        """Since some moment in the past, the same one in each call."""
+        machine = psutil.cpu_times()  # guests are in user and nice
+        busy = machine.user + machine.nice + machine.system + machine.irq + machine.softirq + machine.steal
+        own = os.times()
+        return Use(time.perf_counter(), busy, own.user + own.system + own.children_user + own.children_system)
+
+    def since(self, before: Use) -> Use:
+        return Use(self.seconds - before.seconds, self.all - before.all, self.own - before.own)
+
+    @staticmethod
+    def sum(uses: Iterable[Use]) -> Use:
+        parts = [(use.seconds, use.all, use.own) for use in uses]
+        return Use(*map(sum, zip(*parts, strict=True)))
+
+    @property
+    def others(self) -> float:
+        """The share of the machine's cores that others had. The kernel counts ticks of 10 ms: rough below a second."""
+        return max(0.0, self.all - self.own) / (self.seconds * (os.cpu_count() or 1))
 
 
 def spent() -> float:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-PROBE_TOLERANCE = 1.3
+from benchmarks import conditions, cpu
+from benchmarks.conditions import PROBE_TOLERANCE
 
 
 class Missing(RuntimeError):
@@ -157,6 +158,7 @@ class Probe:
     def __init__(self) -> None:
         self.left, self.right = torch.rand(96, 96), torch.rand(96, 96)
         self.best = min(self.read() for _ in range(20))
+        self.readings: list[float] = []
 
     def read(self) -> float:
         seconds = []
@@ -170,18 +172,35 @@ class Probe:
     def disturbed(self) -> bool:
         """Whether the machine is busy now; a new best reading becomes the standard."""
         now = self.read()
+        self.readings.append(now)
         self.best = min(self.best, now)
         return now > PROBE_TOLERANCE * self.best
 
 
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """Seconds per loop of each contestant in a round, what the probe took meanwhile, and who had the cores."""
+
+    seconds: dict[str, float]
+    probe: list[float]
+    use: cpu.Use
+
+
 @dataclasses.dataclass
 class Measured:
-    """Seconds per unit of work of each contestant, one entry per accepted round, in step with each other."""
+    """What the rounds that count came to.
+
+    Attributes:
+        seconds: per unit of work of each contestant, one entry per round, in step with each other.
+        rejected: disturbed rounds.
+        noisy: too few rounds passed the probe, so that disturbed rounds had to be kept.
+        conditions: of these rounds (conditions.noted); None without any.
+    """
 
     seconds: dict[str, list[float]]
     rejected: int
     noisy: bool
-    """True when too few rounds passed the probe, so that disturbed rounds had to be kept."""
+    conditions: dict[str, float] | None = None
 
 
 def timed(contestant: Contestant, loops: int) -> float:
@@ -218,20 +237,24 @@ def measure(contestants: Sequence[Contestant], divisor: int, settings: Settings,
     """Runs interleaved rounds until enough are undisturbed, or `settings.attempts` have been run."""
     loops = {one.name: settings.loops or calibrate(one, settings.round_seconds, agree) for one in contestants}
     probe = Probe()
-    accepted: list[dict[str, float]] = []
-    disturbed_rounds: list[dict[str, float]] = []
+    accepted: list[Round] = []
+    disturbed_rounds: list[Round] = []
     for attempt in range(settings.attempts):
         # Turn the order, so that nobody always runs behind the same neighbour.
         shift = attempt % len(contestants)
         order = [*contestants[shift:], *contestants[:shift]]
+        before, read = cpu.Use.until_now(), len(probe.readings)
         seconds, disturbed = one_round(order, loops, probe, agree)
-        (disturbed_rounds if disturbed else accepted).append(seconds)
+        found = Round(seconds, probe.readings[read:], cpu.Use.until_now().since(before))
+        (disturbed_rounds if disturbed else accepted).append(found)
         if len(accepted) >= settings.rounds:
             break
     noisy = len(accepted) < settings.rounds
     kept = accepted + disturbed_rounds[: settings.rounds - len(accepted)] if noisy else accepted
-    columns = {c.name: [round_[c.name] / divisor for round_ in kept] for c in contestants}
-    return Measured(columns, len(disturbed_rounds), noisy)
+    columns = {c.name: [round_.seconds[c.name] / divisor for round_ in kept] for c in contestants}
+    typical = statistics.median(reading for round_ in kept for reading in round_.probe)
+    seen = conditions.noted(cpu.Use.sum(round_.use for round_ in kept), typical)
+    return Measured(columns, len(disturbed_rounds), noisy, seen)
 
 
 def check_outputs(contestants: Sequence[Contestant], reference: str, tolerance: float) -> dict[str, float | None]:
@@ -298,6 +321,7 @@ def records(
         record.update(best_rival=None, best_ratio=None, rest=None, rest_min=None, rest_max=None)
         record.update(roof=roof, goal="; ".join(goal.text(row.unit) for goal in goals) or None, met=None)
         record.update(missing=missing.get(name), rounds=0, rejected=measured.rejected, noisy=measured.noisy)
+        record.update(conditions=measured.conditions)
         if name in measured.seconds:
             seconds = measured.seconds[name]
             figures = [value * scale for value in seconds]

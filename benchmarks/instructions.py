@@ -86,7 +86,7 @@ def record(row: str, found: Sequence[int], missing: str | None) -> dict[str, Any
     per_node = [count / nodes for count in found[1:]]
     figures = {"median": per_node[-1], "min": min(per_node), "max": max(per_node)} if per_node else {}
     empty = dict.fromkeys(("median", "min", "max", "ratio_min", "ratio_max", "best_rival", "best_ratio", "roof"))
-    empty |= dict.fromkeys(("goal", "met", "max_abs_error", "rest", "rest_min", "rest_max"))
+    empty |= dict.fromkeys(("goal", "met", "max_abs_error", "rest", "rest_min", "rest_max", "conditions"))
     own = {"row": row, "subject": "replay", "peer": "replay", "unit": "instructions", "ratio": None, **empty, **figures}
     about = stored.about(ROWS[row][2], quick=False)
     return {"about": about, "records": [{**own, "missing": missing, "noisy": False, "rounds": 1, "rejected": 0}]}

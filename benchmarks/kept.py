@@ -6,26 +6,24 @@ A part is measured and kept as a whole, so that a run can be made in pieces, or 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import cpu
+
 Record = dict[str, Any]
-LOADED = 0.1
-"""Above this share of the machine's cores that other programs took, times of a part are rough."""
 
 
 def measured(make: Callable[[], list[Record]], **about: Any) -> Record:
     """A part as it is kept: the records that `make` returns and, in `about`, the conditions they were made under."""
     made_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    start, busy, own = time.perf_counter(), _busy(), _own()
+    before = cpu.Use.until_now()
     records = make()
-    seconds = time.perf_counter() - start
-    cpu = _own() - own
-    others = max(0.0, _busy() - busy - cpu) / (seconds * (os.cpu_count() or 1))
-    about |= {"time": made_at, "seconds": round(seconds, 1), "cpu": round(cpu, 1), "others": round(others, 3)}
+    use = cpu.Use.until_now().since(before)
+    about |= {"time": made_at, "seconds": round(use.seconds, 1), "cpu": round(use.own, 1)}
+    about |= {"others": round(use.others, 3)}
     return {"about": about, "records": records}
 
 
@@ -38,7 +36,7 @@ def together(one: Record, two: Record) -> Record:
 
 def loaded(part: Record) -> bool:
     """Whether other programs worked beside a part."""
-    return bool(part["about"]["others"] > LOADED)
+    return bool(part["about"]["others"] > cpu.LOADED)
 
 
 def read(folder: Path, model: str) -> dict[str, Record]:
@@ -61,15 +59,3 @@ def is_current(part: Record | None, compiler: str, depths: Sequence[int]) -> boo
 
 def _file(folder: Path, model: str) -> Path:
     return folder / f"compiler_{model}.json"
-
-
-def _busy() -> float:
-    """CPU seconds of all programs of the machine since it started."""
-    user, nice, system, _, _, irq, soft, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
-    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
-
-
-def _own() -> float:
-    """CPU seconds of this process and of those that it started and that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks import conditions, cpu
 from benchmarks.harness import number
 from benchmarks.stored import PACKAGES
 
 Record = Mapping[str, Any]
+Row = conditions.Row
 HEAD = """# Figures of the benchmarks
 
 Written by `make bench` from the rows it stores; `.venv/bin/python -m benchmarks --page` writes it after rows that were
@@ -20,6 +22,10 @@ of the runs named in the last table; times of different rows are not compared.
 SLOWER = """Peers whose time is below that of the row's first contestant, in the median of the rounds; where the range
 goes above 1, some rounds say otherwise. What does a part of the work, or is the first contestant in another way or
 format, is no peer."""
+CONDITIONS = f"""`others`: the share of the machine's cores that other programs had in the rounds that count.
+`probe`: what the fixed matrix product beside them took, as a multiple of the least of these rows on the same processor
+and torch. Above {cpu.LOADED:.0%} and {conditions.PROBE_TOLERANCE:g} the row was disturbed. A `-`: nothing was timed, or
+it was not noted yet."""
 
 
 def page(stored: Mapping[str, Mapping[str, Any]], peers: Mapping[str, Sequence[str]]) -> str:
@@ -36,8 +42,9 @@ def page(stored: Mapping[str, Mapping[str, Any]], peers: Mapping[str, Sequence[s
     lines += ["## Rows", "", "| row | contestant | median | time / the first's (range) | targets |", "|---" * 5 + "|"]
     lines += [line for name, row in stored.items() for line in _lines(name, row["records"])]
     lines += ["", "## Versions", "", "| package | version | rows |", "|---" * 3 + "|", *_versions(stored)]
-    lines += ["", "## Conditions", "", "| row | measured | rounds | processor |", "|---" * 4 + "|"]
-    lines += [_conditions(name, row) for name, row in stored.items()]
+    columns = ("row", "measured", "rounds", "others", "probe", "processor")
+    lines += ["", "## Conditions", "", CONDITIONS, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [_conditions(name, row, stored.values()) for name, row in stored.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -110,8 +117,12 @@ def _target(record: Record) -> str:
     return "; ".join(parts)
 
 
-def _conditions(name: str, row: Mapping[str, Any]) -> str:
+def _conditions(name: str, row: Row, rows: Iterable[Row]) -> str:
     about, first = row["about"], row["records"][0]
     rounds = f"{max(record['rounds'] for record in row['records'])}, {first['rejected']} disturbed"
     rounds += ", disturbed ones counted" * first["noisy"] + ", --quick" * about["quick"]
-    return f"| `{name}` | {about['time']} | {rounds} | {about['machine']['processor']} |"
+    others = probe = "-"
+    if (seen := conditions.of(row)) is not None and (ratio := conditions.probe_ratio(row, rows)) is not None:
+        others = f"{seen['others']:.0%}" + ", disturbed" * (seen["others"] > cpu.LOADED)
+        probe = f"{ratio:.2f}" + ", disturbed" * (ratio > conditions.PROBE_TOLERANCE)
+    return f"| `{name}` | {about['time']} | {rounds} | {others} | {probe} | {about['machine']['processor']} |"

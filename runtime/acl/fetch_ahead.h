@@ -1,5 +1,5 @@
-// Weights of a graph, fetched into a core's own cache before a replay comes to them: in the gaps between
-// products, and in the one that the host leaves between two replays.
+// Weights of a graph, fetched into a core's own cache before a replay comes to them: in the gap that the host
+// leaves between two replays.
 #pragma once
 
 #include <algorithm>
@@ -16,15 +16,11 @@ namespace host_runtime {
 
 struct Node;
 
-/// What a graph's replay fetches ahead, as of the end of the capture.
+/// What is fetched ahead of a graph's replay, as of the end of the capture.
 class FetchAhead {
  public:
   /// Null for a graph without weights.
   static std::shared_ptr<const FetchAhead> of(const std::deque<Node>& nodes);
-
-  /// To be called before node `index` runs: fetches the beginning of the weight that the node behind it
-  /// reads.
-  void beside(size_t index) const { fetch(next_[index].address, 0, next_[index].bytes); }
 
   /// Fetches on from `done`, bytes into the weights that a replay reads first, until `enough()` or until they
   /// take up most of the cache. Returns how far it came.
@@ -55,7 +51,6 @@ class FetchAhead {
     for (; from < to; from += kLine) __builtin_prefetch(address + from, 0, 2);
   }
 
-  std::vector<Weight> next_;   ///< by node
   std::vector<Weight> first_;  ///< together what fits into the cache
 };
 

@@ -107,13 +107,11 @@ void Graph::rethrow(size_t index) const {
 void Graph::run_range(size_t from, size_t to) {
   const bool checked = check::on();
   const bool traced = trace::on();
-  const FetchAhead* const ahead = fetch_ahead_.get();
   size_t i = from;
   try {
     for (; i < to; ++i) {
       Task* task = order_[i].load(std::memory_order_acquire);
       if (task == nullptr) continue;
-      if (ahead != nullptr) ahead->beside(i);
       if (checked) check::before_node(*this, nodes[i], *task);
       const int64_t start = traced ? trace::now() : 0;
       task->run();

@@ -46,7 +46,6 @@ def checked(folder: Path, floors: str, kept: dict[str, Any] | None) -> tuple[int
         ("rest = 4.5", "rest = 3.5", "made_up: 4 us beside its part, allowed are 3.5"),
         ("best = 1.5", "best = 1.6", "made_up: best is 1.5, its floor is 1.6"),
         ("of_roof = 0.8", "of_roof = 0.81", "made_up: of_roof is 0.8, its floor is 0.81"),
-        ("of_floor = 0.8", "of_floor = 0.81", "made_up: of_floor is 0.8, its floor is 0.81"),
         ('"a peer" = 2.0', '"a peer" = 2.5', "made_up: a peer is 2, its floor is 2.5"),
     ],
 )

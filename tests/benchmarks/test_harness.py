@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -114,7 +115,7 @@ def test_contestants_take_turns_and_the_order_turns() -> None:
 def test_processes_that_measure_together_go_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads stand for them: the second one is slower, and alone notices that its first round is disturbed."""
     numbers, meeting = [0.0, 0.0], threading.Barrier(2)
-    disturbed = [iter([False] * 100), iter([True] + [False] * 100)]
+    readings = [iter([1.0] * 120), iter([1.0] * 20 + [2.0] + [1.0] * 100)]
     found: list[harness.Measured] = []
 
     def process(which: int) -> None:
@@ -133,7 +134,7 @@ def test_processes_that_measure_together_go_the_same_way(monkeypatch: pytest.Mon
         found.append(harness.measure([Contestant("a", batch)], 1, SHORT, agree))
 
     mine = threading.local()
-    monkeypatch.setattr(harness.Probe, "disturbed", lambda self: next(disturbed[mine.which]))
+    monkeypatch.setattr(harness.Probe, "read", lambda self: next(readings[mine.which]))
     counts: list[list[int]] = [[], []]
     threads = [threading.Thread(target=process, args=(which,)) for which in range(2)]
     for thread in threads:
@@ -146,17 +147,35 @@ def test_processes_that_measure_together_go_the_same_way(monkeypatch: pytest.Mon
 
 
 def test_a_disturbed_round_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter([True, False, False] + [False] * 100)  # the first round is disturbed before its first contestant
-    monkeypatch.setattr(harness.Probe, "disturbed", lambda self: next(readings))
+    # After the first standard: the first round is disturbed before its first contestant.
+    readings = iter([1.0] * 20 + [2.0, 1.0, 1.0] + [1.0] * 100)
+    monkeypatch.setattr(harness.Probe, "read", lambda self: next(readings))
     measured = harness.measure([spinning("a", 1e-4)(), spinning("b", 1e-4)()], 1, SHORT)
     assert (measured.rejected, measured.noisy, len(measured.seconds["a"])) == (1, False, 3)
 
 
 def test_when_all_rounds_are_disturbed_the_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.Probe, "disturbed", lambda self: True)
+    readings = iter([1.0] * 20 + [2.0] * 1000)
+    monkeypatch.setattr(harness.Probe, "read", lambda self: next(readings))
     found = harness.run(two(spinning("fast", 1e-4), spinning("slow", 1e-4)), SHORT)
+    assert found[0]["conditions"]["probe_us"] == 2e6
     assert found[0]["noisy"] and found[0]["rejected"] == SHORT.attempts and found[0]["rounds"] == SHORT.rounds
     assert "TOO FEW UNDISTURBED ROUNDS" in command.table("t", found)
+
+
+def test_what_other_programs_do_in_a_row_is_noted() -> None:
+    row = two(spinning("fast", 1e-4), spinning("slow", 1e-4))
+    longer = Settings(rounds=5, round_seconds=0.1, attempts=5)  # long against the kernel's ticks
+    program = [sys.executable, "-c", "while True: pass"]
+    neighbours = [subprocess.Popen(program) for _ in range(os.cpu_count() or 1)]
+    try:
+        seen = harness.run(row, longer)[0]["conditions"]
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+    # One core is this thread's at most; the rest is theirs.
+    assert 0.25 < seen["others"] <= 1.05 and seen["probe_us"] > 0
 
 
 def test_probe_notices_a_slower_machine() -> None:
@@ -198,8 +217,10 @@ def test_a_result_that_spoils_while_running_is_found() -> None:
 
 
 def test_unknown_row_names_the_nearest() -> None:
-    with pytest.raises(SystemExit, match="did you mean 'graph_launch'"):
+    with pytest.raises(SystemExit, match=r"no row 'graph_lunch', did you mean 'graph_launch'\? Rows: "):
         command.main(["--rows", "graph_lunch"])
+    with pytest.raises(SystemExit, match=r"no row 'xyz'\. Rows: "):
+        command.main(["--rows", "xyz"])
 
 
 def test_an_unknown_command_names_the_nearest() -> None:
@@ -207,6 +228,8 @@ def test_an_unknown_command_names_the_nearest() -> None:
         command.main(["instruction"])
     with pytest.raises(SystemExit, match="did you mean '--rows graph_launch'"):
         command.main(["graph_lunch"])
+    with pytest.raises(SystemExit, match=r"no command 'xyz'\. Commands: "):
+        command.main(["xyz"])
 
 
 def test_every_row_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:

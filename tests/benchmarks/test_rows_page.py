@@ -12,7 +12,16 @@ ABOUT = {"time": "2026-01-01T00:00:00Z", "machine": {"processor": "a processor"}
 def record(peer: str, **more: Any) -> dict[str, Any]:
     plain: dict[str, Any] = {"row": "demo", "subject": "ours", "peer": peer, "unit": "us", "median": 250.0}
     plain |= {"ratio": 1.0, "ratio_min": 1.0, "ratio_max": 1.0, "roof": None, "rest": None, "best_rival": None}
-    plain |= {"best_ratio": None, "goal": None, "met": None, "missing": None, "rounds": 9, "rejected": 2, "noisy": True}
+    plain |= {
+        "conditions": None,
+        "best_ratio": None,
+        "goal": None,
+        "met": None,
+        "missing": None,
+        "rounds": 9,
+        "rejected": 2,
+        "noisy": True,
+    }
     return plain | more
 
 
@@ -28,7 +37,7 @@ def test_a_row() -> None:
     assert "| `demo` | ours | 250 us | 1 | >= 1.2x: missed |" in text
     assert "|  | theirs | 275 us | 1.10 (1.00 .. 12.5) |  |" in text
     assert "|  | absent | missing |  | not installed |" in text
-    assert "| `demo` | 2026-01-01T00:00:00Z | 9, 2 disturbed, disturbed ones counted | a processor |" in text
+    assert "| `demo` | 2026-01-01T00:00:00Z | 9, 2 disturbed, disturbed ones counted | - | - | a processor |" in text
 
 
 def test_nothing_missed() -> None:
