@@ -45,7 +45,7 @@ struct FusedInferAttention {
 /// Checks the documented constraints and prepares the kernel; asks for its scratch as workspace.
 Work fused_infer_attention(Call& call, const FusedInferAttention& arguments);
 
-/// aclnnFlashAttentionScore(V2) and aclnnFlashAttentionVarLenScore, forward only.
+/// aclnnFlashAttentionScore(V2) and aclnnFlashAttentionVarLenScore(V2), forward only.
 struct FlashAttention {
   const Tensor* query = nullptr;
   const Tensor* key = nullptr;

@@ -182,7 +182,8 @@ class Builder {
     require_same_dtype(call_, "realShift", shift, "query", *a_.query);
     require_rank(call_, "realShift", shift, 4, 4);
     const bool one_row = shift.size(2) == 1;
-    if (shift.size(1) != query_.heads || (one_row && shift.size(0) != query_.batches))
+    if (shift.size(1) != query_.heads || shift.size(3) != key_.tokens ||
+        (one_row ? shift.size(0) != query_.batches : shift.size(2) != query_.tokens))
       call_.refuse("realShift", "has to be [B, N, Sq, Skv], [B, N, 1, Skv] or [1, N, Sq, Skv]; it is " +
                                     describe(shift) + " for query " + describe(*a_.query));
     const ScoreShape shape{query_.batches, query_.heads, one_row ? 1 : query_.tokens, key_.tokens};
