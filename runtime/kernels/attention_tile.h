@@ -16,6 +16,13 @@ constexpr int64_t kQueryTile = 64;
 constexpr int64_t kKeyTile = 64;
 /// Below this many rows keys are read where they lie; above, a tile of them is transposed first.
 constexpr int64_t kDirectRows = 8;
+/// Keys that are then taken at a time: at most this many, and of about as many bytes as the first level holds
+/// beside their values.
+constexpr int64_t kDirectKeys = 256;
+constexpr int64_t kDirectBytes = 16 * 1024;
+static_assert(kDirectRows * kDirectKeys <= kQueryTile * kKeyTile);
+/// Keys behind which values are not read if the weight of each is zero.
+constexpr int64_t kKeyGroup = 16;
 /// The widest query row with its rope part.
 constexpr int64_t kMaxKeyWidth = 1024 + 64;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
