@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
+from tests.properties.draws import integers, one_of
 from tests.properties.fragments import HALVES, Fragment, fragments
 from tests.properties.graph_steps import COMPUTE, NOTHING, STEPS, VIEW
 from tests.properties.graph_writes import WRITE
@@ -36,7 +37,7 @@ WEIGHTS = (
     FRAGMENT,
     MISS,
 )
-NUMBERS = st.integers(0, 255)
+NUMBERS = integers(0, 255)
 DTYPES = (torch.float32,) * 12 + HALVES
 
 
@@ -60,12 +61,12 @@ def drawn(most_steps: int, dtypes: Sequence[torch.dtype] = DTYPES, ends: int = 1
     end = st.tuples(
         st.lists(NUMBERS, max_size=3).map(tuple), st.lists(st.tuples(NUMBERS, NUMBERS), max_size=2).map(tuple)
     )
-    codes = st.tuples(st.integers(0, len(WEIGHTS) - 1), NUMBERS, NUMBERS, NUMBERS, NUMBERS)
+    codes = st.tuples(integers(0, len(WEIGHTS) - 1), NUMBERS, NUMBERS, NUMBERS, NUMBERS)
     return st.builds(
         Drawn,
         codes=st.lists(codes, min_size=2, max_size=most_steps).map(tuple),
         ends=st.lists(end, min_size=ends, max_size=ends).map(tuple),
-        dtype=st.sampled_from(dtypes),
+        dtype=one_of(dtypes),
         dynamic=st.booleans(),
         disabled=NUMBERS,
     )

@@ -16,6 +16,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from tests.properties.draws import integers, one_of
 from tests.properties.fragments import HALVES, Fragment, fragments
 from tests.properties.graph_writes import NAMESPACE
 
@@ -307,15 +308,15 @@ def programs(draw: st.DrawFn, max_steps: int = 10, first: str = "") -> Program:
         first: the fragment that is the first step; drawn like the others if not given.
     """
     dtypes = [torch.float32, torch.float32, *HALVES]
-    dtype = draw(st.sampled_from([one for one in dtypes if not first or one in fragments()[first].dtypes]))
+    dtype = draw(one_of([one for one in dtypes if not first or one in fragments()[first].dtypes]))
     inputs = draw(_inputs())
     values = Program(tuple(inputs), (), (), dtype).arguments(seed=0)
     steps: list[tuple[str, tuple[int, ...]]] = []
-    for _ in range(draw(st.integers(1, max_steps))):
-        if (first and not steps) or draw(st.integers(0, 2)) == 0:
-            misses = draw(st.integers(0, 3)) == 0
+    for _ in range(draw(integers(1, max_steps))):
+        if (first and not steps) or draw(integers(0, 2)) == 0:
+            misses = draw(integers(0, 3)) == 0
             fitting = sorted(name for name, one in fragments().items() if dtype in one.dtypes and one.miss == misses)
-            name = first if first and not steps else draw(st.sampled_from(fitting))
+            name = first if first and not steps else draw(one_of(fitting))
             more, step = draw(_fragment_step(fragments()[name], dtype, values, len(inputs)))
             if more:
                 steps = [(name, tuple(_behind(index, len(inputs), len(more)) for index in old)) for name, old in steps]
@@ -330,7 +331,7 @@ def programs(draw: st.DrawFn, max_steps: int = 10, first: str = "") -> Program:
             made = run_step(step, values)
         values += made
         steps.append(step)
-    outputs = draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=4))
+    outputs = draw(st.lists(integers(0, len(values) - 1), min_size=1, max_size=4))
     last = len(values) - 1
     return Program(tuple(inputs), tuple(steps), tuple(outputs if last in outputs else [*outputs, last]), dtype)
 
@@ -356,8 +357,8 @@ def _fragment_step(
             for index, value in enumerate(values)
             if value.shape == like.shape and value.dtype == like.dtype == dtype and value.device == like.device
         ]
-        if fits and draw(st.integers(0, 3)):
-            chosen.append((False, max(draw(st.sampled_from(fits)), draw(st.sampled_from(fits)))))
+        if fits and draw(integers(0, 3)):
+            chosen.append((False, max(draw(one_of(fits)), draw(one_of(fits)))))
         else:
             chosen.append((True, inputs + len(more)))
             grows = like.dim() > 1 and like.shape[0] == rows
@@ -387,30 +388,30 @@ def _rows(example: Sequence[Tensor]) -> int:
 @st.composite
 def _inputs(draw: st.DrawFn) -> Sequence[Input]:
     inputs: list[Input] = []
-    for index in range(draw(st.integers(1, 3))):
+    for index in range(draw(integers(1, 3))):
         dense = [place for place, entry in enumerate(inputs) if not entry.layout]
-        kind = draw(st.sampled_from(["own", "own", "own", "same", *["overlap"][: len(dense)]])) if index else "own"
+        kind = draw(one_of(["own", "own", "own", "same", *["overlap"][: len(dense)]])) if index else "own"
         if kind == "own":
-            layout = draw(st.sampled_from([*[""] * 5, *LAYOUTS]))
-            inputs.append(Input(draw(st.sampled_from([2, 3, 4])), layout=layout))
+            layout = draw(one_of([*[""] * 5, *LAYOUTS]))
+            inputs.append(Input(draw(one_of([2, 3, 4])), layout=layout))
         elif kind == "same":
-            of = draw(st.integers(0, index - 1))
+            of = draw(integers(0, index - 1))
             inputs.append(Input(inputs[of].rows, of, whole=True, layout=inputs[of].layout))
         else:
-            inputs.append(Input(2, draw(st.sampled_from(dense)), draw(st.integers(0, 2))))
+            inputs.append(Input(2, draw(one_of(dense)), draw(integers(0, 2))))
     return inputs
 
 
 @st.composite
 def _step(draw: st.DrawFn, values: Sequence[Tensor], dtype: torch.dtype) -> tuple[str, tuple[int, ...]]:
     """A step that takes its operands' shapes. Later values are drawn more often: programs are chains, not bushes."""
-    first = max(draw(st.integers(0, len(values) - 1)), draw(st.integers(0, len(values) - 1)))
+    first = max(draw(integers(0, len(values) - 1)), draw(integers(0, len(values) - 1)))
     kind = (values[first].shape, values[first].dtype)
     like = [index for index, value in enumerate(values) if (value.shape, value.dtype) == kind]
-    arity = draw(st.sampled_from([1, 1, 1, 2, 2, 2, 3]))
-    table = draw(st.sampled_from(TABLES[arity]))
-    name = draw(st.sampled_from(sorted(table)))
-    operands = (first, *(draw(st.sampled_from(like)) for _ in range(arity - 1)))
+    arity = draw(one_of([1, 1, 1, 2, 2, 2, 3]))
+    table = draw(one_of(TABLES[arity]))
+    name = draw(one_of(sorted(table)))
+    operands = (first, *(draw(one_of(like)) for _ in range(arity - 1)))
     if _takes(name, [values[index] for index in operands], dtype):
         return name, operands
     return "clone", operands[:1]

@@ -102,6 +102,8 @@ GRAPHS = {
     "reshape that copies": Graph(
         (Own(4), ("cos", (0,)), ("transposed", (1,)), ("flat", (2,)), ("clone", (3,))), outputs=(4, 3)
     ),
+    # a reshape of a copy that went was taken for one that copies: its record still named the memory of what went
+    "reshape of a copy that went": Graph((Own(4), ("cos", (0,)), ("clone", (1,)), ("flat", (2,))), outputs=(3,)),
 }
 
 

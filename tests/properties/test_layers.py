@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from npu_compiler.backend import ascend
 from npu_compiler.graph.rolled import Rolled
+from tests.properties.draws import integers, one_of
 from tests.properties.seeded import try_all
 
 MODELS = 24
@@ -34,11 +35,11 @@ class Shape:
 
 SHAPES = st.builds(
     Shape,
-    layers=st.integers(6, 9),
-    steps=st.lists(st.tuples(st.sampled_from(STEPS), st.integers(1, 3)), min_size=2, max_size=7).map(tuple),
+    layers=integers(6, 9),
+    steps=st.lists(st.tuples(one_of(STEPS), integers(1, 3)), min_size=2, max_size=7).map(tuple),
     residual=st.booleans(),
     shared=st.booleans(),
-    returned=st.sampled_from(("last", "last", "last", "two", "every")),
+    returned=one_of(("last", "last", "last", "two", "every")),
 )
 
 

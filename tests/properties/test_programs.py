@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 
 from npu_compiler.backend import AscendBackend
 from tests.properties.compare import SEED, Seen, Strides, check_all_stages, promised_strides
+from tests.properties.draws import integers
 from tests.properties.fragments import expected_to_fire, fragments
 from tests.properties.programs import Program, alone, programs, traced
 from tests.properties.seeded import PHASES
 
 SCALE = float(os.environ.get("PROPERTY_SCALE", "1"))
 """How many times the default number of programs."""
-seeds = st.lists(st.integers(0, 1 << 16), min_size=3, max_size=3, unique=True)
+seeds = st.lists(integers(0, 1 << 16), min_size=3, max_size=3, unique=True)
 """Of programs that return other values of the drawn one: each lowered program is four programs to the passes."""
 FIRED: Counter[str] = Counter()
 """How often each rule fired in this file's tests so far."""
