@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from npu_compiler.facts.sizes import Fact, Size, at_least, equal, known, same_shape
+from npu_compiler.facts.sizes import Fact, Size, at_least, contiguous, equal, known, same_shape
 from npu_compiler.fusion_kernels import register
 from npu_compiler.graph.build import call
 from npu_compiler.passes import qkv_attention
@@ -284,8 +284,9 @@ def _cached(cos: fx.Node, sin: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     places = [(match.node("positions"), match.node("table")) for match in found if match is not None]
     positions, table = places[0]
-    plain = table.meta["val"].dim() == 2 and table.meta["val"].is_contiguous() and positions.meta["val"].dim() == 1
-    return places[0] if places[0] == places[1] and plain else None
+    plain = table.meta["val"].dim() == 2 and positions.meta["val"].dim() == 1
+    same = places[0] == places[1]
+    return places[0] if plain and same and contiguous(table.meta["val"], "the table") else None
 
 
 def _with_rest(root: fx.Node, operand: fx.Node) -> Match | None:

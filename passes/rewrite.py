@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._prims_common import is_contiguous_or_false
 
 from npu_compiler.errors import NpuCompilerError, RuleError
-from npu_compiler.facts.sizes import Fact, known, same_layout, same_shape
+from npu_compiler.facts.sizes import Fact, contiguous, known, same_layout, same_shape
 from npu_compiler.fusion_kernels import register
 from npu_compiler.graph.build import call
 from npu_compiler.graph.effects import is_pure, storage, tensors, value, written_storages
@@ -370,7 +369,7 @@ def _strides_unseen(node: fx.Node, new: torch.Tensor) -> bool:
     old = value(node)
     assert isinstance(old, torch.Tensor)
     if (
-        not is_contiguous_or_false(new)
+        not contiguous(new, "result")
         or old.dtype != new.dtype
         or old.device != new.device
         or not same_shape(old.shape, new.shape, "shape")

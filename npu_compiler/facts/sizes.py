@@ -20,8 +20,8 @@ from npu_compiler.facts.engine import Facts
 from npu_compiler.facts.fact import Fact, Truth, known
 
 __all__ = [
-    "Fact", "Size", "Truth", "at_least", "divisible", "equal", "expression", "facts_of", "known", "listening",
-    "same_layout", "same_shape",
+    "Fact", "Size", "Truth", "at_least", "contiguous", "divisible", "equal", "expression", "facts_of", "known",
+    "listening", "same_layout", "same_shape",
 ]  # fmt: skip
 
 Size: TypeAlias = "int | torch.SymInt"
@@ -100,6 +100,18 @@ def same_layout(left: torch.Tensor, right: torch.Tensor, what: str) -> Fact:
         if not fact and not equal(left.shape[index], 1, "size"):
             return fact
     return Fact(Truth.TRUE, f"{what}: same layout")
+
+
+def contiguous(tensor: torch.Tensor, what: str) -> Fact:
+    """Whether a tensor's elements lie side by side in the order of its dimensions (strides of dimensions of size 1
+    don't count). torch's own answer adds a guard where strides are symbolic."""
+    expected: Size = 1
+    for index in reversed(range(tensor.dim())):
+        fact = equal(tensor.stride(index), expected, f"{what}: stride of dimension {index}")
+        if not fact and not equal(tensor.shape[index], 1, "size"):
+            return fact
+        expected = expected * tensor.shape[index]
+    return Fact(Truth.TRUE, f"{what}: contiguous")
 
 
 def expression(size: Size) -> sympy.Expr:

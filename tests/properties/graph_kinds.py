@@ -38,6 +38,7 @@ class Kind:
 
     key: tuple[str, ...]
     dtype: torch.dtype
+    device: str
     sizes: tuple[int | None, ...]
     contiguous: bool
     overlaps: bool
@@ -107,6 +108,11 @@ def float32(takes: Takes) -> Takes:
     return lambda kind: kind.dtype is torch.float32 and takes(kind)
 
 
+def on_host(takes: Takes) -> Takes:
+    """For steps that draw: only the host's generator is seeded alike for the program and its float64 form."""
+    return lambda kind: kind.device == "cpu" and takes(kind)
+
+
 def given(takes: Takes) -> Takes:
     """For steps that make a large difference of a small one: only of what is the same in every form of a program."""
     return lambda kind: kind.given and takes(kind)
@@ -133,7 +139,15 @@ def kind_of(tensor: Tensor, given: bool) -> Kind:
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         dense = dense and str(stride) == str(expected)
         expected = expected * size
-    return Kind((str(tensor.dtype), *map(str, tensor.shape)), tensor.dtype, sizes, dense, "0" in strides, given)
+    return Kind(
+        (str(tensor.dtype), *map(str, tensor.shape)),
+        tensor.dtype,
+        tensor.device.type,
+        sizes,
+        dense,
+        "0" in strides,
+        given,
+    )
 
 
 def calls(target: Callable[..., Any], *rest: Any, **kwargs: Any) -> Emit:
