@@ -62,8 +62,8 @@ def wait() -> Callable[[], None]:
 
 
 def read_bandwidth(size: int = 512 << 20, passes: int = 5) -> float:
-    """Bytes per second that one thread reads from memory here: the best of `passes` rounds of several ways to read
-    `size` bytes in the order of their addresses (read_memory.cpp).
+    """Bytes per second that one thread reads here: the best of `passes` rounds of several ways to read `size` bytes,
+    cut to a multiple of 256, in the order of their addresses (read_memory.cpp). Few enough bytes come from a cache.
 
     Raises:
         Missing: there is no C++ compiler, or no memory.
@@ -74,7 +74,7 @@ def read_bandwidth(size: int = 512 << 20, passes: int = 5) -> float:
         )
         read = ctypes.CDLL(str(library)).read_bandwidth
     read.restype, read.argtypes = ctypes.c_double, (ctypes.c_size_t, ctypes.c_int)
-    found = float(read(size, passes))
+    found = float(read(size // 256 * 256, passes))
     if found <= 0:
         raise Missing(f"{size >> 20} MiB of memory to read; close other programs")
     return found

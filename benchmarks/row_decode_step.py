@@ -19,6 +19,9 @@ Step = Callable[..., torch.Tensor]
 FAMILIES = {torch.float32: ("float32", ""), torch.bfloat16: ("bfloat16", "_bf16")}
 # Largest difference of two right results: bfloat16 keeps 8 bits, and the logits are sums over four layers of them.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
+CACHED = 64 << 20
+"""Bytes. Steps that read fewer find them in the last-level cache of servers, as the figures' machine has; hidden 1024
+reads more."""
 RIVALS = ("cpu eager", "cpu inductor", "aot inductor", "onnx runtime", "openvino")
 
 
@@ -120,14 +123,16 @@ def compiled(
 
 
 def bytes_roof(case: Case) -> float:
-    """Microseconds to read the weights and the cache once at the bandwidth that one thread has here."""
+    """Microseconds to read the weights and the cache once at the bandwidth that one thread has here: of memory, or of
+    the caches that so many bytes stay in from one step to the next."""
     with torch.device("meta"):
         model = decode_model.Decoder(case.size).to(case.dtype)
     read = decode_model.weight_bytes(model) + decode_model.cache_bytes(model)
-    return 1e6 * read / devices.read_bandwidth()
+    again = read < CACHED
+    return 1e6 * read / (devices.read_bandwidth(read, passes=100) if again else devices.read_bandwidth())
 
 
-def row(label: str, case: Case, goals: tuple[Goal, ...], from_memory: bool = False) -> Row:
+def row(label: str, case: Case, goals: tuple[Goal, ...], roof: bool = False) -> Row:
     family, suffix = FAMILIES[case.dtype]
     size = case.size
     return Row(
@@ -148,7 +153,7 @@ def row(label: str, case: Case, goals: tuple[Goal, ...], from_memory: bool = Fal
         },
         reference="cpu eager",
         goals=goals,
-        roof=(lambda: bytes_roof(case)) if from_memory else None,
+        roof=(lambda: bytes_roof(case)) if roof else None,
         tolerance=TOLERANCE[case.dtype],
         rivals=RIVALS,
         kin=("ascend bound",),
@@ -173,6 +178,7 @@ def ahead_row(case: Case, goal: float) -> Row:
         },
         reference="cpu eager",
         goals=(Goal(peer="ascend ahead", faster_than=goal),),
+        roof=(lambda: bytes_roof(case)) if case.size == decode_model.HIDDEN_256 else None,
         tolerance=TOLERANCE[case.dtype],
         rivals=RIVALS,
         kin=("ascend ahead bound",),
@@ -189,8 +195,8 @@ def rows() -> list[Row]:
             size = dataclasses.replace(decode_model.HIDDEN_256, batch=batch)
             goals = (Goal(peer="npu eager", faster_than=3.0), beat) if batch == 1 else (beat,)
             label = "h256" if batch == 1 else f"h256_b{batch}"
-            found.append(row(label, Case(size, dtype), goals))
+            found.append(row(label, Case(size, dtype), goals, roof=batch == 1))
     for dtype in FAMILIES:
         goals = (Goal(peer="ascend", roof_share=0.85),)
-        found.append(row("h1024", Case(decode_model.HIDDEN_1024, dtype), goals, from_memory=True))
+        found.append(row("h1024", Case(decode_model.HIDDEN_1024, dtype), goals, roof=True))
     return found

@@ -84,7 +84,7 @@ def _reached(record: Record) -> str:
     parts = [f"{number(record['median'])} {record['unit']}"]
     if record["best_ratio"] is not None:
         parts.append(f"{record['best_ratio']:.3f}x of {record['best_rival']}")
-    if "roof" in record["goal"]:
+    if record["roof"]:
         parts.append(f"{record['roof'] / record['median']:.0%} of the roof")
     if record["rest"] is not None:
         parts.append(f"{number(record['rest'])} {record['unit']} beside its part")
@@ -112,7 +112,7 @@ def _target(record: Record) -> str:
     parts = [f"{record['goal']}: {'met' if record['met'] else 'missed'}"] if record["goal"] else []
     if record["rest"] is not None:
         parts.append(f"{number(max(0.0, record['rest']))} {record['unit']} beside its part")
-    if record["goal"] and "roof" in record["goal"]:
+    if record["roof"] and record["peer"] == record["subject"]:
         parts.append(f"{record['roof'] / record['median']:.0%} of the roof")
     return "; ".join(parts)
 
