@@ -8,6 +8,7 @@ import sys
 import tempfile
 
 import pytest
+from hypothesis import settings
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -16,6 +17,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(folder.cleanup)
     os.environ["VLLM_CACHE_ROOT"] = folder.name
     os.environ["VLLM_NO_USAGE_STATS"] = "1"  # a thread an engine, for ever
+    settings.register_profile("untimed", settings(), deadline=None)  # other programs take time too
+    settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -152,7 +152,7 @@ EXPRESSIONS = st.recursive(
 RELATIONS = st.sampled_from([sympy.Eq, sympy.Ne, sympy.Ge, sympy.Gt, sympy.Le, sympy.Lt])
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(
     left=EXPRESSIONS,
     right=EXPRESSIONS,

@@ -99,7 +99,7 @@ def test_rows_are_what_their_experts_make_of_them(ranks: int, examples: int) -> 
     slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 
     @seed(SEED * 100 + ranks)
-    @settings(max_examples=examples, deadline=None, database=None, phases=PHASES, suppress_health_check=slow)
+    @settings(max_examples=examples, database=None, phases=PHASES, suppress_health_check=slow)
     @given(cases(ranks))
     @example(Case(ranks, 2 * ranks, 2, 1, "one rank", 1.0))  # fewer tokens than ranks
     @example(Case(ranks, 2 * ranks, 2, 4 * ranks, "one rank", 1.0, "arrival", renormalise=True))
@@ -181,7 +181,7 @@ def test_padding_takes_no_room_and_is_not_counted(counter: tuple[str, Tensor]) -
 @given(
     st.integers(1, 4), st.integers(1, 5), st.integers(2, 5), st.integers(1, 6), st.sampled_from([0, 0.1, 0.3, 0.5, 0.9])
 )
-@settings(deadline=None, database=None, max_examples=300)
+@settings(database=None, max_examples=300)
 def test_no_routing_loses_more_than_the_ratio(top_k: int, each: int, ranks: int, rows: int, ratio: float) -> None:
     """Every way to spread a source's rows over the ranks, at most min(top_k, each) of a token's to one."""
     assume(top_k <= each * ranks)

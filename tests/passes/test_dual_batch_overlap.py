@@ -69,7 +69,6 @@ def test_all_ranks_compute_the_same_before_and_after(ranks: int) -> None:
     @seed(SEED * 1000 + ranks)
     @settings(
         max_examples=25,
-        deadline=None,
         database=None,
         print_blob=True,
         phases=PHASES,

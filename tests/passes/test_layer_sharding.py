@@ -132,7 +132,6 @@ def test_all_ranks_compute_the_same_bits(ranks: int) -> None:
     @seed(SEED * 1000 + ranks)
     @settings(
         max_examples=6,
-        deadline=None,
         database=None,
         print_blob=True,
         phases=PHASES,

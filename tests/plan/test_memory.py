@@ -44,7 +44,7 @@ def planned(found: list[Lifetime]) -> memory.MemoryPlan:
     return memory.MemoryPlan(memory.placed(found, of), of)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lives(), st.integers(1, 512), st.integers(3, 5000))
 def test_no_two_live_storages_overlap_whatever_the_sizes(found: list[Lifetime], s: int, t: int) -> None:
     plan, sizes = planned(found), {S: s, T: t}
@@ -124,7 +124,7 @@ def test_formula_follows_the_batch(rows: int) -> None:
     assert str(plan) == str(memory.plan(module.graph, "cpu")), "the same program gives the same text"
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(programs(largest=16))
 def test_peak_is_the_allocators(module: torch.fx.GraphModule) -> None:
     """Random programs with views and writes in place, call by call on the device."""

@@ -64,7 +64,7 @@ def test_draws_and_writes_keep_their_order() -> None:
     assert order[reads[0]] < order[writes[0]] and order[writes[-1]] < order[reads[1]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(programs(largest=20))
 def test_results_are_the_same_and_memory_is_no_more(module: fx.GraphModule) -> None:
     inputs = [torch.rand(8, 8, dtype=torch.float64) for _ in module.graph.find_nodes(op="placeholder")]

@@ -24,7 +24,7 @@ from tests.plan.programs import IN_PLACE, SIDE, Program, programs, two_branches
 aten = torch.ops.aten
 EAGER = Device(event=0.0)
 """Events for nothing: the scheduler forks wherever it can."""
-QUICK = settings(max_examples=100, deadline=None)
+QUICK = settings(max_examples=100)
 
 
 def test_two_branches_use_two_streams() -> None:

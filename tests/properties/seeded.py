@@ -34,7 +34,6 @@ def try_all(
     @seed(SEED * 1000 + number)
     @settings(
         max_examples=count,
-        deadline=None,
         database=None,
         print_blob=True,
         phases=PHASES,

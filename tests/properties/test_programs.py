@@ -36,7 +36,6 @@ def examples(count: int, fixed: bool) -> settings:
     return settings(
         derandomize=fixed and SCALE == 1,
         max_examples=max(1, round(count * SCALE)),
-        deadline=None,
         database=None,
         print_blob=True,
         phases=PHASES,
