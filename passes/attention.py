@@ -99,7 +99,11 @@ def _each_once(node: fx.Node | None, shape: Sequence[Size]) -> fx.Node | None:
     assert isinstance(heads, fx.Node)
     batch, _, *rest = shape
     large, small = repeated.meta["val"].shape, heads.meta["val"].shape
-    fits = len(small) == 4 and same_shape(large, (batch, small[1], large[2], *rest), "shape")
+    fits = (
+        len(small) == 4
+        and same_shape(small, (batch, small[1], *rest), "shape")  # else requests, keys or columns are repeated too
+        and same_shape(large, (batch, small[1], large[2], *rest), "shape")
+    )
     return _origin(heads, small) if fits else _origin(node, shape)
 
 
@@ -119,12 +123,12 @@ def _operands(match: Match) -> tuple[fx.Node | None, fx.Node | None, fx.Node | N
     """Query, key and value of the kernel, where there are such tensors."""
     batch, heads, rows, keys = match.tensor("shares").shape
     width = match.tensor("query").shape[-1]
-    turned = _transposed(match.node("keys"))
-    return (
-        _origin(match.node("query"), (batch, heads, rows, width)),
-        _each_once(turned, (batch, heads, keys, width)),
-        _each_once(match.node("values"), (batch, heads, keys, width)),
-    )
+    query = _origin(match.node("query"), (batch, heads, rows, width))
+    turned, values, shape = _transposed(match.node("keys")), match.node("values"), (batch, heads, keys, width)
+    key, value = _each_once(turned, shape), _each_once(values, shape)
+    if turned and key and value and not equal(key.meta["val"].shape[1], value.meta["val"].shape[1], "heads"):
+        return query, _origin(turned, shape), _origin(values, shape)  # CANN wants as many heads of both
+    return query, key, value
 
 
 def _legal(match: Match) -> Fact:
@@ -146,6 +150,7 @@ def _legal(match: Match) -> Fact:
     return (
         known(dtype in DTYPES, f"{dtype} is not a dtype of the kernel")
         & known(shares.dtype in (dtype, torch.float32), f"the softmax is in {shares.dtype}")
+        & known(match.bindings.get("divisor") != 0, "scores are divided by zero")
         & _mask_fits(match)
         & at_least(WIDEST_HEAD, width, "width of a head")
         & at_least(MOST_HEADS, shares.shape[1], "number of heads")
@@ -301,6 +306,10 @@ def _also_heads_first(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -
     return heads.transpose(1, 2).contiguous(), heads
 
 
+def _divided_by_zero(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _product(torch.softmax(_product(query, key.transpose(2, 3)) / 0.0, dim=-1), value)
+
+
 def _shape(*shapes: Sequence[int]) -> Callable[[torch.dtype], tuple[object, ...]]:
     return lambda dtype: tuple(torch.randn(shape).to(dtype) for shape in shapes)
 
@@ -348,6 +357,7 @@ RULES = (
             NearMiss(_keys_by_column, _shape(_HEADS[0], (2, 4, 16, 7), _HEADS[2]), "the keys are no transposed"),
             NearMiss(_three_dimensions, _shape((8, 5, 16), (8, 7, 16), (8, 7, 16)), "scores have 3 dimensions"),
             NearMiss(_other_result, _example_without_mask, "heads of the result"),
+            NearMiss(_divided_by_zero, _example_without_mask, "scores are divided by zero"),
             NearMiss(_shifted_by_number, _example_without_mask, "the mask is no tensor"),
             NearMiss(_program, _wide_mask, "the mask's dtype torch.float32 is not that of the query"),
             NearMiss(_program, _shape(*_HEADS, (7,)), "the mask has 1 dimensions"),

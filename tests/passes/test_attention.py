@@ -119,3 +119,36 @@ def test_scores_that_something_else_is_done_to_stay() -> None:
 def test_products_that_broadcast_stay() -> None:
     key, query, _, value = operands()
     assert FUSED not in after(lambda *args: torch.softmax(args[1] @ args[0].mT, -1) @ args[2], key[:1], query, value)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 2, 7, 16), (1, 4, 7, 16), (2, 2, 1, 16), (2, 2, 7, 1)],
+    ids=["request and heads", "request", "heads and keys", "heads and columns"],
+)
+def test_what_is_repeated_beside_heads_is_copied(shape: tuple[int, ...]) -> None:
+    """One prompt's keys and values for all requests, say: the kernel takes as many of them as of queries."""
+
+    def repeated(heads: Tensor) -> Tensor:
+        return heads[:, :, None].expand(2, shape[1], 4 // shape[1], 7, 16).reshape(2, 4, 7, 16)
+
+    def function(key: Tensor, query: Tensor, value: Tensor) -> Tensor:
+        return torch.softmax(query @ repeated(key).mT, dim=-1) @ repeated(value)
+
+    key, value = torch.randn(shape), torch.randn(shape)
+    found = after(function, key, operands()[1], value)
+    assert (found.count(EXPANDED), found.count(FUSED)) == (2, 1)
+
+
+@pytest.mark.parametrize("numbers", [(2, 4), (4, 2), (1, 2)])
+def test_keys_and_values_of_other_numbers_of_heads_are_copied(numbers: tuple[int, int]) -> None:
+    """The kernel takes as many heads of one as of the other."""
+
+    def function(key: Tensor, query: Tensor, value: Tensor) -> Tensor:
+        shares = torch.softmax(query @ repeat_kv(key, 4 // numbers[0]).mT, dim=-1)
+        return shares @ repeat_kv(value, 4 // numbers[1])
+
+    key, query, _, value = operands()
+    found = after(function, key[:, : numbers[0]], query, value[:, : numbers[1]])
+    assert found.count(FUSED) == 1
+    assert found.count(EXPANDED) == sum(number < 4 for number in numbers)
