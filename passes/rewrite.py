@@ -25,7 +25,7 @@ from npu_compiler.graph.build import call
 from npu_compiler.graph.effects import is_pure, storage, tensors, value, written_storages
 from npu_compiler.graph.source import raised, where
 from npu_compiler.graph.spec import infer
-from npu_compiler.graph.traffic import is_view
+from npu_compiler.graph.traffic import is_view, may_be_view
 from npu_compiler.passes.matching import Miss, find
 from npu_compiler.passes.pattern import Match, Pattern, root_targets
 from npu_compiler.passes.record import PassRecord, Saving
@@ -379,7 +379,7 @@ def _strides_unseen(node: fx.Node, new: torch.Tensor) -> bool:
 
 
 def _unaffected(user: fx.Node, node: fx.Node, new: torch.Tensor) -> bool:
-    if user.op != "call_function" or is_view(user) or not is_pure(user):
+    if user.op != "call_function" or may_be_view(user) or not is_pure(user):
         return False
     now, then = list(tensors(user)), list(tensors(infer(user, {node: new})))
     return len(now) == len(then) and all(same_layout(*pair, "result") for pair in zip(now, then, strict=True))

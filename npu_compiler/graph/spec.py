@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
@@ -25,7 +24,7 @@ from npu_compiler.errors import SpecError
 from npu_compiler.facts.sizes import equal, expression, same_layout
 from npu_compiler.graph.effects import storage, tensors, value, written_storages
 from npu_compiler.graph.source import beginning, where
-from npu_compiler.graph.traffic import is_view, is_view_operator
+from npu_compiler.graph.traffic import is_view, may_be_view
 
 RULE = "graph/spec.py: what holds for a program between two passes"
 _NODE = re.compile(r"Node (?:redefined name )?'?(\w+)")
@@ -97,7 +96,7 @@ def refresh_aliases(graph: fx.Graph) -> None:
 
 def refresh_alias(node: fx.Node) -> None:
     """`refresh_aliases` for one call; those in front of it are up to date."""
-    if not (_may_be_view(node) or _is_in_place(node)):
+    if not (may_be_view(node) or _is_in_place(node)):  # a reshape that copies, says the record, which may be old
         return
     inputs = {storage(tensor) for source in node.all_input_nodes for tensor in tensors(source)}
     if not list(tensors(node)) or any(storage(tensor) not in inputs for tensor in tensors(node)):
@@ -105,12 +104,6 @@ def refresh_alias(node: fx.Node) -> None:
         shared = {storage(tensor) for tensor in tree_leaves(inferred) if isinstance(tensor, torch.Tensor)}
         if shared <= inputs:  # a reshape may copy: then the recorded value was right
             node.meta["val"] = inferred
-
-
-def _may_be_view(node: fx.Node) -> bool:
-    """By its operator alone: the recorded value of a reshape says that it copied until it is up to date."""
-    target = node.target
-    return target is operator.getitem or (isinstance(target, torch._ops.OpOverload) and is_view_operator(target))
 
 
 def _is_in_place(node: fx.Node) -> bool:

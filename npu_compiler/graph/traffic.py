@@ -22,10 +22,16 @@ Amount: TypeAlias = "int | sympy.Expr"
 
 def is_view(node: fx.Node) -> bool:
     """Whether a call only looks at memory in another way (split and getitem included)."""
+    if not may_be_view(node):
+        return False
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return target is operator.getitem
-    return is_view_operator(target) and not (_may_copy(target) and _copies(node))
+    return not (isinstance(target, torch._ops.OpOverload) and _may_copy(target) and _copies(node))
+
+
+def may_be_view(node: fx.Node) -> bool:
+    """Whether a call's operator views what can be viewed: of a reshape, the layout of its argument decides."""
+    target = node.target
+    return target is operator.getitem or (isinstance(target, torch._ops.OpOverload) and is_view_operator(target))
 
 
 @functools.cache

@@ -28,7 +28,7 @@ def integers(least: int, most: int) -> st.SearchStrategy[int]:
 def one_of(items: Sequence[Item]) -> st.SearchStrategy[Item]:
     """One of `items`; it shrinks towards the first."""
     held = tuple(items)
-    return integers(0, len(held) - 1).map(lambda index: held[index])
+    return integers(0, len(held) - 1).map(held.__getitem__)
 
 
 @functools.cache

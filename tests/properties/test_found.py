@@ -104,6 +104,8 @@ GRAPHS = {
     ),
     # a reshape of a copy that went was taken for one that copies: its record still named the memory of what went
     "reshape of a copy that went": Graph((Own(4), ("cos", (0,)), ("clone", (1,)), ("flat", (2,))), outputs=(3,)),
+    # a part of a join became a contiguous input, and the reshape that had copied the part a view of that input
+    "reshape of a part of a join": Graph((Own(4), ("cat_columns", (0, 0)), ("flat", (1,))), outputs=(2,)),
 }
 
 
