@@ -29,7 +29,6 @@ namespace {
 constexpr int64_t kKeyBlock = 256;
 constexpr int64_t kRowStep = 2 * kRows;
 constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 
 /// The scratch of one worker. Widths are padded with zeros to whole tiles.
 struct AmxScratch {
@@ -41,7 +40,7 @@ struct AmxScratch {
   BFloat* weights;   ///< [kRowStep][kKeyBlock]
   float* scores;     ///< [kRowStep][kKeyBlock]
   float* output;     ///< [kAmxQueryTile][value_width]
-  float* maximum;    ///< [kAmxQueryTile], of scores times log2(e)
+  float* maximum;    ///< [kAmxQueryTile], of scores
   float* total;      ///< [kAmxQueryTile]
 
   static int64_t key_depth(const Attention& a) {
@@ -161,22 +160,25 @@ struct ScoreRow {
 /// Turns the scores of a row into weights against its running maximum, and rescales what it summed so far.
 void softmax_row(const Attention& a, const Tile& tile, const AmxScratch& s, const ScoreRow& r, float* scores,
                  BFloat* weights) {
-  float factor = kLog2E;
-  if (a.bias != nullptr || a.mask != nullptr || !(a.scale > 0)) {
+  const bool finished = a.bias != nullptr || a.mask != nullptr || !(a.scale > 0);
+  if (finished) {
     finish_scores<BFloat>(a, tile, scores, r.row, r.first, r.keys, r.count);
   } else {
     hide_keys(a, tile, scores, r.row, r.first, r.keys, r.count);
-    factor *= a.scale;
   }
+  const float factor = finished ? 1.0f : a.scale;
   Lanes best = load(scores);
   for (int64_t j = kLanes; j < r.count; j += kLanes) best = maximum(best, load(scores + j));
   const float previous = s.maximum[r.row];
   const float now = std::max(previous, largest(best) * factor);
   if (now == kNothing) return clear(weights, weights + r.count);
+  // What a bias hides may be the lowest float, and log2(e) times that is -inf: there the maximum goes first.
+  const float step = factor * kLog2E, shift = now * kLog2E;
+  const auto weigh = [=](Lanes x) { return power_of_two(finished ? (x - now) * kLog2E : x * step - shift); };
   Lanes sums[2] = {};
   for (int64_t j = 0; j < r.count; j += 2 * kLanes) {
-    const Lanes left = power_of_two(load(scores + j) * factor - now);
-    const Lanes right = power_of_two(load(scores + j + kLanes) * factor - now);
+    const Lanes left = weigh(load(scores + j));
+    const Lanes right = weigh(load(scores + j + kLanes));
     sums[0] += left;
     sums[1] += right;
     const __m512bh pair = _mm512_cvtne2ps_pbh(bits_as<__m512>(right), bits_as<__m512>(left));
@@ -185,7 +187,7 @@ void softmax_row(const Attention& a, const Tile& tile, const AmxScratch& s, cons
   s.maximum[r.row] = now;
   float shrink = 1.0f;
   if (now != previous && previous != kNothing) {
-    shrink = power_of_two(splat(previous - now))[0];
+    shrink = power_of_two(splat((previous - now) * kLog2E))[0];
     float* output = s.output + r.row * s.value_width;
     for (int64_t i = 0; i < s.value_width; i += kLanes) store(output + i, load(output + i) * shrink);
   }
@@ -225,7 +227,7 @@ void attend_amx(const Attention& a, const Tile& tile, float* scratch) {
   const AmxScratch s(a, scratch);
   gather_queries(a, tile, s);
   for (int64_t row = 0; row < tile.rows(); ++row) {
-    const float start = a.sink == nullptr ? kNothing : a.sink[tile.head + row % tile.heads] * kLog2E;
+    const float start = a.sink == nullptr ? kNothing : a.sink[tile.head + row % tile.heads];
     s.maximum[row] = start;
     s.total[row] = start == kNothing ? 0.0f : 1.0f;
   }
@@ -241,7 +243,6 @@ void attend_amx(const Attention& a, const Tile& tile, float* scratch) {
     written();
     for (int64_t row = 0; row < tile.rows(); row += kRowStep) attend_block(a, tile, s, row, first, keys);
   }
-  for (int64_t row = 0; row < tile.rows(); ++row) s.maximum[row] *= kLn2;
   store_rows<BFloat>(a, tile, {s.output, s.value_width, s.maximum, s.total});
 }
 

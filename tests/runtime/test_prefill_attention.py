@@ -94,6 +94,23 @@ def test_masks_and_biases_of_many_rows(scale: float, dtype: torch.dtype) -> None
     reference.assert_close(output, attended(query, key, value, scale)[0], dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("least", [-3.3e38, -1e30])
+@pytest.mark.parametrize("queries", [1, 5, 100])
+def test_rows_hidden_by_large_negative_numbers(queries: int, least: float, dtype: torch.dtype) -> None:
+    """As transformers writes a mask: a row that sees no key is the mean of all values. Times log2(e) the first one is
+    no float any more."""
+    query, key, value = tensors(dtype, queries, 400, 3, 1, 32)
+    bias = torch.zeros(1, 3, queries, 400, dtype=dtype)
+    bias[:, :, :2] = least
+    bias[:, :, 2:, :300] = least  # the first block of keys
+    output, lse = padded(query, key, value, 0.125, pse_shift=bias.npu())
+    expected, expected_lse = attended(query, key, value, 0.125, bias=bias[0])
+    expected[:2] = value[0, 0].double().mean(0)  # log(400) is nothing beside these sums, so the reference can't divide
+    reference.assert_close(output, expected, dtype)
+    reference.assert_close(lse.cpu() / expected_lse, torch.ones_like(expected_lse), dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scores_far_apart(dtype: torch.dtype) -> None:
     """Weights from 1 to less than the least float, and a maximum that grows from block to block."""
