@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.aot_compile import AOTCompiledFunction
+from torch._dynamo.exc import PackageError
 
 from npu_compiler import report
 from npu_compiler.backend import ascend
@@ -20,6 +21,7 @@ from npu_compiler.errors import StoredProgramError
 from npu_compiler.portable import Portable
 from npu_compiler.stages import CAPTURE, FIRST_CALL, PLAN
 from tests.compiler.user_rules import SILU, silu_program
+from tests.models import checkpoints
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,6 +95,23 @@ def test_guards_refuse_what_it_was_not_compiled_for() -> None:
     inputs = arguments(5)
     with pytest.raises(RuntimeError, match=r"size mismatch at index 0\. expected 4, actual 5"), torch.inference_mode():
         function(model, *inputs)
+
+
+def test_a_model_of_transformers_is_compiled_with_the_guards_on_tensors() -> None:
+    """torch can't write the others, whatever the backend."""
+    model = checkpoints.random_model(checkpoints.Shape(hidden=32, heads=2, kv_heads=1)).npu()
+    tokens = torch.arange(8).npu()[None]
+    model.config.use_cache = False
+    with pytest.raises(PackageError, match="ID_MATCH guard"):
+        compiled(model, tokens)
+    function = compiled(model, tokens, guard_filter_fn=torch.compiler.keep_tensor_guards_unsafe)
+    with torch.inference_mode():
+        for _ in range(3):
+            torch.testing.assert_close(function(model, tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+        with pytest.raises(RuntimeError, match="size mismatch at index 1"):
+            function(model, tokens[:, :5])
+    ledger = graph_of(function).ledger
+    assert ledger is not None and ledger.replays == 2
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
