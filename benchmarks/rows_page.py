@@ -84,8 +84,7 @@ def _reached(record: Record) -> str:
     parts = [f"{number(record['median'])} {record['unit']}"]
     if record["best_ratio"] is not None:
         parts.append(f"{record['best_ratio']:.3f}x of {record['best_rival']}")
-    if record["roof"]:
-        parts.append(f"{record['roof'] / record['median']:.0%} of the roof")
+    parts += _share_of_roof(record)
     if record["rest"] is not None:
         parts.append(f"{number(record['rest'])} {record['unit']} beside its part")
     return ", ".join(parts)
@@ -112,9 +111,13 @@ def _target(record: Record) -> str:
     parts = [f"{record['goal']}: {'met' if record['met'] else 'missed'}"] if record["goal"] else []
     if record["rest"] is not None:
         parts.append(f"{number(max(0.0, record['rest']))} {record['unit']} beside its part")
-    if record["roof"] and record["peer"] == record["subject"]:
-        parts.append(f"{record['roof'] / record['median']:.0%} of the roof")
+    if record["peer"] == record["subject"]:
+        parts += _share_of_roof(record)
     return "; ".join(parts)
+
+
+def _share_of_roof(record: Record) -> list[str]:
+    return [f"{record['roof'] / record['median']:.0%} of the roof"] if record["roof"] else []
 
 
 def _conditions(name: str, row: Row, rows: Iterable[Row]) -> str:

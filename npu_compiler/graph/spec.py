@@ -96,7 +96,7 @@ def refresh_aliases(graph: fx.Graph) -> None:
 
 def refresh_alias(node: fx.Node) -> None:
     """`refresh_aliases` for one call; those in front of it are up to date."""
-    if not (may_be_view(node) or _is_in_place(node)):  # a reshape that copies, says the record, which may be old
+    if not (may_be_view(node) or _is_in_place(node)):  # whether a reshape views is asked below: its record may be old
         return
     inputs = {storage(tensor) for source in node.all_input_nodes for tensor in tensors(source)}
     if not list(tensors(node)) or any(storage(tensor) not in inputs for tensor in tensors(node)):

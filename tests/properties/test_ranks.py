@@ -90,10 +90,6 @@ def inputs(rank: int, rows: int) -> list[Tensor]:
     ]
 
 
-def rows_of(module: fx.GraphModule) -> int | torch.SymInt:
-    return next(iter(module.graph.find_nodes(op="placeholder"))).meta["val"].shape[0]
-
-
 def check(steps: Sequence[Step], returned: int, ranks: int, rows: int, dynamic: bool) -> None:
     """At the rows it was traced with and, where they are dynamic, at others."""
     traced = make_fx(program(steps, returned), tracing_mode="symbolic" if dynamic else "fake")(*inputs(0, rows))
@@ -103,8 +99,9 @@ def check(steps: Sequence[Step], returned: int, ranks: int, rows: int, dynamic: 
     sums = [calls(module).count("_c10d_functional.all_reduce.default") for module in (before, traced)]
     assert (sums[1] < sums[0]) == bool(record.fired)
     FIRED[ranks] += bool(record.fired)
-    # Of one row a rank torch's tracing makes a constant.
-    for count in (rows,) if is_concrete_int(rows_of(traced)) else (rows, 1, 2 * rows + 1):
+    x, *_ = traced.graph.find_nodes(op="placeholder")
+    constant = is_concrete_int(x.meta["val"].shape[0])  # dynamic rows too, where tracing saw one row a rank
+    for count in (rows,) if constant else (rows, 1, 2 * rows + 1):
         given_to = [inputs(rank, count) for rank in range(ranks)]
         for got, expected in zip(world.run(traced, given_to), world.run(before, given_to), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
