@@ -17,6 +17,7 @@ from npu_compiler.fusion_kernels.expert_capacity import FINE, capacity, is_exact
 from npu_compiler.fusion_kernels.expert_exchange import no_expert
 from tests import world
 from tests.experts import HIDDEN, KINDS, Case, kept, owned
+from tests.properties.draws import integers, one_of
 from tests.properties.seeded import PHASES, SEED
 
 
@@ -82,15 +83,15 @@ def cases(ranks: int) -> st.SearchStrategy[Case]:
     return st.builds(
         Case,
         ranks=st.just(ranks),
-        experts=st.integers(1, 2 * ranks + 1),
-        top_k=st.integers(1, 4),
-        tokens=st.integers(1, 3 * ranks + 1),
-        kind=st.sampled_from(KINDS),
-        factor=st.sampled_from([0.01, 0.5, 1.0, 1.1, 1.25, 1.5, 2.0, 8.0]),
-        by=st.sampled_from(["score", "arrival"]),
+        experts=integers(1, 2 * ranks + 1),
+        top_k=integers(1, 4),
+        tokens=integers(1, 3 * ranks + 1),
+        kind=one_of(KINDS),
+        factor=one_of([0.01, 0.5, 1.0, 1.1, 1.25, 1.5, 2.0, 8.0]),
+        by=one_of(["score", "arrival"]),
         renormalise=st.booleans(),
         ties=st.booleans(),
-        number=st.integers(0, 1000),
+        number=integers(0, 1000),
     )
 
 

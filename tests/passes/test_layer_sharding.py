@@ -34,6 +34,7 @@ from npu_compiler.plan.engines import Engine, engine_of
 from tests import world
 from tests.passes.lowered import apply, calls
 from tests.passes.test_attention_exchange import HEADS, SIZE, WIDTH, attended, summed
+from tests.properties.draws import integers, one_of
 from tests.properties.seeded import PHASES, SEED
 
 BROADCAST, WAIT, OWN, COLUMNS, GATHER, EXCHANGE = (
@@ -125,7 +126,7 @@ LIKE_LLAMA: list[Layer] = [("out, in", True)] * 7
 def test_all_ranks_compute_the_same_bits(ranks: int) -> None:
     """Random models, as they come from the pass and as the backend runs them. Every broadcast is joined in the gap
     between two collectives in which it began."""
-    kind = st.sampled_from(["out, in", "out, in", "in, out", "wide"])
+    kind = one_of(["out, in", "out, in", "in, out", "wide"])
     layer = st.tuples(kind, st.booleans())
     fired = 0
 
@@ -137,7 +138,7 @@ def test_all_ranks_compute_the_same_bits(ranks: int) -> None:
         phases=PHASES,
         suppress_health_check=[HealthCheck.too_slow],
     )
-    @given(st.lists(layer, min_size=3, max_size=9), st.integers(ranks, 2 * ranks + 1), st.booleans(), st.booleans())
+    @given(st.lists(layer, min_size=3, max_size=9), integers(ranks, 2 * ranks + 1), st.booleans(), st.booleans())
     def run(layers: list[Layer], rows: int, dynamic: bool, scattered: bool) -> None:
         nonlocal fired
         note(f"NPU_COMPILER_SEED={SEED}")
