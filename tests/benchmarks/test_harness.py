@@ -108,7 +108,7 @@ def test_contestants_take_turns_and_the_order_turns() -> None:
     harness.one_round(contestants, loops, probe)
     assert journal == ["a", "b", "c"]
     journal.clear()
-    harness.measure(contestants, 1, Settings(rounds=3, round_seconds=1e-3, attempts=3))
+    harness.measure(contestants, 1, Settings(rounds=3, attempts=3, loops=1))
     assert journal[-9:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
 
 
@@ -292,3 +292,16 @@ def test_what_prepares_a_batch_is_called_before_it_and_not_counted(monkeypatch: 
     contestant = Contestant("own", lambda count: takes("batch", count * 2.0), prepare=lambda: takes("prepare", 50.0))
     assert harness.timed(contestant, 3) == 6.0
     assert called == ["prepare", "batch"]
+
+
+def test_a_turn_begins_with_a_tenth_of_its_loops_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, called = [0.0], []
+
+    def batch(count: int) -> None:
+        called.append(count)
+        clock[0] += 2.0 * count
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+    contestant = Contestant("own", batch)
+    assert [harness.timed(contestant, loops) for loops in (9, 10, 125)] == [18.0, 20.0, 250.0]
+    assert called == [9, 1, 10, 12, 125]
