@@ -23,6 +23,7 @@ const char* const names[] = {
     "races",
     "unchecked_tasks",
     "bytes_fetched_ahead",
+    "helped_kernels",
 };
 static_assert(sizeof names / sizeof names[0] == static_cast<size_t>(Counter::kCount));
 

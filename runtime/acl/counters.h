@@ -21,6 +21,7 @@ enum class Counter : size_t {
   kRaces,                 ///< missing waits that the checking mode reported
   kUncheckedTasks,        ///< tasks the checking mode could not judge: they do not say what they touch
   kBytesFetchedAhead,     ///< of weights, between two replays of a graph
+  kHelpedKernels,         ///< times a waiting thread did parts of a kernel
   kCount
 };
 

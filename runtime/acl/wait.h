@@ -15,6 +15,7 @@
 #include <optional>
 #include <utility>
 
+#include "runtime/acl/parts.h"
 #include "runtime/acl/settings.h"
 
 namespace host_runtime {
@@ -35,6 +36,8 @@ inline void relax_cpu() {
   asm volatile("yield");
 #endif
 }
+
+inline void give_way() { syscall(SYS_sched_yield); }
 
 /// Cores that this process may use.
 int usable_cores();
@@ -80,6 +83,8 @@ class WaitPoint {
   static constexpr Clock::duration kShortSpin = std::chrono::microseconds(30);
   /// A yield that takes longer may have given the core to another thread, which wants it more.
   static constexpr Clock::duration kOwnYield = std::chrono::microseconds(50);
+  /// The thread whose kernel was helped with has a core: nobody needs this one.
+  static constexpr Clock::duration kBetweenKernels = std::chrono::microseconds(20);
 
   /// The right to spin for long: one core is left to those that work.
   class LongSpin {
@@ -100,31 +105,47 @@ class WaitPoint {
   }
 
   template <typename Ready>
-  bool spin(Ready& ready, Clock::time_point start, const Deadline& deadline, bool& crowded) {
+  bool spin(Ready& ready, Clock::time_point& start, const Deadline& deadline, bool& crowded) {
     const Clock::duration most = std::chrono::microseconds(settings().spin_us);
     const Clock::time_point latest = deadline.value_or(Clock::time_point::max());
-    if (spin_until(std::min(latest, start + std::min(most, kShortSpin)), ready, crowded)) return true;
-    if (spin_ == Spin::kShort || crowded || last_wait().load(std::memory_order_relaxed) >= most) return false;
+    const Clock::duration briefly = std::min(most, kShortSpin);
+    bool helped = false;
+    if (spin_until(start, briefly, latest, ready, crowded, helped)) return true;
+    if (spin_ == Spin::kShort || crowded) return false;
+    if (!helped && last_wait().load(std::memory_order_relaxed) >= most) return false;
     const LongSpin long_spin;
-    return long_spin.granted && spin_until(std::min(latest, start + most), ready, crowded);
+    return long_spin.granted && spin_until(start, most, latest, ready, crowded, helped);
   }
 
-  /// Gives the core away after the first microsecond: the thread that is waited for may need it. `crowded`:
-  /// another thread took it, so the spinning ended.
+  /// Spins until `most` behind the start, and helps with kernels meanwhile: the wait starts anew then, as the
+  /// next kernel may be as near. Gives the core away after the first microsecond: the thread that is waited
+  /// for may need it. `crowded`: another thread took it, so the spinning ended.
   template <typename Ready>
-  static bool spin_until(Clock::time_point end, Ready& ready, bool& crowded) {
+  static bool spin_until(Clock::time_point& start, Clock::duration most, Clock::time_point latest,
+                         Ready& ready, bool& crowded, bool& helped) {
     auto now = Clock::now();
-    for (const auto polite_from = now + std::chrono::microseconds(1); now < std::min(end, polite_from);) {
-      for (int i = 0; i < 8; ++i) relax_cpu();
-      if (ready()) return true;
-      now = Clock::now();
-    }
-    const int64_t gave_way = times_gave_way();
-    while (now < end && !crowded) {
-      syscall(SYS_sched_yield);
+    auto polite_from = now + std::chrono::microseconds(1);
+    int64_t gave_way = -1;  // as of before the yields; -1: not asked
+    bool refused = false;   // as many threads as may already take part
+    while (now < std::min(latest, start + most) && !crowded) {
+      if (now < polite_from) {
+        for (int i = 0; i < 8 && (refused || !offered_parts().any()); ++i) relax_cpu();
+      } else {
+        if (gave_way < 0) gave_way = times_gave_way();
+        give_way();
+      }
       if (ready()) return true;
       const auto last = std::exchange(now, Clock::now());
-      crowded = now - last > kOwnYield && times_gave_way() != gave_way;
+      const bool offered = offered_parts().any();
+      refused = offered && !offered_parts().help();
+      if (offered && !refused) {
+        helped = true;
+        start = now = Clock::now();
+        polite_from = now + kBetweenKernels;
+        gave_way = -1;
+      } else {
+        crowded = gave_way >= 0 && now - last > kOwnYield && times_gave_way() != gave_way;
+      }
     }
     return false;
   }

@@ -2,13 +2,14 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
-#include "runtime/acl/task.h"
 #include "runtime/kernels/attention_amx.h"
 #include "runtime/kernels/attention_tile.h"
 #include "runtime/kernels/fetch.h"
+#include "runtime/kernels/share.h"
 
 namespace host_runtime::kernels {
 #define KERNEL_HAS_DOTS
@@ -17,8 +18,8 @@ namespace host_runtime::kernels {
 
 namespace {
 
-/// Multiply-adds below which handing tiles to other threads costs more than it saves.
-constexpr int64_t kParallelWork = int64_t{1} << 22;
+/// Multiply-adds below which sharing tiles costs more than it saves.
+constexpr int64_t kSharedWork = int64_t{1} << 16;
 
 /// The compressed mask of the causal modes is a fixed 2048 x 2048 upper triangle of ones; the card computes
 /// with its contents. A few probes find the usual mistakes: a lower triangle, zeros, or memory that was never
@@ -47,6 +48,7 @@ void Attention::plan() {
   const int64_t tile_tokens = std::max<int64_t>(1, rows / tile_heads);
   tiles.clear();
   work = 0;
+  threads = at::get_num_threads();
   for (int64_t i = 0; i < static_cast<int64_t>(sequences.size()); ++i) {
     const int64_t tokens = sequences[i].query_length;
     work += tokens * sequences[i].key_length * heads * (query.width + value.width);
@@ -59,31 +61,25 @@ void Attention::plan() {
 }
 
 size_t attention_scratch(const Attention& arguments) {
-  return static_cast<size_t>(scratch_floats(arguments) * at::get_num_threads()) * sizeof(float);
+  return static_cast<size_t>(scratch_floats(arguments) * arguments.threads) * sizeof(float);
 }
 
 void attention(const Attention& arguments, void* scratch) {
   if (arguments.causal_probe != nullptr) check_compressed_mask(arguments.causal_probe);
   const int64_t floats = scratch_floats(arguments);
   const bool amx = takes_amx(arguments);
-  const auto run = [&](int64_t begin, int64_t end) {
-    float* memory = static_cast<float*>(scratch) + at::get_thread_num() * floats;
+  const auto count = static_cast<int64_t>(arguments.tiles.size());
+  const auto run = [&](int64_t i, int64_t thread) {
+    float* memory = static_cast<float*>(scratch) + thread * floats;
+    const Tile& tile = arguments.tiles[static_cast<size_t>(i)];
+    const Tile* next = i + 1 < count ? &tile + 1 : nullptr;
     visit(arguments.type, [&](auto zero) {
       const auto attend_tile = PER_ISA_OR_DOTS(attend<decltype(zero)>);
-      for (int64_t i = begin; i < end; ++i) {
-        const Tile& tile = arguments.tiles[i];
-        amx&& tile.rows() > kDirectRows
-            ? attend_amx(arguments, tile, memory)
-            : attend_tile(arguments, tile, i + 1 < end ? &tile + 1 : nullptr, memory);
-      }
+      amx&& tile.rows() > kDirectRows ? attend_amx(arguments, tile, memory)
+                                      : attend_tile(arguments, tile, next, memory);
     });
   };
-  const auto count = static_cast<int64_t>(arguments.tiles.size());
-  if (arguments.work < kParallelWork || host_runtime::runs_beside_others()) {
-    run(0, count);
-  } else {
-    at::parallel_for(0, count, 1, run);
-  }
+  run_parts(count, arguments.work < kSharedWork ? 1 : std::min(arguments.threads, kernel_threads()), run);
 }
 
 }  // namespace host_runtime::kernels

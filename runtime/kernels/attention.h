@@ -81,13 +81,13 @@ struct Attention {
   std::vector<Sequence> sequences;
   std::vector<Tile> tiles;  ///< written by plan()
   int64_t work = 0;         ///< multiply-adds, written by plan()
+  int64_t threads = 1;      ///< torch's number of them at plan(): how many the scratch is for
 
   /// Cuts the work into tiles: once for any number of runs.
   void plan();
 };
 
-/// Bytes of scratch that `attention` needs: it depends on the widths and the number of threads only, not on
-/// lengths.
+/// Bytes of scratch that `attention` needs: it depends on the widths and on `threads` only, not on lengths.
 size_t attention_scratch(const Attention& arguments);
 
 /// Throws std::out_of_range for a block id outside the cache, std::invalid_argument for a compressed mask

@@ -27,8 +27,7 @@ struct Int8Product {
   int64_t w_stride;  ///< between columns of w
 };
 
-/// Shared out among ATen's threads by columns where it is large; every result is formed by one of them, in
-/// one order.
+/// Threads share the columns (share.h); every result is formed by one of them, in one order.
 void int8_product(const Int8Product& product);
 
 }  // namespace host_runtime::kernels

@@ -20,8 +20,8 @@ struct RunMatrix {
 bool has_panels();
 
 /// x @ w * alpha + bias * beta of bfloat16, as gemv_kernel computes it from one batch (product.w is not
-/// read): sums in float, rounded once; numbers below 2^-126 count as zeros. Shared out among ATen's threads
-/// by columns; every result is formed by one of them, in one order.
+/// read): sums in float, rounded once; numbers below 2^-126 count as zeros. Threads share
+/// the columns (share.h); every result is formed by one of them, in one order.
 void panel_product(const Gemv& product, const RunMatrix& w);
 
 /// The same of an int8 x, as int8_product computes it (product.w is not read): sums are exact.

@@ -18,13 +18,14 @@ namespace host_runtime::kernels {
 
 namespace {
 
-/// Columns at whose multiples threads take over: whole blocks of either kernel.
-constexpr int64_t kColumnBlock = 128;
+/// Columns at whose multiples threads take over: whole blocks of the kernel.
+constexpr int64_t kTransposedBlock = 32, kPlainBlock = 128;
 
 template <typename T, bool kTransposed>
 void shared_gemv(const Gemv& p) {
   const auto run = kTransposed ? PER_ISA_OR_DOTS(gemv_transposed<T>) : PER_ISA(gemv_plain<T>);
-  share_columns(p.inner, p.columns, kColumnBlock, [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  share_columns(p.inner, p.columns, kTransposed ? kTransposedBlock : kPlainBlock,
+                [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
 }  // namespace

@@ -23,9 +23,8 @@ struct Gemv {
   float alpha;       ///< of the product
   float beta;        ///< of the bias
 };
-/// `transposed`: each column of w is contiguous (the weight of a linear layer), else each row is. Large
-/// products are shared out among ATen's threads by columns; every result is formed by one of them, in one
-/// order.
+/// `transposed`: each column of w is contiguous (the weight of a linear layer), else each row is. Threads
+/// share the columns (share.h); every result is formed by one of them, in one order.
 using GemvKernel = void (*)(const Gemv&);
 GemvKernel gemv_kernel(Type type, bool transposed);
 

@@ -8,6 +8,7 @@ extern const TestCase kBriefTaskTests[];
 extern const TestCase kStreamTests[];
 extern const TestCase kGraphTests[];
 extern const TestCase kFetchAheadTests[];
+extern const TestCase kPartTests[];
 extern const TestCase kWaitTests[];
 extern const TestCase kCheckingTests[];
 
@@ -17,7 +18,7 @@ int main(int argc, char** argv) {
   // What the checking mode finds is tested with the mode on; everything else must work in both.
   const bool checking = host_runtime::checking();
   for (const TestCase* tests : {kBoundsTests, kStreamTests, kBriefTaskTests, kGraphTests, kFetchAheadTests,
-                                kWaitTests, checking ? kCheckingTests : nullptr}) {
+                                kPartTests, kWaitTests, checking ? kCheckingTests : nullptr}) {
     if (tests == nullptr) continue;
     for (const TestCase* test = tests; test->name != nullptr; ++test) {
       bool wanted = argc == 1;
