@@ -100,7 +100,9 @@ def test_products_with_int8_weights(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("lengths", [([1] * 5, [300, 1, 700, 129, 40]), ([140, 1], [340, 700])], ids=["decode", "chunk"])
+@pytest.mark.parametrize(
+    "lengths", [([1] * 5, [300, 1, 700, 129, 40]), ([140, 1], [340, 700])], ids=["decode", "chunk"]
+)
 def test_attention(lengths: tuple[list[int], list[int]], dtype: torch.dtype) -> None:
     """Each thread has scratch of its own."""
     arguments = Paged(*lengths, dtype, heads=8, key_heads=2, width=64).arguments()
