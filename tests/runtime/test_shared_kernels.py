@@ -107,4 +107,3 @@ def test_attention(lengths: tuple[list[int], list[int]], dtype: torch.dtype) -> 
     """Each thread has scratch of its own."""
     arguments = Paged(*lengths, dtype, heads=8, key_heads=2, width=64).arguments()
     check(lambda: torch_npu.npu_fused_infer_attention_score(**arguments)[0])
-
