@@ -46,10 +46,10 @@ def measure_here(name: str, quick: bool) -> stored.Row:
 
     row = all_rows()[name]
     found = harness.run(row, harness.Settings.of(row, quick))
-    return {"about": stored.about(row.title, quick), "records": found}
+    return {"about": stored.about(row.title, quick, row.threads), "records": found}
 
 
-def measure_apart(name: str, quick: bool, results: Path) -> stored.Row:
+def measure_apart(name: str, quick: bool, results: Path, threads: int = 1) -> stored.Row:
     """One row in a process of its own, so that no peer's compiler or signal handlers disturb the next row.
 
     Raises:
@@ -60,7 +60,7 @@ def measure_apart(name: str, quick: bool, results: Path) -> stored.Row:
         command + ["--quick"] * quick,
         cwd=ROOT,
         # Streams are threads too, and torch.set_num_threads() holds for the calling thread only.
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -206,10 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     failed = False
     names = [] if options.page else chosen(options.rows, options.quick)
+    rows = all_rows()
     for index, name in enumerate(names, 1):
         print(f"[{index}/{len(names)}] {name}", file=sys.stderr, flush=True)
         try:
-            measured = measure_apart(name, options.quick, options.results)
+            measured = measure_apart(name, options.quick, options.results, rows[name].threads)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             print(f"benchmarks: {error}\n", file=sys.stderr)
             failed = True
@@ -217,10 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"\nbenchmarks: interrupted in {name}; the rows before it are stored", file=sys.stderr)
             return 130
-        disturbances = conditions.disturbances(measured, kept_rows(options.results, all_rows()).values())
+        disturbances = conditions.disturbances(measured, kept_rows(options.results, rows).values())
         print(table(measured["about"]["title"], measured["records"], disturbances) + "\n", flush=True)
     picture = options.results / "benchmarks.png"
-    problem = plot.draw([*kept_rows(options.results, all_rows()).values()], picture)
+    problem = plot.draw([*kept_rows(options.results, rows).values()], picture)
     print(f"benchmarks: {problem or picture}", file=sys.stderr)
     if options.page or (options.rows is None and not options.quick):
         failed = not write_page(options.results) or failed

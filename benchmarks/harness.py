@@ -98,6 +98,7 @@ class Row:
             its `rest`.
         long: takes minutes, so `--quick` leaves it out unless it is asked for by name.
         starts: the work is the start of a process: one of each contestant makes a round.
+        threads: compute threads that every contestant may use.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Row:
     part: str | None = None
     long: bool = False
     starts: bool = False
+    threads: int = 1
 
     @property
     def subject(self) -> str:
@@ -370,7 +372,7 @@ def run(row: Row, settings: Settings, agree: Agree = alone) -> list[dict[str, An
     Raises:
         AssertionError: a contestant computes something else than the reference.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(row.threads)
     roof = row.roof() if callable(row.roof) else row.roof
     contestants, missing = build(row)
     if not contestants:

@@ -1,4 +1,5 @@
-"""Peers on the plain CPU that run a program of their own: AOTInductor, ONNX Runtime and OpenVINO, each on one thread.
+"""Peers on the plain CPU that run a program of their own: AOTInductor, ONNX Runtime and OpenVINO, each on as
+many threads as torch has.
 
 Each function takes a module of tensors and its arguments, and returns the step that runs it; a peer that can't run it
 is `Missing` with its reason. In a decode step all of them get a graph that changes no input, which suits them best:
@@ -55,7 +56,7 @@ def onnx_runtime(model: nn.Module, arguments: Arguments, dtype: torch.dtype) -> 
     with devices.needed("onnx runtime", *own), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         file = exported(model, arguments, Path(folder))
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
         options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
         session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -83,7 +84,7 @@ def openvino(model: nn.Module, arguments: Arguments, dtype: torch.dtype) -> Run:
     with devices.needed("openvino", errors.OpConversionFailure, errors.GeneralFailure), torch.no_grad():
         converted = library.convert_model(torch.export.export(model, arguments))
         settings = {"INFERENCE_PRECISION_HINT": hints[dtype], "PERFORMANCE_HINT": "LATENCY"}
-        settings |= {"NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": "1"}
+        settings |= {"NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
         compiled = library.Core().compile_model(converted, "CPU", settings)
         request = compiled.create_infer_request()
         for index, argument in enumerate(arguments):

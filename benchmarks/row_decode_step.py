@@ -160,13 +160,14 @@ def row(label: str, case: Case, goals: tuple[Goal, ...], roof: bool = False) -> 
     )
 
 
-def ahead_row(case: Case, goal: float) -> Row:
+def ahead_row(case: Case, goal: float, threads: int = 1) -> Row:
     """Programs compiled ahead of time alone: each is called by itself, and compares nothing."""
     family, suffix = FAMILIES[case.dtype]
     hidden = case.size.hidden
+    title = f"decode step, hidden {hidden}, {family}, compiled ahead of time and called without guards"
     return Row(
-        name=f"decode_step_h{hidden}{suffix}_ahead",
-        title=f"decode step, hidden {hidden}, {family}, compiled ahead of time and called without guards",
+        name=f"decode_step_h{hidden}{suffix}_ahead" + "_two_threads" * (threads == 2),
+        title=title + ", two compute threads" * (threads == 2),
         unit="us",
         contestants={
             "ascend ahead": on_npu("ascend ahead", case, "ascend", ahead=True),
@@ -178,10 +179,11 @@ def ahead_row(case: Case, goal: float) -> Row:
         },
         reference="cpu eager",
         goals=(Goal(peer="ascend ahead", faster_than=goal),),
-        roof=(lambda: bytes_roof(case)) if case.size == decode_model.HIDDEN_256 else None,
+        roof=(lambda: bytes_roof(case)) if case.size == decode_model.HIDDEN_256 and threads == 1 else None,
         tolerance=TOLERANCE[case.dtype],
         rivals=RIVALS,
         kin=("ascend ahead bound",),
+        threads=threads,
     )
 
 
@@ -199,4 +201,6 @@ def rows() -> list[Row]:
     for dtype in FAMILIES:
         goals = (Goal(peer="ascend", roof_share=0.85),)
         found.append(row("h1024", Case(decode_model.HIDDEN_1024, dtype), goals, roof=True))
+    found.append(ahead_row(Case(decode_model.HIDDEN_256), 1.0, threads=2))
+    found += [ahead_row(Case(decode_model.HIDDEN_1024, dtype), 1.0, threads=2) for dtype in FAMILIES]
     return found

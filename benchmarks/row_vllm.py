@@ -209,13 +209,14 @@ def row(batch: int) -> Row:
     )
 
 
-def row_of_qwen3_06b(batch: int) -> Row:
+def row_of_qwen3_06b(batch: int, threads: int = 1) -> Row:
     """The row of steps with `batch` requests of a model that takes its time to read its weights."""
     configuration = models.configuration("qwen3", 28, **QWEN3_06B)
     served = {mode: Served(mode, batch, configuration) for mode in (FULL, NONE)}
     return Row(
-        name=f"vllm_qwen3_06b_b{batch}",
-        title=f"decode step of vLLM, Qwen3-0.6B's shape, batch {batch}, bfloat16",
+        name=f"vllm_qwen3_06b_b{batch}" + "_two_threads" * (threads == 2),
+        title=f"decode step of vLLM, Qwen3-0.6B's shape, batch {batch}, bfloat16"
+        + ", two compute threads" * (threads == 2),
         unit="ms",
         contestants={
             **{mode: one.steps for mode, one in served.items()},
@@ -227,8 +228,10 @@ def row_of_qwen3_06b(batch: int) -> Row:
         goals=(Goal(peer=BARE, faster_than=0.8), Goal(peer=TRANSFORMERS, faster_than=2.0)),
         part=BARE,
         long=True,
+        threads=threads,
     )
 
 
 def rows() -> list[Row]:
-    return [*(row(batch) for batch in (1, 8, 32)), *(row_of_qwen3_06b(batch) for batch in (1, 8))]
+    of_qwen3 = (row_of_qwen3_06b(batch, threads) for threads in (1, 2) for batch in (1, 8))
+    return [*(row(batch) for batch in (1, 8, 32)), *of_qwen3]

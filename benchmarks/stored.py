@@ -15,10 +15,11 @@ PACKAGES = ("torch", "torch_npu", "vllm", "transformers", "onnxruntime", "openvi
 Row = dict[str, Any]
 
 
-def about(title: str, quick: bool) -> dict[str, Any]:
-    """The conditions of a row that is measured now."""
+def about(title: str, quick: bool, threads: int = 1) -> dict[str, Any]:
+    """The conditions of a row that is measured now, with so many compute threads."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"title": title, "quick": quick, "machine": machine(), "versions": versions(), "time": now}
+    conditions = {"quick": quick, "threads": threads, "machine": machine(), "versions": versions(), "time": now}
+    return {"title": title, **conditions}
 
 
 def versions() -> dict[str, str]:
