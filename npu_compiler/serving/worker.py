@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import gc
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch_npu import npu
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.config.profiler import ProfilerConfig
-from vllm.distributed import get_pp_group
+from vllm.distributed import cleanup_dist_env_and_memory, get_pp_group
 from vllm.distributed.utils import get_worker_rank_suffix
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -40,6 +42,7 @@ class NPUWorker(Worker):
 
     model_runner: NPUModelRunner
     profiler: Any
+    is_shut_down = False
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(_without_profiler(vllm_config), *args, **kwargs)
@@ -63,6 +66,7 @@ class NPUWorker(Worker):
             )
         self.device = torch.device(f"npu:{index}")
         npu.set_device(self.device)
+        atexit.register(_shut_down, weakref.ref(self))
         # The default stream can't be captured. Everything this worker runs goes to a stream of its own.
         npu.set_stream(npu.Stream())
         NPUPlatform.forget_graph_pool()
@@ -223,6 +227,10 @@ class NPUWorker(Worker):
             self.profiler = profiler.of_options(options, get_worker_rank_suffix(global_rank=self.rank))
 
     def shutdown(self) -> None:
+        """Writes the run report and gives the device's memory back; once, however often it is called."""
+        if self.is_shut_down:
+            return
+        self.is_shut_down = True
         runner = getattr(self, "model_runner", None)
         if runner is not None:
             runner.read_counters()
@@ -232,6 +240,17 @@ class NPUWorker(Worker):
             runner.report_file.write(runner.report)
         fine_grained_tp.destroy_groups()
         super().shutdown()
+
+
+def _shut_down(worker: weakref.ref[NPUWorker]) -> None:
+    """Ends an engine that its program, in the same process, left alive.
+
+    vLLM ends it when Python exits, as here (core.py, EngineCore.shutdown), but behind torch_npu's own hook, which gives
+    the device and the groups back. Python calls the youngest hook first, and this one is younger than both.
+    """
+    if (living := worker()) is not None and not living.is_shut_down:
+        living.shutdown()
+        cleanup_dist_env_and_memory()
 
 
 def _without_profiler(config: VllmConfig) -> VllmConfig:
