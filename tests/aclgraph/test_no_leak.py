@@ -17,6 +17,7 @@ from benchmarks import decode_model, row_streams
 from tests.benchmarks.test_decode_model import SMALL
 
 Step = Callable[[], Any]
+TURNS = 3
 MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 
 
@@ -53,6 +54,11 @@ class Held:
             resident=pages * 4096,
         )
 
+    def beyond(self, other: Held) -> Held:
+        return Held(
+            *(now - then for now, then in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
+        )
+
 
 def run_often(step: Step, times: int) -> None:
     """A server waits now and then; without that, what is held depends on how far the device lags behind."""
@@ -63,14 +69,25 @@ def run_often(step: Step, times: int) -> None:
 
 
 def grown(step: Step, times: int) -> Held:
-    """What is held more after `times` steps, behind half as many (at most 1000) to warm up."""
+    """What is held more after `times` steps, behind half as many (at most 1000) to warm up: the least of some turns.
+
+    A leak takes its share in every turn. A thread that takes its first kernel of a kind from another (any time: it
+    depends on who waits for whom) keeps what the libraries below want once for each, 4 MB for MKL's products. What
+    the device holds may not grow in any turn.
+    """
     run_often(step, min(times // 2, 1000))
     Held.now()  # the first time, asking itself takes memory
-    before = Held.now()
-    run_often(step, times)
-    after = Held.now()
+    turns = []
+    for _ in range(TURNS):
+        before = Held.now()
+        run_often(step, times)
+        turns.append(Held.now().beyond(before))
     return Held(
-        *(now - then for now, then in zip(dataclasses.astuple(after), dataclasses.astuple(before), strict=True))
+        malloc=min(turn.malloc for turn in turns),
+        blocks=min(turn.blocks for turn in turns),
+        device=max(turn.device for turn in turns),
+        device_used=max(turn.device_used for turn in turns),
+        resident=min(turn.resident for turn in turns),
     )
 
 
@@ -107,7 +124,7 @@ def test_replays_hold_no_more_each_time(name: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("name", "times"), [("decode step", 100_000), ("two streams", 20_000)])
+@pytest.mark.parametrize(("name", "times"), [("decode step", 100_000 // TURNS), ("two streams", 20_000 // TURNS)])
 @torch.inference_mode()
 def test_a_hundred_thousand_replays_hold_no_more(name: str, times: int) -> None:
     found = grown(STEPS[name](), times)
