@@ -1,9 +1,9 @@
 """What disturbed a row from its beginning to its end, which comparing it with itself doesn't show.
 
 A row is stored with the share of the machine's cores that other programs had in its rounds, and with what its probe
-took. The first says so by itself; the second is compared with the other rows of the same processor, release of torch
-and number of compute threads. So a neighbour is noticed that the machine sees, and one outside of a virtual machine
-that makes its cores slower.
+took. The first says so by itself; the second is compared with the other rows of the same processor and release of
+torch. So a neighbour is noticed that the machine sees, and one outside of a virtual machine that makes its cores
+slower.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def disturbances(row: Row, rows: Iterable[Row]) -> list[str]:
     return found
 
 
-def _machine(row: Row) -> tuple[Any, Any, int]:
+def _machine(row: Row) -> tuple[Any, Any]:
     """What the time of the probe depends on."""
     about = row["about"]
-    return about["machine"]["processor"], about["versions"]["torch"], about.get("threads", 1)
+    return about["machine"]["processor"], about["versions"]["torch"]

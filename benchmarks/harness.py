@@ -155,6 +155,7 @@ class Probe:
     """A fixed piece of work (a matrix product that fits the first-level cache), timed to notice other programs.
 
     One reading is the median of a few repetitions: one preempted repetition says nothing, a stolen core shows in most.
+    It is read with one thread, whatever the row has: how soon a second one comes depends on who had it before.
     """
 
     def __init__(self) -> None:
@@ -164,11 +165,14 @@ class Probe:
 
     def read(self) -> float:
         seconds = []
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         for _ in range(5):
             began = time.perf_counter()
             for _ in range(10):
                 torch.mm(self.left, self.right)
             seconds.append(time.perf_counter() - began)
+        torch.set_num_threads(threads)
         return statistics.median(seconds)
 
     def disturbed(self) -> bool:

@@ -16,11 +16,14 @@ namespace host_runtime {
 
 struct Node;
 
-/// What is fetched ahead of a graph's replay, as of the end of the capture.
+/// The weights of a graph, as of the end of the capture, and what is fetched ahead of its replay.
 class FetchAhead {
  public:
   /// Null for a graph without weights.
   static std::shared_ptr<const FetchAhead> of(const std::deque<Node>& nodes);
+
+  /// Whether all weights are taken to stay in the processor's last cache from one replay to the next.
+  bool stay_cached() const { return stay_cached_; }
 
   /// Fetches on from `done`, bytes into the weights that a replay reads first, until `enough()` or until they
   /// take up most of the cache. Returns how far it came.
@@ -51,7 +54,8 @@ class FetchAhead {
     for (; from < to; from += kLine) __builtin_prefetch(address + from, 0, 2);
   }
 
-  std::vector<Weight> first_;  ///< together what fits into the cache
+  std::vector<Weight> first_;  ///< together what fits into a core's own cache
+  bool stay_cached_ = false;
 };
 
 /// Between the replays of one graph on the thread of its stream. Of that thread alone.

@@ -15,7 +15,20 @@ HandleTable<Graph>& graphs() {
 
 std::atomic<uint32_t> next_graph_id{1};
 
+thread_local bool cached_weights = false;
+
+/// While it lives, what replays_cached_weights() says on this thread.
+class CachedWeights {
+ public:
+  explicit CachedWeights(bool cached) { cached_weights = cached; }
+  ~CachedWeights() { cached_weights = false; }
+  CachedWeights(const CachedWeights&) = delete;
+  CachedWeights& operator=(const CachedWeights&) = delete;
+};
+
 }  // namespace
+
+bool replays_cached_weights() { return cached_weights; }
 
 std::shared_ptr<Graph> find_graph(aclmdlRI handle, const char* function) {
   if (handle == nullptr) {
@@ -105,6 +118,7 @@ void Graph::rethrow(size_t index) const {
 }
 
 void Graph::run_range(size_t from, size_t to) {
+  const CachedWeights said(fetch_ahead_ != nullptr && fetch_ahead_->stay_cached());
   const bool checked = check::on();
   const bool traced = trace::on();
   size_t i = from;

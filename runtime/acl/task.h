@@ -67,6 +67,10 @@ HOST_RUNTIME_API bool on_borrowed_thread();
 /// thread: the cores have their work.
 HOST_RUNTIME_API bool runs_beside_others();
 
+/// Whether the calling thread replays a graph of so few weights that the last replay's are still in the
+/// processor's last cache.
+HOST_RUNTIME_API bool replays_cached_weights();
+
 /// Sets what aclGetRecentErrMsg returns next on this thread, and returns `code` so that callers can `return
 /// fail(...)`.
 HOST_RUNTIME_API aclError fail(aclError code, const std::string& message);

@@ -22,7 +22,9 @@ namespace {
 constexpr int64_t kTransposedBlock = 32, kPlainBlock = 128;
 
 template <typename T, bool kTransposed>
-void shared_gemv(const Gemv& p) {
+void shared_gemv(const Gemv& planned) {
+  Gemv p = planned;
+  p.cached = host_runtime::replays_cached_weights();
   const auto run = kTransposed ? PER_ISA_OR_DOTS(gemv_transposed<T>) : PER_ISA(gemv_plain<T>);
   share_columns(p.inner, p.columns, kTransposed ? kTransposedBlock : kPlainBlock,
                 [&](int64_t begin, int64_t end) { run(p, begin, end); });

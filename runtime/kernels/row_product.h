@@ -19,9 +19,10 @@ struct Gemv {
   int64_t w_batch;
   int64_t w_stride;  ///< between rows of w (plain) or between its columns (transposed)
   int64_t out_batch, out_row;
-  int64_t bias_row;  ///< 0: one bias for all rows
-  float alpha;       ///< of the product
-  float beta;        ///< of the bias
+  int64_t bias_row;     ///< 0: one bias for all rows
+  float alpha;          ///< of the product
+  float beta;           ///< of the bias
+  bool cached = false;  ///< w is taken to lie in a cache of the processor
 };
 /// `transposed`: each column of w is contiguous (the weight of a linear layer), else each row is. Threads
 /// share the columns (share.h); every result is formed by one of them, in one order.

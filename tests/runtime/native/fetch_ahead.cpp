@@ -93,6 +93,34 @@ void no_more_than_the_cache_holds_is_fetched() {
   CHECK(fetched > 0 && fetched < weight.bytes.size() / 2);
 }
 
+/// What a kernel of a graph with so many bytes of weights is told, while it is captured and replayed.
+bool cached(size_t bytes, const Stream& stream) {
+  Weight weight;
+  weight.bytes.resize(bytes);
+  bool said = false;
+  const auto ask = [&said] { said = host_runtime::replays_cached_weights(); };
+  aclmdlRI graph = nullptr;
+  CHECK_OK(aclmdlRICaptureBegin(stream.handle, ACL_MODEL_RI_CAPTURE_MODE_GLOBAL));
+  CHECK_OK(launch_with(stream.handle, {weight.whole()}));
+  CHECK_OK(host_runtime::submit(stream.handle, std::make_shared<Operator>(ask)));
+  CHECK_OK(aclmdlRICaptureEnd(stream.handle, &graph));
+  CHECK_OK(aclmdlRIExecuteAsync(graph, stream.handle));
+  CHECK_OK(aclrtSynchronizeStream(stream.handle));
+  const bool replayed = said;
+  CHECK_OK(host_runtime::submit(stream.handle, std::make_shared<Operator>(ask)));
+  CHECK_OK(aclrtSynchronizeStream(stream.handle));
+  CHECK(!said);  // behind the replay it is over
+  CHECK_OK(aclmdlRIDestroy(graph));
+  return replayed;
+}
+
+void few_weights_stay_cached_between_replays() {
+  const long last_cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  const Stream stream;
+  CHECK(cached(kBytes, stream) == (last_cache >= static_cast<long>(2 * kBytes)));
+  CHECK(!cached((size_t{64} << 20) + 1, stream));
+}
+
 }  // namespace
 
 extern const TestCase kFetchAheadTests[] = {
@@ -100,5 +128,6 @@ extern const TestCase kFetchAheadTests[] = {
     {"graphs_in_turn_are_not_fetched", graphs_in_turn_are_not_fetched},
     {"what_is_written_or_read_in_part_is_not_fetched", what_is_written_or_read_in_part_is_not_fetched},
     {"no_more_than_the_cache_holds_is_fetched", no_more_than_the_cache_holds_is_fetched},
+    {"few_weights_stay_cached_between_replays", few_weights_stay_cached_between_replays},
     {nullptr, nullptr},
 };
