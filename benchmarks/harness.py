@@ -130,16 +130,25 @@ class Row:
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How long to measure: `rounds` accepted rounds, at most `attempts`. In a round a contestant does its work `loops`
-    times, or as often as fills `round_seconds`."""
+    times, or as often as fills `round_seconds`.
+
+    As often as fills `uncounted_seconds` goes before it: what is timed stands for one of many in a row, and the
+    contestant before left its data in the caches, and those that adapt to what is read over and over adapted to that.
+    """
 
     rounds: int = 9
     round_seconds: float = 0.08
+    uncounted_seconds: float = 0.5
     attempts: int = 27
     loops: int | None = None
 
     @staticmethod
     def quick() -> Settings:
-        return Settings(rounds=3, round_seconds=0.02, attempts=6)
+        return Settings(rounds=3, round_seconds=0.02, uncounted_seconds=0.02, attempts=6)
+
+    def uncounted(self, loops: int) -> int:
+        """How many loops go before `loops` that count. None where one fills a round, or where their number is set."""
+        return 0 if self.loops is not None or loops == 1 else round(loops * self.uncounted_seconds / self.round_seconds)
 
     @staticmethod
     def of(row: Row, quick: bool) -> Settings:
@@ -209,17 +218,12 @@ class Measured:
     conditions: dict[str, float] | None = None
 
 
-UNCOUNTED_SHARE = 10
-"""A turn begins with a tenth of its loops uncounted: the first ones pay for what the contestant before left in the
-caches, and a decode step that is timed stands for one of many in a row."""
-
-
-def timed(contestant: Contestant, loops: int) -> float:
-    """Seconds of `loops` times the work, after what goes before them: its own preparation, else uncounted loops."""
+def timed(contestant: Contestant, loops: int, uncounted: int = 0) -> float:
+    """Seconds of `loops` times the work, after what goes before them: its own preparation, else `uncounted` loops."""
     if contestant.prepare is not None:
         contestant.prepare()
-    elif loops >= UNCOUNTED_SHARE:
-        contestant.batch(loops // UNCOUNTED_SHARE)
+    elif uncounted > 0:
+        contestant.batch(uncounted)
     began = time.perf_counter()
     counted = contestant.batch(loops)
     return time.perf_counter() - began if counted is None else counted
@@ -237,12 +241,13 @@ def calibrate(contestant: Contestant, round_seconds: float, agree: Agree = alone
 
 
 def one_round(
-    contestants: Sequence[Contestant], loops: dict[str, int], probe: Probe, agree: Agree = alone
+    contestants: Sequence[Contestant], loops: dict[str, int], settings: Settings, probe: Probe, agree: Agree = alone
 ) -> tuple[dict[str, float], bool]:
     """Times every contestant once; returns the seconds per loop, and whether the probe noticed another program."""
     seconds, disturbed = {}, agree(probe.disturbed()) > 0
     for contestant in contestants:
-        seconds[contestant.name] = agree(timed(contestant, loops[contestant.name])) / loops[contestant.name]
+        count = loops[contestant.name]
+        seconds[contestant.name] = agree(timed(contestant, count, settings.uncounted(count))) / count
         disturbed = agree(probe.disturbed()) > 0 or disturbed
     return seconds, disturbed
 
@@ -258,7 +263,7 @@ def measure(contestants: Sequence[Contestant], divisor: int, settings: Settings,
         shift = attempt % len(contestants)
         order = [*contestants[shift:], *contestants[:shift]]
         before, read = cpu.Use.until_now(), len(probe.readings)
-        seconds, disturbed = one_round(order, loops, probe, agree)
+        seconds, disturbed = one_round(order, loops, settings, probe, agree)
         found = Round(seconds, probe.readings[read:], cpu.Use.until_now().since(before))
         (disturbed_rounds if disturbed else accepted).append(found)
         if len(accepted) >= settings.rounds:

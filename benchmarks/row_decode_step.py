@@ -128,7 +128,7 @@ def bytes_roof(case: Case) -> float:
     with torch.device("meta"):
         model = decode_model.Decoder(case.size).to(case.dtype)
     read = decode_model.weight_bytes(model) + decode_model.cache_bytes(model)
-    bandwidth = devices.read_bandwidth(read, passes=100) if read < CACHED else devices.read_bandwidth()
+    bandwidth = devices.read_bandwidth(read, passes=500) if read < CACHED else devices.read_bandwidth()
     return 1e6 * read / bandwidth
 
 

@@ -17,7 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import harness
 from benchmarks.harness import Contestant, Goal, Missing, Row, Settings
 
-SHORT = Settings(rounds=3, round_seconds=0.01, attempts=12)
+SHORT = Settings(rounds=3, round_seconds=0.01, uncounted_seconds=0.0, attempts=12)
 
 
 def spinning(name: str, seconds: float, value: float = 1.0, journal: list[str] | None = None) -> harness.Factory:
@@ -105,7 +105,7 @@ def test_contestants_take_turns_and_the_order_turns() -> None:
     contestants = [spinning(name, 1e-4, journal=journal)() for name in "abc"]
     loops = dict.fromkeys("abc", 1)
     probe = harness.Probe()
-    harness.one_round(contestants, loops, probe)
+    harness.one_round(contestants, loops, SHORT, probe)
     assert journal == ["a", "b", "c"]
     journal.clear()
     harness.measure(contestants, 1, Settings(rounds=3, attempts=3, loops=1))
@@ -165,7 +165,7 @@ def test_when_all_rounds_are_disturbed_the_row_says_so(monkeypatch: pytest.Monke
 
 def test_what_other_programs_do_in_a_row_is_noted() -> None:
     row = two(spinning("fast", 1e-4), spinning("slow", 1e-4))
-    longer = Settings(rounds=5, round_seconds=0.1, attempts=5)  # long against the kernel's ticks
+    longer = Settings(rounds=5, round_seconds=0.1, uncounted_seconds=0.0, attempts=5)  # long against the kernel's ticks
     program = [sys.executable, "-c", "while True: pass"]
     neighbours = [subprocess.Popen(program) for _ in range(os.cpu_count() or 1)]
     try:
@@ -213,7 +213,8 @@ def test_a_result_that_spoils_while_running_is_found() -> None:
 
     drifting = lambda: Contestant("fast", batch, lambda: torch.tensor([state["value"]]))  # noqa: E731
     with pytest.raises(AssertionError, match="differs from slow"):
-        harness.run(two(drifting, spinning("slow", 1e-4)), Settings(rounds=1, round_seconds=1e-3, attempts=1))
+        short = Settings(rounds=1, round_seconds=1e-3, uncounted_seconds=0.0, attempts=1)
+        harness.run(two(drifting, spinning("slow", 1e-4)), short)
 
 
 def test_unknown_row_names_the_nearest() -> None:
@@ -294,7 +295,7 @@ def test_what_prepares_a_batch_is_called_before_it_and_not_counted(monkeypatch: 
     assert called == ["prepare", "batch"]
 
 
-def test_a_turn_begins_with_a_tenth_of_its_loops_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_begins_with_uncounted_loops_for_as_long_as_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, called = [0.0], []
 
     def batch(count: int) -> None:
@@ -302,6 +303,9 @@ def test_a_turn_begins_with_a_tenth_of_its_loops_uncounted(monkeypatch: pytest.M
         clock[0] += 2.0 * count
 
     monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
-    contestant = Contestant("own", batch)
-    assert [harness.timed(contestant, loops) for loops in (9, 10, 125)] == [18.0, 20.0, 250.0]
-    assert called == [9, 1, 10, 12, 125]
+    settings = Settings(round_seconds=20.0, uncounted_seconds=50.0)
+    contestant, probe = Contestant("own", batch), harness.Probe()
+    for loops in (1, 10, 4):
+        assert harness.one_round([contestant], {"own": loops}, settings, probe)[0] == {"own": 2.0}
+    assert called == [1, 25, 10, 10, 4]
+    assert Settings(loops=10).uncounted(10) == 0
