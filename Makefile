@@ -13,7 +13,7 @@ help:  ## this list
 setup:  ## prepare .venv: torch, torch_npu, vLLM, this project (editable); quick when nothing changed
 	@$(PYTHON) tools/setup_environment.py --venv $(VENV)
 
-build: setup  ## rebuild the host runtime after a change in C++ code
+build: setup  ## rebuild after a change in C++ code
 	@cmake --build build/runtime
 
 # Engines are tested in processes of their own: vLLM collects garbage several times for each, which would walk through
@@ -60,12 +60,12 @@ lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'runtime/*.cpp' 'runtime/*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: setup  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'runtime/*.cpp' 'runtime/*.h' | xargs $(BIN)/clang-format -i
+	git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format -i
 
 # Little optimisation and few debug symbols: compiling takes most of the time.
 sanitized = ASAN_OPTIONS=detect_leaks=$(1) UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
@@ -98,4 +98,4 @@ wheel: setup  ## a wheel in dist/
 	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .
 
 clean:  ## remove what was built (not .venv)
-	rm -rf build dist runtime/lib *.egg-info
+	rm -rf build dist runtime/lib npu_compiler/aclgraph/*.so *.egg-info

@@ -70,7 +70,8 @@ def fetch_dagre(folder: Path) -> None:
 
 
 class BuildHostRuntime(build_ext):
-    """Runs CMake; the libraries go beside the loader, as `npu_compiler/runtime/lib/*.so`. Fetches dagre."""
+    """Runs CMake; the libraries go beside the loader, as `npu_compiler/runtime/lib/*.so`, and the module `graph_inputs`
+    beside its interface. Fetches dagre."""
 
     def build_extension(self, ext: Extension) -> None:
         in_tree = self.inplace or self.editable_mode
@@ -88,6 +89,7 @@ class BuildHostRuntime(build_ext):
             f"-DTORCH_NPU_DIR={package_folder('torch_npu')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DHOST_RUNTIME_OUTPUT_DIR={output.resolve()}",
+            f"-DGRAPH_INPUTS_OUTPUT_DIR={(modules / 'npu_compiler' / 'aclgraph').resolve()}",
         ]  # fmt: skip
         if shutil.which("ccache"):
             configure.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")

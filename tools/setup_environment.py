@@ -5,7 +5,7 @@ Steps, each remembered by a hash of what it depends on (in `<venv>/.npu_compiler
   vllm         from its source distribution, without device code (VLLM_TARGET_DEVICE=empty); needs no Rust
   torch_npu    the unmodified wheel (after vLLM, whose build imports torch and would load it)
   tools        test and lint tools
-  project      this project, editable; builds the host runtime with CMake
+  project      this project, editable; builds the host runtime and a Python module with CMake
   bench        with --bench: the peers of the benchmarks that are not part of torch
 """
 
@@ -21,6 +21,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,7 +93,11 @@ def steps(bench: bool) -> list[Step]:
             ["--no-build-isolation", "--editable", ".", *pin],
             {},
             [ROOT / "setup.py", ROOT / "pyproject.toml"],
-            [BUILD / "build.ninja", ROOT / "runtime" / "lib" / "libopapi.so"],
+            [
+                BUILD / "build.ninja",
+                ROOT / "runtime" / "lib" / "libopapi.so",
+                ROOT / "npu_compiler" / "aclgraph" / f"graph_inputs{sysconfig.get_config_var('EXT_SUFFIX')}",
+            ],
             "4 min on two idle cores: compiles the host runtime",
         ),
         *peers,
@@ -163,7 +168,7 @@ def check_machine(venv: Path) -> None:
     """Says what is missing before anything is downloaded.
 
     Raises:
-        SystemExit: another Python, no C++ compiler, or too little space on the disk.
+        SystemExit: another Python, no C++ compiler, no headers of Python, or too little space on the disk.
     """
     if sys.version_info[:2] != (3, 11):
         raise SystemExit(
@@ -171,6 +176,9 @@ def check_machine(venv: Path) -> None:
         )
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise SystemExit("setup: a C++17 compiler is needed: install g++ 12 or newer, or set CXX to yours")
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        raise SystemExit(f"setup: {headers} has no Python.h: install Python's headers (Debian: python3.11-dev)")
     free = shutil.disk_usage(ROOT).free
     if not venv.exists() and free < NEEDED_BYTES:
         raise SystemExit(f"setup: {NEEDED_BYTES >> 30} GB are needed on the disk of {ROOT}; {free >> 30} GB are free")

@@ -23,6 +23,7 @@ from npu_compiler.aclgraph import modes
 from npu_compiler.aclgraph.budget import Budget
 from npu_compiler.aclgraph.capture import EXCLUSIVE, capture, refuse_uncapturable
 from npu_compiler.aclgraph.forecast import Forecast
+from npu_compiler.aclgraph.graph_inputs import GraphInputs
 from npu_compiler.aclgraph.inputs import Buffers, InputPlan, writable
 from npu_compiler.aclgraph.labels import Labels
 from npu_compiler.aclgraph.ledger import Capture, Ledger
@@ -40,7 +41,7 @@ from npu_compiler.reasons import Why
 from npu_compiler.stages import CAPTURE, FIRST_CALL, Stages
 
 Key = tuple[Any, ...]
-_at_addresses = torch_npu._C._tensors_data_ptrs_at_indices_equal  # (tensors, addresses, positions): compared in C++
+_stream_handle = torch_npu._C._npu_getCurrentRawStreamNoWait  # an int; torch.npu.current_stream() takes microseconds
 MOVES_BEFORE_COPY = 2
 """After this many recaptures that did not pay because a written input moved, it is copied in and back instead."""
 PAYING_REPLAYS = 4
@@ -53,17 +54,18 @@ class Replayable:
     """A captured graph and what a replay of it needs.
 
     Attributes:
-        bound: positions whose address is part of the graph. `addresses`: by position, 0 at others.
-        feeds: (argument position, the buffer to copy it to, the part of that to write: see `writable`, its address).
+        inputs: which arguments have to be where they were, and which are copied in.
+        addresses: by the position of an argument, where its address is part of the graph.
+        buffers: by the position of an argument that is copied in, what the graph reads.
         returns: (argument position, the buffer to copy back from).
         streams: how many it uses.
         replays: how often it was replayed.
     """
 
     graph: Any
-    bound: list[int]
-    addresses: list[int]
-    feeds: list[tuple[int, torch.Tensor, torch.Tensor, int]]
+    inputs: GraphInputs
+    addresses: dict[int, int]
+    buffers: dict[int, torch.Tensor]
     returns: list[tuple[int, torch.Tensor]]
     outputs: OutputPlan
     streams: int
@@ -124,7 +126,8 @@ class Replayer:
         self._pool: Any = None
         self._handed_out: OutputPlan | None = None  # the outputs of the last replay
         self._streams = streams or Streams.chosen(program, options)
-        self._last_stream: Any = None
+        self._last_stream: Any = None  # of the last replay, and CANN's handle of it
+        self._last_handle: int | None = None
         # Copies in, launch and copies out of one call must not mix with another thread's: they share the buffers.
         self._lock = threading.RLock()
 
@@ -139,8 +142,8 @@ class Replayer:
             found = self._graphs.get(key)
             if found is None:
                 return self._unknown(key, args)
-            if not _at_addresses(list(args), found.addresses, found.bound):
-                reason = self._what_moved(found, args)
+            if moved := found.inputs.moved(args):
+                reason = self._what_moved(found, moved, args)
                 del found  # its memory is for the graph that takes its place
                 self._drop(key)
                 return self._first(key, args, reason)
@@ -155,15 +158,13 @@ class Replayer:
             return self._uncaptured(args, self._refused[key])
         return self._first(key, args, self._what_is_new(key))
 
-    def _replay(self, found: Replayable, args: Sequence[Any]) -> list[Any]:
+    def _replay(self, found: Replayable, args: tuple[Any, ...]) -> list[Any]:
         if self._handed_out is not None:
             self._handed_out.refuse_stale()
         self._handed_out = found.outputs
         self._follow_last_stream()
-        for position, buffer, part, address in found.feeds:
-            source = args[position]
-            if source.data_ptr() != address:
-                part.copy_(source if part is buffer else writable(source), non_blocking=True)
+        for position in found.inputs.copy(args):
+            writable(found.buffers[position]).copy_(writable(args[position]), non_blocking=True)
         found.graph.replay()
         for position, buffer in found.returns:
             args[position].copy_(buffer, non_blocking=True)
@@ -256,17 +257,17 @@ class Replayer:
             ),
             plan,
         )
-        owners = {position: args[position] for position in bound}
+        addresses = {position: args[position].data_ptr() for position in bound}
         return Replayable(
             graph=made.graph,
-            bound=bound,
-            addresses=[owners[i].data_ptr() if i in owners else 0 for i in range(len(args))],
-            feeds=[(position, buffer, writable(buffer), buffer.data_ptr()) for position, buffer in feeds],
+            inputs=GraphInputs(list(addresses.items()), feeds),
+            addresses=addresses,
+            buffers=dict(feeds),
             returns=[(position, buffer) for position, buffer in feeds if position in copied_back],
             outputs=OutputPlan(
                 made.outputs,
                 self._returned_inputs,
-                list(owners.values()),
+                [args[position] for position in bound],
                 self._options.clone_outputs,
                 self._place_of_output,
             ),
@@ -291,13 +292,15 @@ class Replayer:
 
     def _follow_last_stream(self) -> None:
         """Replays share buffers and pool, so one on another stream has to wait for the last."""
-        stream = torch.accelerator.current_stream(self._device)  # torch.npu.current_stream() takes ten times as long
-        if self._last_stream is not None and stream != self._last_stream:
+        handle = _stream_handle(self._device)
+        if handle == self._last_handle:
+            return
+        stream = torch.npu.current_stream(self._device)
+        if self._last_stream is not None:
             stream.wait_stream(self._last_stream)
-        self._last_stream = stream
+        self._last_stream, self._last_handle = stream, handle
 
-    def _what_moved(self, found: Replayable, args: Sequence[Any]) -> Why:
-        moved = [i for i in found.bound if args[i].data_ptr() != found.addresses[i]]
+    def _what_moved(self, found: Replayable, moved: Sequence[int], args: Sequence[Any]) -> Why:
         for position in moved:
             if position in self._plan.written and found.replays < PAYING_REPLAYS:
                 self._moves[position] += 1
