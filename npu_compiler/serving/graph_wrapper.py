@@ -108,7 +108,7 @@ class ACLGraphWrapper(CUDAGraphWrapper):
             self.graph_pool = current_platform.get_global_graph_pool()
         updates = GraphUpdates(self._update_resources or UpdateResources())
         graph = npu.NPUGraph()
-        before, start = _size(self.graph_pool), time.perf_counter()
+        before, start = pool_bytes(self.graph_pool), time.perf_counter()
         if self.runtime_mode == CUDAGraphMode.FULL:
             context.additional_kwargs[UPDATES_KEY] = updates
         try:
@@ -133,7 +133,7 @@ class ACLGraphWrapper(CUDAGraphWrapper):
             tokens=descriptor.num_tokens,
             requests=descriptor.num_reqs,
             milliseconds=(time.perf_counter() - start) * 1e3,
-            mebibytes=(_size(self.graph_pool) - before) / 2**20,
+            mebibytes=(pool_bytes(self.graph_pool) - before) / 2**20,
             updated_operators=len(updates),
             streams=len({task["stream"] for task in trace.nodes(graph_id)}),
             reason=self._why(descriptor),
@@ -171,9 +171,11 @@ def _addresses(args: tuple[Any, ...]) -> list[int]:
     return [arg.data_ptr() for arg in args if isinstance(arg, Tensor)]
 
 
-def _size(pool: Any) -> int:
+def pool_bytes(pool: Any) -> int:
     """Bytes of the segments that a pool of graphs holds."""
-    return sum(segment["total_size"] for segment in npu.memory_snapshot(pool))
+    # Not memory_snapshot(pool): torch_npu 2.13 gives up references to the two numbers that it does not own, which
+    # frees the second of them from 257 on, and whoever reads the pool next reads freed memory.
+    return sum(segment["total_size"] for segment in npu.memory_snapshot() if segment["segment_pool_id"] == pool)
 
 
 def _weak(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from benchmarks import compiler
 from npu_compiler.serving.graph_updates import AttentionCall, GraphUpdates, UpdateResources
+from npu_compiler.serving.graph_wrapper import pool_bytes
 
 TOKENS, HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 1024, 16, 2, 128, 128
 
@@ -37,7 +39,22 @@ def test_asking_for_a_workspace_takes_nothing_from_the_pool() -> None:
         updates.capture("layer", call, lengths)
         graph.capture_end()
     assert len(updates) == 1
-    assert sum(segment["total_size"] for segment in torch.npu.memory_snapshot(pool)) == 0
+    assert pool_bytes(pool) == 0
+
+
+def test_the_size_of_a_pool() -> None:
+    """Behind the 256th pool of a process, whose numbers are objects of their own: torch_npu's filter frees them."""
+    pools = [torch.npu.graph_pool_handle() for _ in range(300)]
+    pool, other = pools[-2:]
+    references = [sys.getrefcount(number) for number in pool]
+    graphs, kept = [], []
+    for chosen, size in ((pool, 3 << 20), (other, 30 << 20)):
+        graphs.append(torch.npu.NPUGraph())
+        with torch.npu.graph(graphs[-1], pool=chosen):
+            kept.append(torch.zeros(size, dtype=torch.uint8, device="npu"))
+        assert pool_bytes(chosen) >= size
+    assert 0 == pool_bytes(pools[0]) < pool_bytes(pool) < pool_bytes(other)
+    assert [sys.getrefcount(number) for number in pool] == references
 
 
 @pytest.mark.full
