@@ -65,6 +65,7 @@ aclError Stream::enqueue(TaskPtr task) {
   auto* const brief = check::on() ? nullptr : dynamic_cast<BriefTask*>(task.get());
   Entry entry{std::move(task), brief, check::submitted(), trace::Launch::next(label.load())};
   call.launched(entry.launch);
+  if (runs_at_once(entry)) return ACL_SUCCESS;
   {
     std::lock_guard lock(queue_mutex_);
     if (closing_) {
@@ -105,6 +106,28 @@ void Stream::work() {
 void Stream::end_turn() {
   running_.store(false);
   if (can_go_on() || stop_.load()) work_arrived_.notify();
+}
+
+/// Runs a brief task that nothing is queued before, on the calling thread: sooner than another one takes it.
+bool Stream::runs_at_once(const Entry& entry) {
+  if (entry.brief == nullptr || !idle() || !entry.brief->brief() || !take_turn()) return false;
+  bool first = false;
+  {
+    std::lock_guard lock(queue_mutex_);
+    first = idle() && !closing_;
+    if (first) submitted_.fetch_add(1);
+  }
+  if (first) {
+    count(Counter::kTasks);
+    Stream* const outer = running_stream();
+    run_for(this);
+    run_one(entry);
+    run_for(outer);
+    completed_.fetch_add(1);
+    work_done_.notify();
+  }
+  end_turn();
+  return first;
 }
 
 /// Runs queued tasks up to the one numbered `target`, or to one that parks, or, if so asked, to one that is

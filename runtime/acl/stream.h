@@ -115,6 +115,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool take_turn() { return !running_.exchange(true); }
   void end_turn();
   bool can_go_on() const { return !idle() && !parked_.load(); }
+  bool runs_at_once(const Entry& entry);
   void run_queued(uint64_t target, bool only_brief = false);
   void run_brief();
   bool park(Entry& entry);

@@ -123,6 +123,56 @@ void a_stream_that_waits_and_copies_needs_no_thread() {
   CHECK_OK(aclrtFree(device));
 }
 
+/// Nothing is before it, so it is done when the call returns; another thread would only now have begun.
+void a_brief_task_of_an_idle_stream_runs_at_once() {
+  if (host_runtime::checking()) return;
+  const Streams made(1);
+  const aclrtStream stream = made.streams[0];
+  void* device = nullptr;
+  CHECK_OK(aclrtMallocAlign32(&device, 128, ACL_MEM_MALLOC_NORMAL_ONLY));
+  auto* bytes = static_cast<char*>(device);
+  for (int round = 1; round <= 100; ++round) {
+    bytes[0] = static_cast<char>(round);
+    CHECK_OK(aclrtMemcpyAsync(bytes + 64, 64, bytes, 64, ACL_MEMCPY_DEVICE_TO_DEVICE, stream));
+    CHECK(bytes[64] == round);
+    Gate gate;
+    gate.hold(stream);
+    CHECK_OK(aclrtMemcpyAsync(bytes, 64, bytes + 64, 64, ACL_MEMCPY_DEVICE_TO_DEVICE, stream));
+    bytes[64] = 0;  // before the copy reads it: the gate holds it
+    gate.open = true;
+    CHECK_OK(aclrtSynchronizeStream(stream));
+    CHECK(bytes[0] == 0);
+  }
+  CHECK_OK(aclrtFree(device));
+}
+
+/// Each of them finds its own in order, whoever runs what.
+void two_threads_give_brief_tasks_to_one_stream() {
+  const Streams made(1);
+  const aclrtStream stream = made.streams[0];
+  void* device = nullptr;
+  CHECK_OK(aclrtMallocAlign32(&device, 2 * 192, ACL_MEM_MALLOC_NORMAL_ONLY));
+  const auto give = [&](char* bytes) {
+    CHECK_OK(aclrtSetDevice(0));
+    for (int round = 1; round <= 2000; ++round) {
+      const char value = static_cast<char>(round % 100);
+      CHECK_OK(launch(stream, [bytes, value] { std::memset(bytes, value, 64); }));
+      for (int i = 0; i < 2; ++i)
+        CHECK_OK(aclrtMemcpyAsync(bytes + 64 * (i + 1), 64, bytes + 64 * i, 64, ACL_MEMCPY_DEVICE_TO_DEVICE,
+                                  stream));
+      if (round % 3 == 0) continue;
+      CHECK_OK(aclrtSynchronizeStream(stream));
+      CHECK(bytes[191] == value);
+      CHECK_OK(aclrtMemcpyAsync(bytes, 64, bytes + 64, 64, ACL_MEMCPY_DEVICE_TO_DEVICE, stream));
+    }
+  };
+  std::thread other(give, static_cast<char*>(device) + 192);
+  give(static_cast<char*>(device));
+  other.join();
+  CHECK_OK(aclrtSynchronizeStream(stream));
+  CHECK_OK(aclrtFree(device));
+}
+
 /// Each stream waits for the one before it; nothing runs before the first is let go, and then all do, in
 /// order.
 void one_lets_the_next_go_on() {
@@ -203,6 +253,8 @@ void who_waits_for_a_stream_that_fails_fails() {
 
 extern const TestCase kBriefTaskTests[] = {
     {"a_stream_that_waits_and_copies_needs_no_thread", a_stream_that_waits_and_copies_needs_no_thread},
+    {"a_brief_task_of_an_idle_stream_runs_at_once", a_brief_task_of_an_idle_stream_runs_at_once},
+    {"two_threads_give_brief_tasks_to_one_stream", two_threads_give_brief_tasks_to_one_stream},
     {"one_lets_the_next_go_on", one_lets_the_next_go_on},
     {"no_record_is_missed", no_record_is_missed},
     {"a_stream_can_go_while_it_waits", a_stream_can_go_while_it_waits},
