@@ -1,5 +1,6 @@
 // Copies and fills, blocking and on streams.
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "runtime/acl/bounds.h"
@@ -109,15 +110,31 @@ class FillTask final : public Task {
 
 enum class Place { kDevice, kPinned, kPageable };
 
-Place place_of(const void* pointer) {
-  const auto allocation = MemoryMap::instance().find(pointer);
-  if (!allocation) return Place::kPageable;
-  return allocation->on_device() ? Place::kDevice : Place::kPinned;
-}
+/// What an address given by the user belongs to, looked up once: nothing, if it is pageable.
+struct Located {
+  const void* pointer;
+  std::optional<Allocation> allocation;
 
-aclError check_end(const char* function, const char* which, const void* pointer, size_t bytes) {
-  const auto allocation = MemoryMap::instance().find(pointer);
-  if (!allocation || allocation->contains(reinterpret_cast<uintptr_t>(pointer), bytes)) return ACL_SUCCESS;
+  explicit Located(const void* address) : pointer(address), allocation(MemoryMap::instance().find(address)) {}
+
+  Place place() const {
+    if (!allocation) return Place::kPageable;
+    return allocation->on_device() ? Place::kDevice : Place::kPinned;
+  }
+};
+
+/// Both sides of a copy.
+struct Sides {
+  Located destination, source;
+
+  explicit Sides(const CopyShape& shape) : destination(shape.destination), source(shape.source) {}
+};
+
+aclError check_end(const char* function, const char* which, const Located& located, size_t bytes) {
+  const auto& allocation = located.allocation;
+  if (!allocation || allocation->contains(reinterpret_cast<uintptr_t>(located.pointer), bytes)) {
+    return ACL_SUCCESS;
+  }
   // Neighbouring mappings of one reservation (expandable segments) form one range for their user.
   if (allocation->kind == Allocation::Kind::kMapped) return ACL_SUCCESS;
   return fail(ACL_ERROR_INVALID_PARAM, std::string(function) + ": " + std::to_string(bytes) + " bytes from " +
@@ -126,24 +143,25 @@ aclError check_end(const char* function, const char* which, const void* pointer,
 }
 
 /// Whether the side that `kind` calls a device's is one.
-aclError check_kind(const char* function, const CopyShape& shape, aclrtMemcpyKind kind) {
+aclError check_kind(const char* function, const Sides& sides, aclrtMemcpyKind kind) {
   if (kind < ACL_MEMCPY_HOST_TO_HOST || kind > ACL_MEMCPY_INTER_DEVICE_TO_DEVICE) {
     return fail(ACL_ERROR_INVALID_PARAM, std::string(function) + ": unknown kind " + std::to_string(kind));
   }
   const bool to_device = kind == ACL_MEMCPY_HOST_TO_DEVICE || kind == ACL_MEMCPY_DEVICE_TO_DEVICE;
   const bool from_device = kind == ACL_MEMCPY_DEVICE_TO_HOST || kind == ACL_MEMCPY_DEVICE_TO_DEVICE;
-  if (to_device && place_of(shape.destination) == Place::kPageable) {
+  if (to_device && sides.destination.place() == Place::kPageable) {
     return fail(ACL_ERROR_INVALID_PARAM,
                 std::string(function) + ": kind says that dst is in a device's memory; it is not");
   }
-  if (from_device && place_of(shape.source) == Place::kPageable) {
+  if (from_device && sides.source.place() == Place::kPageable) {
     return fail(ACL_ERROR_INVALID_PARAM,
                 std::string(function) + ": kind says that src is in a device's memory; it is not");
   }
   return ACL_SUCCESS;
 }
 
-aclError check_copy(const char* function, const CopyShape& shape, size_t room, aclrtMemcpyKind kind) {
+aclError check_copy(const char* function, const CopyShape& shape, const Sides& sides, size_t room,
+                    aclrtMemcpyKind kind) {
   if (shape.destination == nullptr) return fail_null(function, "dst");
   if (shape.source == nullptr) return fail_null(function, "src");
   const size_t needed = extent(shape, shape.destination_pitch);
@@ -151,14 +169,14 @@ aclError check_copy(const char* function, const CopyShape& shape, size_t room, a
     return fail(ACL_ERROR_INVALID_PARAM, std::string(function) + ": " + std::to_string(needed) +
                                              " bytes do not fit the destination's " + std::to_string(room));
   }
-  if (const aclError error = check_kind(function, shape, kind)) return error;
-  if (const aclError error = check_end(function, "dst", shape.destination, needed)) return error;
-  return check_end(function, "src", shape.source, extent(shape, shape.source_pitch));
+  if (const aclError error = check_kind(function, sides, kind)) return error;
+  if (const aclError error = check_end(function, "dst", sides.destination, needed)) return error;
+  return check_end(function, "src", sides.source, extent(shape, shape.source_pitch));
 }
 
 aclError copy_now(const char* function, const CopyShape& shape, size_t room, aclrtMemcpyKind kind) {
   return guarded(function, [&] {
-    if (const aclError error = check_copy(function, shape, room, kind)) return error;
+    if (const aclError error = check_copy(function, shape, Sides(shape), room, kind)) return error;
     if (require_context(function) == nullptr) return last_error();
     if (const aclError error = refuse_unsafe(function)) return error;
     count(Counter::kHostSynchronizations);
@@ -184,15 +202,15 @@ aclError copy_staged(const char* function, const CopyShape& shape, Stream& strea
 aclError copy_async(const char* function, const CopyShape& shape, size_t room, aclrtMemcpyKind kind,
                     aclrtStream stream_handle) {
   return guarded(function, [&] {
-    if (const aclError error = check_copy(function, shape, room, kind)) return error;
+    const Sides sides(shape);
+    if (const aclError error = check_copy(function, shape, sides, room, kind)) return error;
     const auto stream = find_stream(stream_handle, function);
     if (!stream) return last_error();
-    const bool pageable =
-        place_of(shape.source) == Place::kPageable || place_of(shape.destination) == Place::kPageable;
-    if (pageable) return copy_staged(function, shape, *stream);
+    const Place from = sides.source.place(), to = sides.destination.place();
+    if (from == Place::kPageable || to == Place::kPageable) return copy_staged(function, shape, *stream);
     auto task = std::make_shared<CopyTask>(shape, kind);
     if (check::on() && !stream->diverted.load()) {
-      task->watch(place_of(shape.source) == Place::kPinned, place_of(shape.destination) == Place::kPinned);
+      task->watch(from == Place::kPinned, to == Place::kPinned);
     }
     return submit_to(*stream, std::move(task));
   });
@@ -203,7 +221,7 @@ aclError fill_now(const char* function, void* address, size_t room, int32_t valu
     if (address == nullptr) return fail_null(function, "devPtr");
     if (bytes > room)
       return fail(ACL_ERROR_INVALID_PARAM, std::string(function) + ": count is greater than maxCount");
-    if (const aclError error = check_end(function, "devPtr", address, bytes)) return error;
+    if (const aclError error = check_end(function, "devPtr", Located(address), bytes)) return error;
     if (const aclError error = refuse_unsafe(function)) return error;
     count(Counter::kHostSynchronizations);
     const trace::Call call(function);
@@ -219,7 +237,7 @@ aclError fill_async(const char* function, void* address, size_t room, int32_t va
     if (address == nullptr) return fail_null(function, "devPtr");
     if (bytes > room)
       return fail(ACL_ERROR_INVALID_PARAM, std::string(function) + ": count is greater than maxCount");
-    if (const aclError error = check_end(function, "devPtr", address, bytes)) return error;
+    if (const aclError error = check_end(function, "devPtr", Located(address), bytes)) return error;
     const auto found = find_stream(stream, function);
     if (!found) return last_error();
     return submit_to(*found, std::make_shared<FillTask>(address, value, bytes));
